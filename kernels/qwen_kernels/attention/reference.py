@@ -1,0 +1,42 @@
+"""The clear form of every function of this op, and the oracle of the others."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, segment_ids: jax.Array | None = None) -> jax.Array:
+    """See ``api.causal_attention``. Scores and softmax in float32; the T x T scores exist in memory."""
+    length = q.shape[1]
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    mask = jnp.tril(jnp.ones((length, length), bool))[None]
+    if segment_ids is not None:
+        mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, v, preferred_element_type=jnp.float32).astype(q.dtype)
+
+
+def paged_attention(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_table: jax.Array,
+                    start: jax.Array, length: jax.Array) -> jax.Array:
+    """See ``api.paged_attention``. Gathers every page of the table."""
+    rows, tokens = q.shape[:2]
+
+    def gather(pages):  # [B, N, K, page, H] -> [B, S, K, H]
+        chosen = pages[page_table].swapaxes(2, 3)
+        return chosen.reshape(rows, -1, *chosen.shape[3:])
+
+    k, v = gather(k_pages), gather(v_pages)
+    positions = start[:, None] + jnp.arange(tokens)
+    visible = jnp.arange(k.shape[1])[None, None] <= positions[:, :, None]
+    visible &= (jnp.arange(k.shape[1])[None] < length[:, None])[:, None]
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = jnp.where(total > 0, weights / jnp.where(total > 0, total, 1), 0).astype(v.dtype)
+    # Unwritten slots may hold anything; a zero weight must silence even a NaN.
+    v = jnp.where((jnp.arange(v.shape[1])[None] < length[:, None])[..., None, None], v, 0)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, v, preferred_element_type=jnp.float32).astype(q.dtype)

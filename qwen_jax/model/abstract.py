@@ -1,0 +1,68 @@
+"""The model as data: names, shapes, dtypes and logical axes, from which everything else derives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qwen_jax.config import ModelConfig
+from qwen_jax.model.qwen2 import Qwen2
+
+
+class ParamSpec(NamedTuple):
+    """One parameter: its shape, dtype, and the logical name of each axis."""
+
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    axes: tuple[str, ...]
+
+
+def _create(config: ModelConfig, dtype, seed: int = 0) -> Qwen2:
+    return Qwen2(config, rngs=nnx.Rngs(seed), dtype=dtype)
+
+
+def _abstract_split(config: ModelConfig, dtype):
+    return nnx.split(nnx.eval_shape(partial(_create, config, dtype)), nnx.Param, ...)
+
+
+def _dotted(path) -> str:
+    return ".".join(str(part) for part in path)
+
+
+def abstract(config: ModelConfig, dtype="bfloat16") -> dict[str, ParamSpec]:
+    """Every parameter of the model by dotted path, e.g. ``layers.0.attention.wqkv``. Allocates nothing."""
+    _, params, _ = _abstract_split(config, jnp.dtype(dtype))
+    return {_dotted(path): ParamSpec(tuple(leaf.shape), jnp.dtype(leaf.dtype), leaf.get_metadata()["axes"])
+            for path, leaf in nnx.to_flat_state(params)}
+
+
+def build(config: ModelConfig, params: Mapping[str, jax.Array]) -> Qwen2:
+    """The module around ``params`` (canonical path to array): no copy is made. Missing or extra paths are a KeyError."""
+    graph, state, rest = _abstract_split(config, jnp.float32)
+    flat = nnx.to_flat_state(state)
+    expected = {_dotted(path) for path, _ in flat}
+    if expected != set(params):
+        raise KeyError(f"parameters differ from the model's: {sorted(expected ^ set(params))[:8]}")
+    leaves = [(path, leaf.replace(params[_dotted(path)])) for path, leaf in flat]
+    return nnx.merge(graph, nnx.from_flat_state(leaves), rest)
+
+
+def params_of(model: Qwen2) -> dict[str, jax.Array]:
+    """The model's arrays by canonical path; the inverse of ``build``."""
+    return {_dotted(path): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+
+
+def init(config: ModelConfig, seed: int = 0, dtype="float32") -> Qwen2:
+    """A model with random weights (normal, 1/sqrt(fan-in); biases zero), made in one compiled call."""
+    graph, params, rest = _abstract_split(config, jnp.dtype(dtype))
+
+    @jax.jit
+    def create():
+        return nnx.state(_create(config, jnp.dtype(dtype), seed), nnx.Param)
+
+    return nnx.merge(graph, create(), rest)

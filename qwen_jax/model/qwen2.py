@@ -1,0 +1,157 @@
+"""Qwen2.5 as a Flax NNX module.
+
+Axes: B rows, T tokens, D model, K KV heads, G query heads per KV head, H head dim, F MLP, V vocabulary. Every matrix
+keeps the axis it contracts last, as Hugging Face stores it: conversion is then a reshape, and on CPU a dot product
+of a few rows reads such a matrix up to twice as fast as its transpose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from qwen_kernels.attention import causal_attention
+
+from qwen_jax.config import ModelConfig
+from qwen_jax.model.rope import apply_rope, rope_tables
+
+# (layer index, q[B, T, K, G, H], k[B, T, K, H], v[B, T, K, H]) -> [B, T, K, G, H]
+Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def _param(shape: tuple[int, ...], axes: tuple[str, ...], rngs: nnx.Rngs, dtype, scale: float | None) -> nnx.Param:
+    """A parameter with its logical axes as metadata; ``scale`` is the normal's deviation, None for a constant."""
+    if scale is None:
+        value = jnp.ones(shape, dtype)
+    elif scale == 0:
+        value = jnp.zeros(shape, dtype)
+    else:
+        value = (jax.random.normal(rngs.params(), shape, jnp.float32) * scale).astype(dtype)
+    return nnx.Param(value, axes=axes)
+
+
+def _matmul(spec: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """``einsum`` accumulated in float32 and rounded once (a bf16 result makes XLA:CPU fall into a naive loop)."""
+    return jnp.einsum(spec, x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation in float32 (https://arxiv.org/abs/1910.07467)."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype) -> None:
+        self.epsilon = config.rms_norm_eps
+        self.scale = _param((config.hidden_size,), ("embed",), rngs, dtype, None)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        return (wide * jax.lax.rsqrt(variance + self.epsilon)).astype(x.dtype) * self.scale[...]
+
+
+class Attention(nnx.Module):
+    """The projections around attention; attention itself is given by the caller.
+
+    ``wqkv[K, G + 2, H, D]`` holds, for each KV head, its G query heads, then its key, then its value, so that a
+    shard of the first axis is a whole group.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype) -> None:
+        kv, group, dim, model = config.num_kv_heads, config.group_size, config.head_dim, config.hidden_size
+        self.wqkv = _param((kv, group + 2, dim, model), ("kv_heads", "group", "head_dim", "embed"), rngs, dtype,
+                           model**-0.5)
+        self.bqkv = _param((kv, group + 2, dim), ("kv_heads", "group", "head_dim"), rngs, dtype, 0)
+        self.wo = _param((model, kv, group, dim), ("embed", "kv_heads", "group", "head_dim"), rngs, dtype,
+                         (kv * group * dim) ** -0.5)
+
+    def project(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """``x[B, T, D]`` to rotated ``q[B, T, K, G, H]``, rotated ``k[B, T, K, H]``, and ``v[B, T, K, H]``."""
+        kv, rows, dim, model = self.wqkv.shape
+        qkv = jnp.einsum("btd,nd->btn", x, self.wqkv[...].reshape(-1, model), preferred_element_type=jnp.float32)
+        qkv = qkv.astype(x.dtype).reshape(*x.shape[:2], kv, rows, dim) + self.bqkv[...]
+        rotated = apply_rope(qkv[..., :-1, :], cos[:, :, None, None], sin[:, :, None, None])
+        return rotated[..., :-1, :], rotated[..., -1, :], qkv[..., -1, :]
+
+    def output(self, attended: jax.Array) -> jax.Array:
+        """``[B, T, K, G, H]`` to ``[B, T, D]``."""
+        flat = attended.reshape(*attended.shape[:2], -1)
+        return _matmul("btn,dn->btd", flat, self.wo[...].reshape(self.wo.shape[0], -1))
+
+
+class MLP(nnx.Module):
+    """SwiGLU; ``gate_up[2, F, D]`` is one matrix so that both halves are one product."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype) -> None:
+        inner, model = config.intermediate_size, config.hidden_size
+        self.gate_up = _param((2, inner, model), ("gate_up", "mlp", "embed"), rngs, dtype, model**-0.5)
+        self.down = _param((model, inner), ("embed", "mlp"), rngs, dtype, inner**-0.5)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        both = _matmul("btd,nd->btn", x, self.gate_up[...].reshape(-1, x.shape[-1]))
+        gate, up = jnp.split(both, 2, axis=-1)
+        return _matmul("btf,df->btd", jax.nn.silu(gate) * up, self.down[...])
+
+
+class Layer(nnx.Module):
+    """One pre-norm transformer block."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype) -> None:
+        self.attention_norm = RMSNorm(config, rngs, dtype)
+        self.attention = Attention(config, rngs, dtype)
+        self.mlp_norm = RMSNorm(config, rngs, dtype)
+        self.mlp = MLP(config, rngs, dtype)
+
+    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend) -> jax.Array:
+        """``x[B, T, D]`` to the same shape; ``attend(q, k, v)`` does attention and any caching."""
+        q, k, v = self.attention.project(self.attention_norm(x), cos, sin)
+        x = x + self.attention.output(attend(q, k, v))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Embedding(nnx.Module):
+    """A ``[V, D]`` table, looked up at the input and contracted at the output."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype) -> None:
+        self.weight = _param((config.vocab_size, config.hidden_size), ("vocab", "embed"), rngs, dtype,
+                             config.hidden_size**-0.5)
+
+
+class Qwen2(nnx.Module):
+    """Qwen2.5 for causal language modelling.
+
+    ``model(tokens[B, T])`` returns float32 logits ``[B, T, V]``. A tied head is the embedding itself: no second copy
+    exists, and ``model.head`` is None. Weights are random; ``build`` puts a checkpoint's in their place.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.float32) -> None:
+        self.config = config
+        self.embed = Embedding(config, rngs, dtype)
+        self.layers = nnx.List([Layer(config, rngs, dtype) for _ in range(config.num_layers)])
+        self.norm = RMSNorm(config, rngs, dtype)
+        self.head = nnx.data(None if config.tie_word_embeddings else Embedding(config, rngs, dtype))
+
+    def __call__(self, tokens: jax.Array, *, positions: jax.Array | None = None,
+                 segment_ids: jax.Array | None = None) -> jax.Array:
+        """Logits float32 ``[B, T, V]`` for ``tokens[B, T]``.
+
+        ``positions[B, T]`` default to 0..T-1. With ``segment_ids[B, T]``, a token sees only earlier tokens of its own
+        segment: packed examples, or padding (give padding a segment of its own).
+        """
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        hidden = self.hidden(tokens, positions, lambda _, q, k, v: causal_attention(q, k, v, segment_ids=segment_ids))
+        return self.logits(hidden)
+
+    def hidden(self, tokens: jax.Array, positions: jax.Array, attend: Attend) -> jax.Array:
+        """Final normalised hidden states ``[B, T, D]``, with attention as the caller wants it."""
+        cos, sin = rope_tables(self.config.rope, self.config.head_dim, positions)
+        x = jnp.take(self.embed.weight[...], tokens, axis=0)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, lambda q, k, v, index=index: attend(index, q, k, v))
+        return self.norm(x)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Float32 logits ``[..., V]`` of ``hidden[..., D]``."""
+        weight = (self.embed if self.head is None else self.head).weight[...]
+        return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
