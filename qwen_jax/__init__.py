@@ -1,0 +1,33 @@
+"""Qwen2.5 in JAX/Flax with a DeepSeek-style inference engine."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qwen_jax.checkpoint import convert, export, load_model
+    from qwen_jax.config import ModelConfig
+    from qwen_jax.engine.engine import DeepSeekEngine, Engine
+    from qwen_jax.engine.sampling_params import SamplingParams
+    from qwen_jax.engine.schedule import dynamic_schedule
+    from qwen_jax.errors import UserError
+
+# Where each public name lives. Resolved on first use, so that `qwen-jax --help` does not import JAX.
+_HOME = {
+    "DeepSeekEngine": "qwen_jax.engine.engine",
+    "Engine": "qwen_jax.engine.engine",
+    "ModelConfig": "qwen_jax.config",
+    "SamplingParams": "qwen_jax.engine.sampling_params",
+    "UserError": "qwen_jax.errors",
+    "convert": "qwen_jax.checkpoint",
+    "dynamic_schedule": "qwen_jax.engine.schedule",
+    "export": "qwen_jax.checkpoint",
+    "load_model": "qwen_jax.checkpoint",
+}
+__all__ = ["DeepSeekEngine", "Engine", "ModelConfig", "SamplingParams", "UserError", "convert", "dynamic_schedule",
+           "export", "load_model"]
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -154,4 +154,8 @@ class Qwen2(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 logits ``[..., V]`` of ``hidden[..., D]``."""
         weight = (self.embed if self.head is None else self.head).weight[...]
-        return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=jnp.float32)
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        # XLA:CPU widens the whole matrix for a bf16 product of fewer than four rows.
+        padded = jnp.pad(rows, ((0, max(0, 4 - len(rows))), (0, 0)))
+        logits = jnp.einsum("nd,vd->nv", padded, weight, preferred_element_type=jnp.float32)[: len(rows)]
+        return logits.reshape(*hidden.shape[:-1], -1)

@@ -1,0 +1,173 @@
+"""The command line: one thin function per subcommand.
+
+Results go to stdout, progress and logs to stderr. A user's mistake is one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from qwen_jax.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``qwen-jax``; returns the exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"qwen-jax: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of a pipe went away: say nothing, also at interpreter exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from qwen_jax.checkpoint import convert
+
+    print(convert(args.src, args.dst, dtype=args.dtype, fp8=args.fp8))
+
+
+def _export(args: argparse.Namespace) -> None:
+    from qwen_jax.checkpoint import export
+
+    print(export(args.src, args.dst))
+
+
+def _engine(args: argparse.Namespace):
+    from qwen_jax.engine.engine import Engine
+
+    return Engine.from_pretrained(args.model, dtype=args.dtype, max_batch_size=1, max_seq_len=args.max_seq_len,
+                                  progress=sys.stderr.isatty() or not getattr(args, "json", False))
+
+
+def _sampling(args: argparse.Namespace):
+    from qwen_jax.engine.sampling_params import SamplingParams
+
+    return SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed)
+
+
+def _generate(args: argparse.Namespace) -> None:
+    params = _sampling(args)  # refused before a model is loaded
+    engine = _engine(args)
+    if args.json:
+        output = engine.generate(args.prompt, params)[0]
+        kept = ("text", "token_ids", "finish_reason", "schedule")
+        print(json.dumps({name: getattr(output, name) for name in kept}))
+        return
+    for delta in engine.stream(args.prompt, params):
+        print(delta.text, end="", flush=True)
+    print()
+
+
+def _chat(args: argparse.Namespace) -> None:
+    params = _sampling(args)
+    engine = _engine(args)
+    messages = [{"role": "system", "content": args.system}] if args.system else []
+    interactive = sys.stdin.isatty()
+    while True:
+        try:
+            line = input("> " if interactive else "")
+        except EOFError:
+            return
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line})
+        answer = ""
+        for delta in engine.stream(messages, params):
+            answer += delta.text
+            print(delta.text, end="", flush=True)
+        print()
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _info(args: argparse.Namespace) -> None:
+    facts = _facts(args.model)
+    if args.json:
+        print(json.dumps(facts))
+        return
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name.replace('_', ' '):{width}}  {value:,}" if isinstance(value, int) and not isinstance(value, bool)
+              else f"{name.replace('_', ' '):{width}}  {value}")
+
+
+def _facts(ref: str) -> dict:
+    """What ``info`` says of a model or a preset. Reads the configuration only."""
+    from pathlib import Path
+
+    from qwen_jax.checkpoint.source import resolve
+    from qwen_jax.config import PRESETS, ModelConfig
+
+    named = not Path(ref).exists() and ref != "bundled" and ("/" not in ref or ref.lower().removeprefix("qwen/") in PRESETS)
+    if named:
+        config, where = ModelConfig.preset(ref), "preset"
+    else:
+        source = resolve(ref)
+        config, where = source.config, f"{source.path} ({'converted' if source.kind == 'orbax' else 'Hugging Face'})"
+    element = 4 if config.dtype == "float32" else 2
+    facts = {"model": where, "parameters": config.num_parameters,
+             "weight_bytes": config.num_parameters * element,
+             "kv_bytes_per_token": 2 * config.num_layers * config.num_kv_heads * config.head_dim * element,
+             "max_context": config.max_context}
+    fields = dataclasses.asdict(config)
+    rope = fields.pop("rope")
+    facts |= {name: value for name, value in fields.items() if value is not None}
+    facts["rope_theta"] = rope["theta"]
+    facts["yarn_factor"] = rope["yarn"]["factor"] if rope["yarn"] else 1
+    return facts
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="qwen-jax", description="Qwen2.5 in JAX. MODEL is a Hugging Face folder, a "
+                                     "converted checkpoint, a hub id, or 'bundled'.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name, run, text):
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    convert = command("convert", _convert, "Convert a Hugging Face model to a new Orbax checkpoint.")
+    convert.add_argument("src")
+    convert.add_argument("dst")
+    convert.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: keep every tensor bit for bit")
+    convert.add_argument("--fp8", action="store_true", help="not implemented yet")
+
+    export = command("export", _export, "Write a converted checkpoint as a Hugging Face folder.")
+    export.add_argument("src")
+    export.add_argument("dst")
+
+    generate = command("generate", _generate, "Continue a prompt.")
+    generate.add_argument("model")
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    chat = command("chat", _chat, "Talk to a model: one line per turn, Ctrl-D ends.")
+    chat.add_argument("model")
+    chat.add_argument("--system", help="system message")
+    for sub in (generate, chat):
+        sub.add_argument("--max-tokens", type=int)
+        sub.add_argument("--temperature", type=float, help="0 is greedy; default: the checkpoint's")
+        sub.add_argument("--top-p", type=float)
+        sub.add_argument("--seed", type=int)
+        sub.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+        sub.add_argument("--max-seq-len", type=int, help="default: 4096 or the model's context if shorter")
+
+    info = command("info", _info, "Show a model's architecture and sizes, from its configuration alone.")
+    info.add_argument("model", help="MODEL or a preset such as qwen2.5-7b")
+    info.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Requests to buckets to executables to tokens."""

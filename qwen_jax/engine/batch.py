@@ -1,0 +1,58 @@
+"""A planned step as the arrays its executable takes. Host side, numpy only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from qwen_jax.engine.request import Request
+from qwen_jax.engine.sampler import neutral_rows, pack_rows
+from qwen_jax.engine.schedule import Bucket
+from qwen_jax.engine.scheduler import StepPlan
+from qwen_jax.engine.steps import StepBatch
+
+
+def padding_batch(bucket: Bucket, slots: int) -> StepBatch:
+    """A batch whose rows are all padding."""
+    row, grid = (bucket.rows,), (bucket.rows, bucket.tokens)
+    return StepBatch(
+        tokens=np.zeros(grid, np.int32),
+        start=np.zeros(row, np.int32),
+        length=np.zeros(row, np.int32),
+        page_table=np.zeros((bucket.rows, bucket.pages), np.int32),
+        slots=np.full(row, slots, np.int32),
+        samples=np.zeros(row, bool),
+        prompt_length=np.zeros(row, np.int32),
+        targets=np.full(grid, -1, np.int32),
+        sampling=neutral_rows(bucket.rows),
+    )
+
+
+def dry_run_batch(bucket: Bucket, slots: int) -> StepBatch:
+    """One full row that computes on the null page, so that a warm-up step does what a real one does."""
+    batch = padding_batch(bucket, slots)
+    batch.length[0] = bucket.tokens
+    return batch
+
+
+def build_batch(plan: StepPlan, requests: Mapping[int | str, Request], slots: int) -> StepBatch:
+    """The arrays of ``plan``; ``requests`` by id."""
+    bucket = plan.bucket
+    batch = padding_batch(bucket, slots)
+    options = []
+    for row, planned in enumerate(plan.rows):
+        seq, end = planned.seq, planned.start + planned.count
+        request = requests[seq.request_id]
+        if bucket.phase == "decode":
+            batch.tokens[row, 0] = seq.last_token
+        else:
+            batch.tokens[row, : planned.count] = seq.tokens[planned.start : end]
+            if request.score_from is not None:
+                batch.targets[row, : planned.count] = [request.target_at(p) for p in range(planned.start, end)]
+        batch.start[row], batch.length[row] = planned.start, end
+        batch.page_table[row, : len(seq.pages)] = seq.pages
+        batch.slots[row], batch.samples[row] = seq.slot, planned.samples
+        batch.prompt_length[row] = len(seq.prompt)
+        options.append((request.params, len(seq.output), request.banned_now))
+    return batch._replace(sampling=pack_rows(options, bucket.rows))

@@ -1,0 +1,75 @@
+"""What a request gets back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class RequestOutput:
+    """One finished answer.
+
+    Attributes:
+      text: the answer without special tokens and without the stop string; "" when the engine has no tokenizer.
+      token_ids: every generated id, the one that ended it included.
+      finish_reason: "stop" | "length" | "abort" | "error".
+      schedule: "full_attention" | "sparse_attention" | "recompute".
+      schedule_note: how the schedule was carried out, where that is not what its name says.
+      logprobs: per generated token, {id: log-probability} of the token and of the most likely ones asked for.
+      prompt_logprobs: the same for the prompt; None for its first token, which nothing precedes.
+      index: which of the ``n`` answers to its prompt this is.
+    """
+
+    prompt_token_ids: list[int]
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    schedule: str | None = None
+    schedule_note: str = ""
+    logprobs: list[dict[int, float]] | None = None
+    prompt_logprobs: list[dict[int, float] | None] | None = None
+    index: int = 0
+    weight_version: int = 0
+
+
+@dataclass(frozen=True)
+class Delta:
+    """One piece of a streamed answer. ``text`` may be empty while a character or a stop string is undecided."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True)
+class BucketStats:
+    """What one bucket did. ``tokens`` are computed positions without padding; ``seconds`` are wall time in its steps.
+
+    ``prepare_seconds`` is the time to compile or load its program (0 where it shares another bucket's).
+    """
+
+    bucket: str
+    steps: int
+    rows: int
+    tokens: int
+    seconds: float
+    prepare_seconds: float
+    from_disk: bool
+    temp_bytes: int
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A snapshot of the engine's counters."""
+
+    compiles_after_warmup: int
+    warmup_seconds: float
+    executables: int
+    pages_used: int
+    pages_total: int
+    running: int
+    waiting: int
+    prompt_tokens: int
+    generated_tokens: int
+    weight_version: int
+    buckets: tuple[BucketStats, ...]

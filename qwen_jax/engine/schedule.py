@@ -1,0 +1,192 @@
+"""Which executables exist, and which one a step uses: the schedule policy and the bucket table, as plain data."""
+
+import operator
+from dataclasses import dataclass
+
+from qwen_jax.engine.pages import PAGE, pages_for
+from qwen_jax.errors import UserError
+
+FULL, SPARSE, RECOMPUTE = "full_attention", "sparse_attention", "recompute"
+MAX_BUCKETS = 64
+STEP_OVERHEAD_TOKENS = 64  # the fixed cost of a step (dispatch, reading the weights once), in prefill tokens
+
+
+def _positive(**values) -> None:
+    for name, value in values.items():
+        try:
+            valid = not isinstance(value, bool) and operator.index(value) >= 1
+        except TypeError:
+            valid = False
+        if not valid:
+            raise UserError(f"{name} must be a positive integer, not {value!r}")
+
+
+@dataclass(frozen=True)
+class SchedulePolicy:
+    """The thresholds of `dynamic_schedule`."""
+
+    sparse_above_tokens: int = 2048
+    recompute_above_rows: int = 32
+
+    def __post_init__(self):
+        _positive(sparse_above_tokens=self.sparse_above_tokens, recompute_above_rows=self.recompute_above_rows)
+
+
+DEFAULT_POLICY = SchedulePolicy()
+
+
+def dynamic_schedule(batch_size: int, seq_len: int, policy: SchedulePolicy = DEFAULT_POLICY) -> str:
+    """The schedule of a prompt of `seq_len` tokens prefilled in a batch of `batch_size` rows.
+
+    Long prompts are "sparse_attention"; else large batches are "recompute" (prefilled in micro-batches); else
+    "full_attention". Both thresholds are exclusive.
+    """
+    _positive(batch_size=batch_size, seq_len=seq_len)
+    if seq_len > policy.sparse_above_tokens:
+        return SPARSE
+    if batch_size > policy.recompute_above_rows:
+        return RECOMPUTE
+    return FULL
+
+
+def attention_of(schedule: str) -> str:
+    """The attention a schedule computes. Recompute is full attention in less memory, so its requests decode, and
+    prefill what is left in small batches, in the full_attention buckets."""
+    return FULL if schedule == RECOMPUTE else schedule
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Everything that changes an executable. Shapes: tokens [rows, tokens], page table [rows, pages]."""
+
+    phase: str  # "prefill" | "decode"
+    schedule: str  # FULL | SPARSE | RECOMPUTE
+    rows: int
+    tokens: int  # per row; 1 for decode
+    pages: int  # width of the page table
+    precision: str = "bf16"  # "bf16" | "f32"
+    micro_rows: int = 0  # rows per micro-batch inside the executable; 0 means all rows at once
+
+    def __post_init__(self):
+        if self.micro_rows == 0:
+            object.__setattr__(self, "micro_rows", self.rows)
+        if self.rows % self.micro_rows:
+            raise ValueError(f"{self.rows} rows do not split into micro-batches of {self.micro_rows}")
+
+    def __str__(self) -> str:
+        return f"{self.phase}/{self.schedule} {self.rows}x{self.tokens}"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an engine accepts, and the shapes it is compiled for."""
+
+    max_batch_size: int  # running sequences
+    max_seq_len: int  # prompt and output of one sequence, in tokens
+    prefill_shapes: tuple[tuple[int, int], ...]  # (rows, tokens)
+    recompute_shapes: tuple[tuple[int, int, int], ...]  # (rows, tokens, micro_rows)
+    decode_rows: tuple[int, ...]
+
+    def __post_init__(self):
+        _positive(max_batch_size=self.max_batch_size, max_seq_len=self.max_seq_len)
+        if not self.prefill_shapes or not self.decode_rows:
+            raise UserError("limits need at least one prefill shape and one number of decode rows")
+        for _, tokens, *_ in (*self.prefill_shapes, *self.recompute_shapes):
+            if tokens % PAGE:  # chunks start at page boundaries because every full chunk is whole pages
+                raise UserError(f"prefill shapes must be whole pages: {tokens} tokens is not a multiple of {PAGE}")
+
+
+# (rows, tokens). On CPU matmuls saturate near 512 rows, and one dispatch should stay short for the decoding neighbours.
+_CPU_PREFILL = ((1, 64), (8, 64), (4, 128), (1, 256), (2, 256), (1, 512))
+_ACCELERATOR_PREFILL = ((1, 64), (8, 64), (32, 64), (1, 256), (8, 256), (32, 256), (1, 1024), (8, 1024),
+                        (1, 4096), (2, 4096))
+# (tokens, micro_rows)
+_CPU_RECOMPUTE = ((64, 8),)
+_ACCELERATOR_RECOMPUTE = ((64, 32), (256, 32))
+# XLA:CPU's bf16 dot with one row is 10 times slower than with four; elsewhere three padding rows cost nothing.
+_MIN_DECODE_ROWS = 4
+
+
+def default_limits(max_batch_size: int = 64, max_seq_len: int = 4096, platform: str = "cpu",
+                   policy: SchedulePolicy = DEFAULT_POLICY) -> Limits:
+    """The shapes for a platform ("cpu", "gpu" or "tpu"), cut down to what the two sizes and the policy can use."""
+    _positive(max_batch_size=max_batch_size, max_seq_len=max_seq_len)
+    if platform not in ("cpu", "gpu", "tpu"):
+        raise UserError(f"unknown platform {platform!r}: use 'cpu', 'gpu' or 'tpu'")
+    on_cpu = platform == "cpu"
+    longest = pages_for(max_seq_len) * PAGE
+    most_rows = min(max_batch_size, policy.recompute_above_rows)
+    shapes = _CPU_PREFILL if on_cpu else _ACCELERATOR_PREFILL
+    prefill = [(min(rows, most_rows), tokens) for rows, tokens in shapes if tokens <= longest]
+
+    decode_rows = [_MIN_DECODE_ROWS]
+    while decode_rows[-1] < max_batch_size:
+        decode_rows.append(min(decode_rows[-1] * 2, _round_up(max_batch_size, _MIN_DECODE_ROWS)))
+
+    recompute = []
+    for rows in decode_rows if max_batch_size > policy.recompute_above_rows else ():
+        for tokens, micro_rows in _CPU_RECOMPUTE if on_cpu else _ACCELERATOR_RECOMPUTE:
+            micro_rows = min(micro_rows, policy.recompute_above_rows)
+            if rows > policy.recompute_above_rows and tokens <= longest:
+                recompute.append((_round_up(rows, micro_rows), tokens, micro_rows))
+    return Limits(max_batch_size, max_seq_len, _unique(prefill), _unique(recompute), tuple(decode_rows))
+
+
+def bucket_table(limits: Limits, policy: SchedulePolicy = DEFAULT_POLICY,
+                 precision: str = "bf16") -> tuple[Bucket, ...]:
+    """Every bucket the engine may run, in the order they are warmed up: the only enumeration there is.
+
+    Sparse buckets exist only if a prompt can be long enough for them, recompute ones only if a batch can be large
+    enough. UserError when the limits leave a schedule of the policy without a bucket, or need over `MAX_BUCKETS`.
+    """
+    if precision not in ("bf16", "f32"):
+        raise UserError(f"unknown precision {precision!r}: use 'bf16' or 'f32'")
+    threshold = policy.recompute_above_rows
+    if any(rows > threshold for rows, _ in limits.prefill_shapes):
+        raise UserError(f"a prefill shape has over {threshold} rows, where the policy asks for recompute: "
+                        "move it to recompute_shapes or raise recompute_above_rows")
+    recompute_shapes = limits.recompute_shapes if limits.max_batch_size > threshold else ()
+    if any(rows <= threshold for rows, _, _ in recompute_shapes):
+        raise UserError(f"every recompute shape must have over {threshold} rows (recompute_above_rows)")
+    if limits.max_batch_size > threshold and not recompute_shapes:
+        raise UserError(f"max_batch_size={limits.max_batch_size} can exceed recompute_above_rows={threshold}, "
+                        "but the limits have no recompute shape")
+
+    pages = pages_for(limits.max_seq_len)
+    attentions = (FULL, SPARSE) if limits.max_seq_len > policy.sparse_above_tokens else (FULL,)
+    buckets = [Bucket("prefill", RECOMPUTE, rows, tokens, pages, precision, micro)
+               for rows, tokens, micro in recompute_shapes]
+    for attention in attentions:
+        buckets += [Bucket("prefill", attention, *shape, pages, precision) for shape in limits.prefill_shapes]
+        buckets += [Bucket("decode", attention, rows, 1, pages, precision) for rows in limits.decode_rows]
+    order = ("prefill", "decode", FULL, RECOMPUTE, SPARSE)
+    buckets.sort(key=lambda b: (order.index(b.phase), order.index(b.schedule), b.rows * b.tokens, b.rows))
+    table = _unique(buckets)
+    if len(table) > MAX_BUCKETS:
+        raise UserError(f"these limits need {len(table)} executables, over {MAX_BUCKETS}: give fewer shapes")
+    return table
+
+
+def pick_prefill(candidates: tuple[Bucket, ...], remaining_lengths: list[int]) -> Bucket:
+    """The bucket that prefills the most useful tokens for its cost, the first rows of the line going first.
+
+    `remaining_lengths`: tokens still to prefill per row, head of the line first. Every bucket takes the first `rows`
+    of them, so the head always runs. Cost: padded tokens and `STEP_OVERHEAD_TOKENS`. Ties go to the first candidate,
+    in a bucket table the one with the fewest tokens.
+    """
+    if not candidates or not remaining_lengths:
+        raise ValueError("pick_prefill needs a bucket and a row")
+
+    def value(bucket: Bucket) -> float:
+        useful = sum(min(length, bucket.tokens) for length in remaining_lengths[:bucket.rows])
+        return useful / (bucket.rows * bucket.tokens + STEP_OVERHEAD_TOKENS)
+
+    return max(candidates, key=value)
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _unique(items) -> tuple:
+    return tuple(dict.fromkeys(items))

@@ -1,0 +1,54 @@
+"""One request's tokens and where it stands."""
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class State(enum.Enum):
+    WAITING = "waiting"  # holds no pages and no slot
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)  # two sequences are never equal: identity is what `remove` and `in` must compare
+class Sequence:
+    """The engine fills the first four fields; the scheduler writes the others."""
+
+    request_id: str | int
+    prompt: list[int]
+    max_new_tokens: int
+    params: Any = None  # sampling options, opaque here
+    output: list[int] = field(default_factory=list)
+    arrival: int = -1  # order of `Scheduler.add`
+    schedule: str | None = None  # set at first admission and never changed
+    pages: list[int] = field(default_factory=list)  # position p lives in pages[p // PAGE] at offset p % PAGE
+    slot: int | None = None  # row of the per-sequence device state while running, 0 .. max_batch_size - 1
+    num_computed: int = 0  # tokens whose K and V are in `pages`
+    prefill_end: int = field(init=False)  # tokens the prefill must cover; grows when a preempted one starts again
+    last_step: int = -1  # the step this sequence took part in last, for fair rotation
+    state: State = State.WAITING
+    finish_reason: str | None = None  # "stop" | "length" | "abort" | "error"
+
+    def __post_init__(self):
+        self.prefill_end = self.num_tokens
+
+    @property
+    def tokens(self) -> list[int]:
+        """All known tokens: the prompt and what was sampled so far (a new list)."""
+        return self.prompt + self.output
+
+    @property
+    def last_token(self) -> int:
+        """The token a decode step feeds in."""
+        return self.output[-1] if self.output else self.prompt[-1]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt) + len(self.output)
+
+    @property
+    def in_prefill(self) -> bool:
+        """Known tokens have yet to be computed before the next one can be sampled. (A decoding sequence has exactly
+        one token that is not computed, but so has a one-token prompt: hence the explicit end.)"""
+        return self.num_computed < self.prefill_end

@@ -1,0 +1,114 @@
+"""From what a caller asks to what the engine is built with: checks and defaults, each in one place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from qwen_kernels.attention import PAGE
+
+from qwen_jax.config import GenerationDefaults, ModelConfig
+from qwen_jax.engine.pages import pages_for
+from qwen_jax.engine.schedule import Limits, SchedulePolicy, default_limits
+from qwen_jax.errors import UserError
+from qwen_jax.model import Qwen2, build, params_of
+
+DEFAULT_MAX_SEQ_LEN = 4096
+PARALLELISM = (("tp_size", 1), ("pp_size", 1), ("fp8_enabled", False))
+# Shares of free memory for the KV cache: a GPU is ours alone, a CPU's memory is not.
+_KV_SHARE = {"gpu": 0.8, "tpu": 0.8, "cpu": 0.25}
+_KV_MOST_ON_CPU = 2 << 30
+
+
+def check_parallelism(tp_size: int, pp_size: int, fp8_enabled: bool) -> None:
+    """UserError for what does not exist on this machine or is not implemented."""
+    devices = len(jax.devices())
+    for name, size in (("tp_size", tp_size), ("pp_size", pp_size)):
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise UserError(f"{name} must be a positive integer, not {size!r}")
+    if tp_size * pp_size > devices:
+        raise UserError(f"tp_size={tp_size} and pp_size={pp_size} need {tp_size * pp_size} devices and there "
+                        f"{'is' if devices == 1 else 'are'} {devices}: lower them")
+    if tp_size > 1 or pp_size > 1:
+        raise UserError("tp_size and pp_size above 1 are not implemented yet: use 1")
+    if fp8_enabled:
+        raise UserError("fp8_enabled is not implemented yet: use fp8_enabled=False")
+
+
+def as_module(model: Any, dtype: Any) -> tuple[Qwen2, GenerationDefaults]:
+    """The NNX module of ``model`` in ``dtype``, and its generation defaults."""
+    if dtype is not None and jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
+        raise UserError(f"dtype must be bfloat16 or float32, not {dtype}")
+    if isinstance(model, Qwen2):
+        config, params = model.config, params_of(model)
+        wanted = jnp.dtype(dtype or model.embed.weight.dtype)
+        if any(value.dtype != wanted for value in params.values()):
+            model = build(config, {path: value.astype(wanted) for path, value in params.items()})
+        return model, GenerationDefaults.from_hf({}, config)
+    if type(model).__module__.partition(".")[0] in ("transformers", "peft"):
+        from qwen_jax.checkpoint import from_transformers
+
+        config, params = from_transformers(model, dtype)
+        generation = getattr(model, "generation_config", None)
+        return build(config, params), GenerationDefaults.from_hf(generation.to_dict() if generation else {}, config)
+    raise UserError(f"model must be a qwen_jax Qwen2 or a transformers Qwen2ForCausalLM, not {type(model).__name__}; "
+                    "for a path or a hub id use Engine.from_pretrained")
+
+
+def limits_for(config: ModelConfig, max_batch_size: int, max_seq_len: int | None, policy: SchedulePolicy) -> Limits:
+    """Default shapes for this platform, within the model's context."""
+    longest = config.max_context
+    if max_seq_len is None:
+        max_seq_len = min(DEFAULT_MAX_SEQ_LEN, longest)
+    elif max_seq_len > longest:
+        raise UserError(f"max_seq_len={max_seq_len} exceeds the model's context of {longest} tokens: lower it, or "
+                        "extend the context with YaRN in config.json")
+    return default_limits(max_batch_size, max_seq_len, platform(), policy)
+
+
+def platform() -> str:
+    """"cpu", "gpu" or "tpu"."""
+    name = jax.default_backend()
+    return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
+
+
+def page_bytes(config: ModelConfig, dtype: Any) -> int:
+    """Bytes of one page: keys and values of ``PAGE`` tokens in every layer."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * PAGE * jnp.dtype(dtype).itemsize
+
+
+def num_pages(config: ModelConfig, limits: Limits, dtype: Any, kv_cache_bytes: int | None) -> int:
+    """Pages of the pool, the null page included."""
+    one = page_bytes(config, dtype)
+    most = limits.max_batch_size * pages_for(limits.max_seq_len)
+    if kv_cache_bytes is None:
+        kv_cache_bytes = max(int(_free_memory() * _KV_SHARE[platform()]), pages_for(limits.max_seq_len) * one)
+        if platform() == "cpu":
+            kv_cache_bytes = min(kv_cache_bytes, max(_KV_MOST_ON_CPU, pages_for(limits.max_seq_len) * one))
+    pages = min(most, kv_cache_bytes // one)
+    if pages < 1:
+        raise UserError(f"kv_cache_bytes={kv_cache_bytes} does not hold one page of {one} bytes: raise it")
+    return pages + 1
+
+
+def _free_memory() -> int:
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def check_token_ids(tokens: Sequence[int], vocab_size: int) -> list[int]:
+    """``tokens`` as a list of int; UserError for what is not a token id."""
+    checked = []
+    for token in tokens:
+        if isinstance(token, bool) or not isinstance(token, int | np.integer):
+            raise UserError(f"a prompt is a text or a list of token ids; it contains {token!r}")
+        if not 0 <= token < vocab_size:
+            raise UserError(f"token id {token} is not in the vocabulary (0..{vocab_size - 1})")
+        checked.append(int(token))
+    return checked
