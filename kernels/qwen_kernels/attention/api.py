@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen_kernels.attention import reference, xla
+from qwen_kernels.attention.storage import page_dtype, to_storage
 
 PAGE = 64
 
@@ -27,7 +28,7 @@ def paged_attention(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_t
 
     Args:
       q: ``[B, T, K, G, H]``; query t of row b stands at position ``start[b] + t``.
-      k_pages, v_pages: ``[P, K, PAGE, H]``.
+      k_pages, v_pages: ``[P, K, PAGE, H]`` in ``page_dtype(q.dtype)``.
       page_table: int32 ``[B, N]``; entry n holds positions ``n * PAGE`` to ``n * PAGE + PAGE - 1`` of its row.
       start: int32 ``[B]``, position of each row's first query.
       length: int32 ``[B]``, number of valid positions; 0 makes a padding row, whose output is zero.
@@ -40,6 +41,8 @@ def paged_attention(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_t
         raise ValueError(f"pages must be [P, K, {PAGE}, H]; got {k_pages.shape} and {v_pages.shape}")
     if q.shape[2] != k_pages.shape[1] or q.shape[4] != k_pages.shape[3]:
         raise ValueError(f"q {q.shape} does not match pages {k_pages.shape}")
+    if k_pages.dtype != page_dtype(q.dtype):
+        raise ValueError(f"pages of {k_pages.dtype} do not hold {q.dtype}; make them with page_dtype({q.dtype})")
     if implementation not in (None, "xla", "reference"):
         raise ValueError(f"unknown implementation {implementation!r}; known: xla, reference")
     chosen = reference if implementation == "reference" else xla
@@ -55,4 +58,4 @@ def write_pages(pages: jax.Array, values: jax.Array, page_table: jax.Array, star
     positions = start[:, None] + jnp.arange(values.shape[1])
     page = jnp.take_along_axis(page_table, jnp.minimum(positions // PAGE, page_table.shape[1] - 1), axis=1)
     page = jnp.where(positions < length[:, None], page, 0)
-    return pages.at[page, :, positions % PAGE].set(values.astype(pages.dtype))
+    return pages.at[page, :, positions % PAGE].set(to_storage(values, pages.dtype))

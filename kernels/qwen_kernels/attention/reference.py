@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from qwen_kernels.attention.storage import from_storage
+
 
 def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, segment_ids: jax.Array | None = None) -> jax.Array:
     """See ``api.causal_attention``. Scores and softmax in float32; the T x T scores exist in memory."""
@@ -24,7 +26,7 @@ def paged_attention(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_t
     rows, tokens = q.shape[:2]
 
     def gather(pages):  # [B, N, K, page, H] -> [B, S, K, H]
-        chosen = pages[page_table].swapaxes(2, 3)
+        chosen = from_storage(pages[page_table]).swapaxes(2, 3)
         return chosen.reshape(rows, -1, *chosen.shape[3:])
 
     k, v = gather(k_pages), gather(v_pages)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from qwen_kernels.attention.storage import from_storage
+
 QUERY_BLOCK = 128  # tokens; scores of one block and one chunk stay in cache
 CHUNK_PAGES = 4
 DECODE_CHUNK_PAGES = 8  # one query row has few scores: longer chunks amortise the loop
@@ -48,7 +50,7 @@ def _query_block(q: jax.Array, offset, k_pages, v_pages, page_table, start, leng
     def gather(array, index):
         """One chunk as ``[B, K, span, H]``."""
         ids = jax.lax.dynamic_slice_in_dim(page_table, index * pages, pages, axis=1)
-        chunk = array[ids].swapaxes(1, 2)
+        chunk = from_storage(array[ids]).swapaxes(1, 2)
         return chunk.reshape(rows, kv_heads, span, dim)
 
     def step(index, carry):

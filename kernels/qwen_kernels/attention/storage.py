@@ -1,0 +1,30 @@
+"""How a page holds its elements.
+
+XLA:CPU has no bf16 scatter, and it hoists the widening of a bf16 gather out of the loop around it: either way it
+converts the whole cache to float32 at every step (measured: 2 x the cache in temporaries, 5 x the time). There, bf16
+pages hold raw 16-bit patterns; everywhere else they hold the elements themselves.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def page_dtype(dtype) -> jnp.dtype:
+    """The dtype of the array that stores ``dtype`` elements on the default backend."""
+    if jnp.dtype(dtype) == jnp.bfloat16 and jax.default_backend() == "cpu":
+        return jnp.dtype(jnp.uint16)
+    return jnp.dtype(dtype)
+
+
+def to_storage(values: jax.Array, stored) -> jax.Array:
+    """``values`` as a page of dtype ``stored`` keeps them."""
+    if stored == jnp.uint16:
+        return jax.lax.bitcast_convert_type(values.astype(jnp.bfloat16), jnp.uint16)
+    return values.astype(stored)
+
+
+def from_storage(stored: jax.Array) -> jax.Array:
+    """The elements that ``to_storage`` kept."""
+    return jax.lax.bitcast_convert_type(stored, jnp.bfloat16) if stored.dtype == jnp.uint16 else stored

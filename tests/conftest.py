@@ -1,0 +1,16 @@
+"""What every test shares: CPU, and executables kept for the session."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def executable_cache(tmp_path_factory):
+    """Engines of one session share compiled programs; nothing is read from or left in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        directory = tmp_path_factory.mktemp("qwen-jax-cache")
+        patch.setenv("QWEN_JAX_CACHE", str(directory))
+        yield directory
