@@ -20,7 +20,7 @@ from tqdm import tqdm
 from qwen_jax.config import GenerationDefaults
 from qwen_jax.engine import settings
 from qwen_jax.engine.batch import build_batch, dry_run_batch
-from qwen_jax.engine.executables import Executables, backend_compiles, default_cache_dir
+from qwen_jax.engine.executables import Executables, default_cache_dir, planned, unplanned_compiles
 from qwen_jax.engine.outputs import BucketStats, Delta, EngineStats, RequestOutput
 from qwen_jax.engine.pages import PagePool
 from qwen_jax.engine.request import Request
@@ -119,18 +119,20 @@ class Engine:
     def warmup(self) -> None:
         """Compile (or load from disk) and run every program once; nothing compiles afterwards."""
         began = time.perf_counter()
-        if self._state is None:
-            self._state = jax.jit(self._new_state)()
-        programs = {_program_of(bucket) for bucket in self.table}
-        with tqdm(total=len(programs), desc="warm-up", unit="executable", file=sys.stderr,
-                  disable=not self._progress) as bar:
-            for bucket, program in self.executables.prepare(self.table):
-                self._prepared[bucket] = program.seconds
-                self._run(bucket, dry_run_batch(bucket, self._slots))
-                bar.set_postfix_str(f"{bucket} {'loaded' if program.from_disk else 'compiled'} {program.seconds:.1f}s")
-                bar.update()
+        with planned():
+            if self._state is None:
+                self._state = jax.jit(self._new_state)()
+            programs = {_program_of(bucket) for bucket in self.table}
+            with tqdm(total=len(programs), desc="warm-up", unit="executable", file=sys.stderr,
+                      disable=not self._progress) as bar:
+                for bucket, program in self.executables.prepare(self.table):
+                    self._prepared[bucket] = program.seconds
+                    self._run(bucket, dry_run_batch(bucket, self._slots))
+                    how = "loaded" if program.from_disk else "compiled"
+                    bar.set_postfix_str(f"{bucket} {how} in {program.seconds:.1f} s")
+                    bar.update()
         self._warmup_seconds = time.perf_counter() - began
-        self._compiles_at_warmup = backend_compiles()
+        self._compiles_at_warmup = unplanned_compiles()
 
     def _lower(self, bucket: Bucket) -> jax.stages.Lowered:
         def step(leaves, state, batch, vocab_limit):
@@ -323,7 +325,7 @@ class Engine:
             program = self.executables[bucket]
             buckets.append(BucketStats(str(bucket), *self._usage[bucket], self._prepared.get(bucket, 0.0),
                                        program.from_disk, program.temp_bytes))
-        compiles = 0 if self._compiles_at_warmup is None else backend_compiles() - self._compiles_at_warmup
+        compiles = 0 if self._compiles_at_warmup is None else unplanned_compiles() - self._compiles_at_warmup
         return EngineStats(
             compiles_after_warmup=compiles, warmup_seconds=self._warmup_seconds,
             executables=len(self.executables.programs), pages_used=self.pool.capacity - self.pool.num_free,

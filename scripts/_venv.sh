@@ -1,0 +1,36 @@
+# Sourced by the scripts beside it: makes or reuses .venv and installs this repository into it with the extras named
+# in $EXTRAS. Safe to run again, also after an interruption: a stamp is written only when everything is installed.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:-} python3.11 python3.12 python3.13 python3; do
+    if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  echo "Python 3.11 or newer with venv is needed (set PYTHON to its path)" >&2
+  exit 2
+}
+
+install_into_venv() {
+  local extras="${EXTRAS:-}" stamp
+  stamp=".venv/.installed-$(echo "$extras" | tr ',' '-')-$(cksum < pyproject.toml | tr ' ' '-')"
+  if [ -e "$stamp" ] && .venv/bin/python -c 'import qwen_jax, qwen_kernels' 2>/dev/null; then
+    return
+  fi
+  if ! .venv/bin/python -m pip --version > /dev/null 2>&1; then
+    echo "making .venv" >&2
+    rm -rf .venv
+    "$(find_python)" -m venv .venv
+  fi
+  echo "installing qwen-jax${extras:+ with $extras} into .venv (a few minutes the first time)" >&2
+  # torch first and on its own: another package's looser requirement must not choose its version.
+  case ",$extras," in *,test,*) .venv/bin/python -m pip install --quiet "$(sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)" ;; esac
+  .venv/bin/python -m pip install --quiet --editable ".${extras:+[$extras]}"
+  touch "$stamp"
+}
+
+install_into_venv

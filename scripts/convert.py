@@ -1,0 +1,33 @@
+"""Convert a Hugging Face checkpoint to Orbax, or back with --export. The same as `qwen-jax convert` / `export`.
+
+    python scripts/convert.py SRC DST [--dtype bfloat16|float32] [--export]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from qwen_jax.checkpoint import convert, export
+from qwen_jax.errors import UserError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("src", help="Hugging Face folder or hub id; with --export a converted checkpoint")
+    parser.add_argument("dst", help="folder to create")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: as stored, bit for bit")
+    parser.add_argument("--export", action="store_true", help="from Orbax to a folder that transformers loads")
+    args = parser.parse_args()
+    if args.export and args.dtype:
+        parser.error("--dtype applies to conversion only: export writes what is stored")
+    try:
+        export(args.src, args.dst) if args.export else convert(args.src, args.dst, args.dtype)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

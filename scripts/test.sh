@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Runs the tests; arguments go to pytest (for instance: scripts/test.sh tests/engine -k sampling).
+EXTRAS=test
+source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
+.venv/bin/python -m ruff check .
+exec .venv/bin/python -m pytest --durations=10 "$@"

@@ -1,0 +1,132 @@
+"""The scheduler, driven by a stand-in for the device: a paged cache that stores tokens instead of K and V.
+
+What a sequence "samples" is a hash of everything it can read through its pages, so that a missing chunk or a page
+shared by two sequences changes the text; each request alone, without any scheduler, is the oracle.
+"""
+
+from qwen_jax.engine.pages import NULL_PAGE, PAGE, PagePool, pages_for
+from qwen_jax.engine.schedule import FULL, RECOMPUTE, SPARSE, Limits, SchedulePolicy, attention_of, bucket_table
+from qwen_jax.engine.scheduler import Scheduler
+from qwen_jax.engine.sequence import Sequence, State
+
+POLICY = SchedulePolicy(sparse_above_tokens=150, recompute_above_rows=3)
+# Fewer decode rows than sequences: they must take turns.
+LIMITS = Limits(max_batch_size=6, max_seq_len=300, prefill_shapes=((1, 64), (3, 64), (1, 128)),
+                recompute_shapes=((6, 64, 2),), decode_rows=(2, 4))
+
+
+def sample(tokens: list[int]) -> int:
+    return hash(tuple(tokens)) % 1000
+
+
+def alone(prompt: list[int], max_new_tokens: int, max_seq_len: int = LIMITS.max_seq_len) -> list[int]:
+    """What the request answers with nobody else there."""
+    tokens = list(prompt)
+    while len(tokens) < min(len(prompt) + max_new_tokens, max_seq_len):
+        tokens.append(sample(tokens))
+    return tokens[len(prompt):]
+
+
+class Bench:
+    """A scheduler and its pretended device; every step is checked against the rules of a plan."""
+
+    def __init__(self, capacity: int, limits: Limits = LIMITS, policy: SchedulePolicy = POLICY):
+        self.pool = PagePool(capacity + 1)
+        self.limits, self.policy = limits, policy
+        self.table = bucket_table(limits, policy)
+        self.scheduler = Scheduler(self.table, limits, self.pool, policy)
+        self.cache = [[None] * PAGE for _ in range(self.pool.num_pages)]
+        self.sequences: list[Sequence] = []
+        self.schedules: dict[Sequence, str] = {}
+        self.admitted: list[Sequence] = []
+        self.phases: list[str] = []
+        self.preemptions = 0
+
+    def add(self, length: int, max_new_tokens: int = 4) -> Sequence:
+        n = len(self.sequences)
+        seq = Sequence(n, [(n * 7919 + i) % 1000 for i in range(length)], max_new_tokens)
+        self.scheduler.add(seq)
+        self.sequences.append(seq)
+        return seq
+
+    def step(self, between=lambda plan: None):
+        """Plans, runs and commits one step; `between` is called while the step is in flight."""
+        before = list(self.scheduler.running)
+        plan = self.scheduler.plan()
+        assert (plan is None) == (not self.scheduler.has_work)
+        if plan is None:
+            return None
+        self.preemptions += sum(seq.state is State.WAITING for seq in before)
+        self.check_plan(plan)
+        sampled = [self.run(row) for row in plan.rows]
+        between(plan)
+        ended = self.scheduler.commit(plan, sampled)
+        assert all(seq.finish_reason == "length" for seq in ended)
+        return plan
+
+    def check_plan(self, plan):
+        bucket = plan.bucket
+        assert bucket in self.table
+        assert 1 <= len(plan.rows) <= bucket.rows
+        assert len({row.seq for row in plan.rows}) == len(plan.rows)
+        for seq, start, count, samples in ((row.seq, row.start, row.count, row.samples) for row in plan.rows):
+            assert seq.state is State.RUNNING and 1 <= count <= bucket.tokens
+            assert start == seq.num_computed and start + count <= seq.num_tokens
+            assert pages_for(start + count) <= len(seq.pages) <= bucket.pages
+            assert samples == (start + count == seq.num_tokens), "sample once, where all known tokens are computed"
+            assert bucket.phase == ("prefill" if seq.in_prefill else "decode")
+            if bucket.phase == "prefill":
+                assert start % PAGE == 0, "chunks start at page boundaries"
+            assert attention_of(seq.schedule) == attention_of(bucket.schedule)
+            assert self.schedules.setdefault(seq, seq.schedule) == seq.schedule, "a schedule is for life"
+            if seq not in self.admitted:
+                self.admitted.append(seq)
+                expected = (SPARSE if len(seq.prompt) > self.policy.sparse_above_tokens else
+                            RECOMPUTE if len(plan.rows) > self.policy.recompute_above_rows else FULL)
+                assert seq.schedule == bucket.schedule == expected
+        assert (bucket.schedule == RECOMPUTE) <= (len(plan.rows) > self.policy.recompute_above_rows)
+        assert [seq.arrival for seq in self.admitted] == sorted(seq.arrival for seq in self.admitted)
+        self.phases.append(bucket.phase)
+
+    def run(self, row) -> int | None:
+        seq = row.seq
+        for position in range(row.start, row.start + row.count):
+            self.cache[seq.pages[position // PAGE]][position % PAGE] = (seq.prompt + seq.output)[position]
+        if row.samples:
+            readable = [token for page in seq.pages for token in self.cache[page]]
+            return sample(readable[:row.start + row.count])
+        return None
+
+    def check_invariants(self):
+        scheduler, running = self.scheduler, self.scheduler.running
+        held = [page for seq in self.sequences for page in seq.pages]
+        assert len(set(held)) == len(held), "two sequences share a page"
+        assert NULL_PAGE not in held
+        assert self.pool.num_free == self.pool.capacity - len(held), "pages have leaked"
+        slots = [seq.slot for seq in running]
+        assert len(set(slots)) == len(slots) and set(slots) <= set(range(self.limits.max_batch_size))
+        for seq in self.sequences:
+            assert (seq in running) == (seq.state is State.RUNNING)
+            assert (seq in scheduler.waiting) == (seq.state is State.WAITING)
+            assert (seq.finish_reason is not None) == (seq.state is State.FINISHED)
+            if seq.state is not State.RUNNING:
+                assert seq.pages == [] and seq.slot is None
+        line = [seq.arrival for seq in [*running, *scheduler.waiting]]
+        assert line == sorted(line), "running sequences arrived before waiting ones, each in order"
+        assert scheduler.has_work == bool(line)
+
+    def check_text(self):
+        for seq in self.sequences:
+            expected = alone(seq.prompt, seq.max_new_tokens, self.limits.max_seq_len)
+            assert seq.output == expected[:len(seq.output)]
+            assert seq.finish_reason in ("stop", "abort", None) or seq.output == expected
+
+    def drain(self, at_most: int = 20_000):
+        steps = 0
+        while self.scheduler.has_work:
+            self.step()
+            steps += 1
+            assert steps <= at_most, "no progress"
+        self.check_invariants()
+        self.check_text()
+        assert self.pool.num_free == self.pool.capacity
