@@ -137,6 +137,23 @@ def test_exactly_the_right_ids_are_kept_for_every_k_and_p(name, values):
     assert compared > 0.9 * len(params)
 
 
+@pytest.mark.parametrize("options", [dict(top_k=66), dict(top_p=0.66), dict(top_k=70, top_p=0.999)])
+def test_ties_with_the_last_candidate_are_kept_and_the_next_smaller_float_is_not(options):
+    below = np.nextafter(np.float32(0.5), np.float32(0))
+    weights = np.float32([1.0] + [0.5] * 70 + [below] * 30 + [0.001] * 60)  # the 64 candidates end within the ties
+    weights = np.random.default_rng(1).permutation(weights)[None]
+    rows = pack_rows([(SamplingParams(**options).resolved(), 0, ())], 1)
+    kept = jax.jit(draw._truncated)(weights, rows, np.array([True])) > 0
+    np.testing.assert_array_equal(kept, weights >= 0.5)
+
+
+def test_the_most_likely_id_survives_an_exponential_that_rounds_below_one():
+    rows = pack_rows([(SamplingParams(min_p=1.0).resolved(), 0, ())], 1)
+    weights = np.float32([[0.2, np.nextafter(np.float32(1), np.float32(0)), 0.9]])
+    kept = jax.jit(draw._truncated)(weights, rows, np.array([True])) > 0
+    np.testing.assert_array_equal(kept, [[False, True, False]])
+
+
 @pytest.mark.parametrize("options", [dict(top_k=1000), dict(top_p=0.95), dict(top_k=3000, top_p=0.9), dict(min_p=0.02)])
 def test_wide_distributions_where_the_threshold_is_not_among_the_candidates(options):
     vocab = 20_000
@@ -248,15 +265,17 @@ def test_a_row_gets_the_same_result_alone_and_beside_any_neighbour():
 
 def test_a_threshold_does_not_move_while_a_neighbour_needs_more_passes():
     """Where float32 sums leave several ids undecided, more passes would decide them by chance."""
-    values = jnp.stack([jnp.linspace(0.1, 1, VOCAB), jnp.full(VOCAB, 0.5)])  # row 1 ties: it never gets below the gap
+    targets = jnp.arange(1, VOCAB, 10)
+    values = jnp.tile(jnp.linspace(0.1, 1, VOCAB), (len(targets), 1))
+    values = values.at[-1].set(0.5)  # all tie: its gap stays too wide for as many passes as there can be
 
-    def thresholds(values):
+    def thresholds(values, targets):
         return draw._bisected(
-            lambda t: jnp.sum(values >= t, axis=1), target=jnp.full(len(values), 99), total=jnp.full(len(values), VOCAB),
-            high=values.max(axis=1), at_most_one=lambda gap, _: gap <= 40, wanted=jnp.ones(len(values), bool),
+            lambda t: jnp.sum(values >= t, axis=1), target=targets, total=jnp.full_like(targets, VOCAB),
+            high=values.max(axis=1), at_most_one=lambda gap, _: gap <= 40, wanted=jnp.ones_like(targets, bool),
         )  # fmt: skip
 
-    assert thresholds(values)[0] == thresholds(values[:1])[0]
+    np.testing.assert_array_equal(thresholds(values, targets)[:-1], thresholds(values[:-1], targets[:-1]))
 
 
 def test_the_same_seed_repeats_and_seed_or_step_changes():

@@ -1,0 +1,226 @@
+"""Hugging Face weight folders, one tensor at a time.
+
+Tensors are read with plain reads instead of a memory map: mapped pages count as the process's resident memory, so a
+mapped 5 GB shard would break the bound on it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from qwen_jax.errors import UserError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_CHUNK = 4 << 20  # elements or bytes handled at a time where a whole-tensor temporary is not wanted
+
+
+class _Location(NamedTuple):
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class SafetensorsFolder:
+    """The tensors of ``model.safetensors``, or of the shards that ``model.safetensors.index.json`` lists.
+
+    Opening reads headers only. Raises UserError for a folder without safetensors, a missing, truncated or corrupt
+    shard, a tensor stored twice, and element types other than bfloat16, float16 and float32.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._tensors: dict[str, _Location] = {}
+        wrong: list[str] = []
+        for file, expected in _shards(folder).items():
+            for name, (code, location) in _read_header(file).items():
+                if name in self._tensors:
+                    raise UserError(f"{name} is stored in both {self._tensors[name].file.name} and {file.name}")
+                if code not in DTYPES:
+                    wrong.append(f"{name} ({code})")
+                self._tensors[name] = location
+            absent = sorted(set(expected) - set(self._tensors))
+            if absent:
+                raise UserError(f"{file} lacks {absent[0]}, which {INDEX} says it holds: download the file again")
+        if wrong:
+            more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+            raise UserError(f"wrong element type in {folder}: {', '.join(wrong[:4])}{more}; only bfloat16, float16 and "
+                            "float32 weights are read (quantised checkpoints are not)")
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape."""
+        return {name: location.shape for name, location in self._tensors.items()}
+
+    def dtype(self, name: str) -> np.dtype:
+        """The stored element type of one tensor."""
+        return self._tensors[name].dtype
+
+    def position(self, name: str) -> tuple[str, int]:
+        """Shard and byte offset: reading in this order is sequential."""
+        location = self._tensors[name]
+        return location.file.name, location.offset
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, in its stored element type. Raises UserError when the file ends early or holds NaN or Inf."""
+        location = self._tensors[name]
+        tensor = np.empty(location.shape, location.dtype)
+        with open(location.file, "rb", buffering=0) as file:
+            file.seek(location.offset)
+            view, done = memoryview(as_bytes(tensor)), 0
+            while done < location.nbytes:
+                count = file.readinto(view[done:])
+                if not count:
+                    raise UserError(f"{location.file} is truncated inside {name}: download it again")
+                done += count
+        check_finite(name, tensor)
+        return tensor
+
+    def identical(self, first: str, second: str) -> bool:
+        """Whether two tensors hold the same bytes; holds neither in memory."""
+        a, b = self._tensors[first], self._tensors[second]
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            return False
+        with open(a.file, "rb") as left, open(b.file, "rb") as right:
+            left.seek(a.offset)
+            right.seek(b.offset)
+            for start in range(0, a.nbytes, _CHUNK):
+                count = min(_CHUNK, a.nbytes - start)
+                if left.read(count) != right.read(count):
+                    return False
+        return True
+
+
+class SafetensorsWriter:
+    """Writes ``model.safetensors``, or shards and their index, from tensors that arrive one at a time.
+
+    Args:
+      folder: an existing folder to write into.
+      specs: name -> (dtype, shape) of every tensor, in the order they will be written.
+      max_shard_bytes: a new shard begins before a tensor that would exceed it.
+    """
+
+    def __init__(self, folder: Path, specs: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+                 max_shard_bytes: int) -> None:
+        self._folder = folder
+        self._specs = dict(specs)
+        self._sizes = {name: int(np.prod(shape)) * dtype.itemsize for name, (dtype, shape) in specs.items()}
+        shards, filled = [[]], 0
+        for name, size in self._sizes.items():
+            if shards[-1] and filled + size > max_shard_bytes:
+                shards.append([])
+                filled = 0
+            shards[-1].append(name)
+            filled += size
+        names = [SINGLE] if len(shards) == 1 else [
+            f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        self._shards = dict(zip(names, shards, strict=True))
+        self._file_of = {name: file for file, members in self._shards.items() for name in members}
+        self._remaining = iter(self._specs)
+        self._open_name, self._open = None, None
+
+    def write(self, name: str, tensor: np.ndarray) -> None:
+        """Append one tensor; names must come in the order of ``specs``."""
+        expected = next(self._remaining, None)
+        if name != expected or (tensor.dtype, tensor.shape) != self._specs[name]:
+            raise ValueError(f"expected {expected} {self._specs.get(expected)}, got {name} {tensor.dtype} "
+                             f"{tensor.shape}")
+        if self._file_of[name] != self._open_name:
+            self._start(self._file_of[name])
+        self._open.write(memoryview(as_bytes(tensor)))
+
+    def close(self) -> None:
+        """Close the last shard and write the index where there are several."""
+        if self._open:
+            self._open.close()
+        if len(self._shards) > 1:
+            index = {"metadata": {"total_size": sum(self._sizes.values())}, "weight_map": self._file_of}
+            (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+    def _start(self, file: str) -> None:
+        if self._open:
+            self._open.close()
+        header, offset = {"__metadata__": {"format": "pt"}}, 0  # transformers refuses a file without this mark
+        for name in self._shards[file]:
+            dtype, shape = self._specs[name]
+            end = offset + self._sizes[name]
+            header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+            offset = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the format wants its data aligned to 8 bytes
+        self._open_name, self._open = file, open(self._folder / file, "wb")  # buffered: raw writes stop at 2 GB
+        self._open.write(len(text).to_bytes(8, "little") + text)
+
+
+def as_bytes(tensor: np.ndarray) -> np.ndarray:
+    """A uint8 view of a C-contiguous array (bfloat16 arrays have no buffer interface of their own)."""
+    return tensor.reshape(-1).view(np.uint8)
+
+
+def check_finite(name: str, tensor: np.ndarray) -> None:
+    """Raise UserError naming ``tensor`` when it holds NaN or Inf; temporaries stay at a few MB."""
+    flat = tensor.reshape(-1)
+    if tensor.dtype.itemsize == 2:  # all-ones exponent; ml_dtypes' isfinite is several times slower than integers
+        limit = 0x7F80 if tensor.dtype == DTYPES["BF16"] else 0x7C00
+        bits = flat.view(np.uint16)
+        bad = any((bits[i:i + _CHUNK] & 0x7FFF).max() >= limit for i in range(0, bits.size, _CHUNK))
+    else:
+        bad = any(not np.isfinite(flat[i:i + _CHUNK]).all() for i in range(0, flat.size, _CHUNK))
+    if bad:
+        raise UserError(f"{name} holds NaN or Inf in {tensor.dtype}: the weights are damaged, or do not fit this type")
+
+
+def _shards(folder: Path) -> dict[Path, list[str]]:
+    """Shard file -> the tensors its index promises (empty for a single file)."""
+    index = folder / INDEX
+    if (folder / SINGLE).is_file():
+        return {folder / SINGLE: []}
+    if not index.is_file():
+        if any(folder.glob("*.gguf")):
+            raise UserError(f"{folder} holds GGUF weights, which are not read: use the 16-bit release of this model")
+        if any(folder.glob("pytorch_model*.bin")):
+            raise UserError(f"{folder} holds only pytorch_model.bin weights, which can run code when loaded: save them "
+                            "as safetensors first (transformers: model.save_pretrained)")
+        raise UserError(f"no {SINGLE} or {INDEX} in {folder}: give a folder that holds the model's weights")
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        shards: dict[Path, list[str]] = {}
+        for name, file in weight_map.items():
+            if Path(file).name != file:
+                raise UserError(f"{index} names a shard outside its folder: {file}")
+            shards.setdefault(folder / file, []).append(name)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{index} is not a valid index: download it again") from None
+    missing = [file.name for file in shards if not file.is_file()]
+    if missing:
+        raise UserError(f"missing shard {', '.join(missing)} in {folder} (listed in {INDEX}): download it again")
+    return shards
+
+
+def _read_header(file: Path) -> dict[str, tuple[str, _Location]]:
+    try:
+        with safe_open(file, framework="np"):  # checks the header against itself and the file's length
+            pass
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is truncated or corrupt ({error}): download it again") from None
+    with open(file, "rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    header.pop("__metadata__", None)
+    found = {}
+    for name, info in header.items():
+        start, end = info["data_offsets"]
+        dtype = DTYPES.get(info["dtype"], np.dtype(np.uint8))
+        found[name] = info["dtype"], _Location(file, dtype, tuple(info["shape"]), 8 + length + start, end - start)
+    return found

@@ -1,0 +1,160 @@
+"""Where weights are: a Hugging Face folder, a converted checkpoint, a hub id, or the bundled model."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from qwen_jax.checkpoint.hf_layout import check_shapes
+from qwen_jax.config import GenerationDefaults, ModelConfig
+from qwen_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+MANIFEST, PARAMS = "qwen_jax.json", "params"
+FORMAT_VERSION = 1
+BUNDLED = Path(__file__).resolve().parent.parent / "bundled"
+
+GENERATION_CONFIG = "generation_config.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
+                   "added_tokens.json", "chat_template.jinja", "chat_template.json")
+SIDE_FILES = (GENERATION_CONFIG, *TOKENIZER_FILES, "LICENSE", "NOTICE")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_QUANTIZED_FILES = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ", "quant_log.csv": "GPTQ"}
+
+
+class Source(NamedTuple):
+    """A folder that holds a model, and how its weights are stored there."""
+
+    kind: Literal["hf", "orbax"]
+    path: Path
+
+    @property
+    def config(self) -> ModelConfig:
+        """The architecture in ``config.json``; raises UserError when it is not one that is implemented."""
+        return ModelConfig.from_hf(self.path)
+
+    @property
+    def params(self) -> Path:
+        """The Orbax folder of a converted checkpoint."""
+        return self.path / PARAMS
+
+
+def resolve(ref: str | Path | Source) -> Source:
+    """Find a model: a local folder first, then ``bundled``, then a hub id, which is downloaded.
+
+    Raises UserError for anything else, for GGUF and other quantised weights, and for another architecture (a hub
+    model's config is looked at before its weights are fetched).
+    """
+    if isinstance(ref, Source):
+        return ref
+    path = Path(ref).expanduser()
+    if not path.exists():
+        if str(ref) == "bundled":
+            path = BUNDLED
+        elif _HUB_ID.fullmatch(str(ref)):
+            path = _download(str(ref))
+        if not path.exists():
+            raise UserError(f"no model at {ref}: give a Hugging Face folder, a converted checkpoint, a hub id such as "
+                            "Qwen/Qwen2.5-0.5B-Instruct, or 'bundled'")
+    if path.suffix == ".gguf":
+        raise UserError(f"{path} is a GGUF file, which is not read: use the 16-bit release of this model")
+    if not path.is_dir():
+        raise UserError(f"{path} is a file: give the folder that holds config.json and the weights")
+    if (path / MANIFEST).is_file():
+        return Source("orbax", path)
+    if not (path / "config.json").is_file() and any(path.glob("*.gguf")):
+        raise UserError(f"{path} holds GGUF weights, which are not read: use the 16-bit release of this model")
+    source = Source("hf", path)
+    source.config  # noqa: B018  reading it refuses a missing file, another architecture and quantised weights
+    for name, method in _QUANTIZED_FILES.items():
+        if (path / name).is_file():
+            raise UserError(f"{path} holds weights quantised with {method} ({name}), which are not supported: use the "
+                            "16-bit release of this model")
+    return source
+
+
+def read_manifest(source: Source) -> dict[str, Any]:
+    """A converted checkpoint's manifest, checked against the files and ``config.json`` beside it.
+
+    Raises UserError when the manifest is damaged, from another version, or of another model, and when a file is
+    missing or has another length (found here, because Orbax logs pages about it).
+    """
+    manifest = read_json(source.path / MANIFEST)
+    version, tensors, files = (manifest.get(key) for key in ("format_version", "tensors", "files"))
+    if version is not None and version != FORMAT_VERSION:
+        raise UserError(f"{source.path} has checkpoint format {version}, this version reads {FORMAT_VERSION}: convert "
+                        "the model again")
+    if not isinstance(tensors, Mapping) or not isinstance(files, Mapping):
+        raise UserError(f"{source.path / MANIFEST} is damaged: convert the model again")
+    for name, size in files.items():
+        file = source.path / name
+        if not file.is_file() or file.stat().st_size != size:
+            state = "truncated" if file.is_file() else "missing"
+            raise UserError(f"{file} is {state}, the checkpoint is damaged: copy or convert it again")
+    check_shapes(source.config, {name: tuple(tensor["shape"]) for name, tensor in tensors.items()}, str(source.path))
+    return manifest
+
+
+def load_generation_config(source: Source) -> GenerationDefaults:
+    """What ``generation_config.json`` asks for, or what the model's config implies where there is none."""
+    return GenerationDefaults.from_hf(read_json(source.path / GENERATION_CONFIG), source.config)
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerFast | None:
+    """The model's fast tokenizer, with its chat template; None when the folder has none."""
+    files = {name for name in TOKENIZER_FILES if (source.path / name).is_file()}
+    if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= files:
+        return None
+    from transformers import AutoTokenizer  # seconds to import: only for those who need text
+
+    try:
+        return AutoTokenizer.from_pretrained(source.path, local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exceptions
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the tokenizer in {source.path} cannot be read ({reason}): download it again") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, ``{}`` where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, Mapping):
+        raise UserError(f"{path} is not a JSON object")
+    return dict(value)
+
+
+def copy_side_files(src: Path, dst: Path) -> None:
+    """Copy the tokenizer, the generation defaults and the licence, where there are any."""
+    for name in SIDE_FILES:
+        if (src / name).is_file():
+            shutil.copyfile(src / name, dst / name)
+
+
+def _download(repo: str) -> Path:
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        try:
+            ModelConfig.from_hf(hf_hub_download(repo, "config.json"))  # refuse before gigabytes are fetched
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError):  # a subclass that means "offline, and not in the cache"
+                raise
+            raise UserError(f"{repo} has no config.json, as GGUF releases have none: name a 16-bit release") from None
+        return Path(snapshot_download(repo, allow_patterns=["config.json", *SIDE_FILES, "*.safetensors",
+                                                            "*.safetensors.index.json"]))
+    except UserError:
+        raise
+    except Exception as error:  # offline, no such repository, gated, proxy: one line each
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{repo} is neither a local folder nor could it be downloaded: {reason}") from error

@@ -1,0 +1,1 @@
+"""Training: batches, loss, the step, the loop."""
