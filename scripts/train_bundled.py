@@ -7,21 +7,27 @@ Run again with the same folder, it continues after an interruption. About twice 
 """
 import argparse
 import itertools
+import json
+import sys
+import tempfile
 from pathlib import Path
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from tokenizers import Tokenizer
 
+from qwen_jax.checkpoint.conversion import save_hf
 from qwen_jax.config import ModelConfig, Rope
+from qwen_jax.errors import UserError
 from qwen_jax.evaluation.fraud import conversations, format_messages, generate
 from qwen_jax.evaluation.fraud_score import answers_in_one_pass, score
 from qwen_jax.model import build, init, params_of
+from qwen_jax.training.curves import plot_curves
 from qwen_jax.training.data import batches
 from qwen_jax.training.initial import prepare_for_retrieval
 from qwen_jax.training.loop import fit
 from qwen_jax.training.recipe import Recipe, load_recipe
-from qwen_jax.training.tokenizer import END_OF_TEXT, IM_END, train_tokenizer
+from qwen_jax.training.tokenizer import END_OF_TEXT, IM_END, save_tokenizer, train_tokenizer
 
 
 def build_tokenizer(recipe: Recipe) -> Tokenizer:
@@ -37,12 +43,26 @@ def model_config(recipe: Recipe, tokenizer: Tokenizer) -> ModelConfig:
                        bos_token_id=tokenizer.token_to_id(END_OF_TEXT), eos_token_id=tokenizer.token_to_id(IM_END))
 
 
+def write_folder(params, config: ModelConfig, tokenizer: Tokenizer, out: Path) -> None:
+    """The Hugging Face folder: weights rounded to bfloat16, configuration, tokenizer, greedy generation defaults."""
+    with tempfile.TemporaryDirectory() as side:
+        save_tokenizer(tokenizer, side, config.max_position_embeddings)
+        end_of_text, im_end = config.bos_token_id, config.eos_token_id
+        generation = {"bos_token_id": end_of_text, "pad_token_id": end_of_text, "do_sample": False,
+                      "eos_token_id": [im_end, end_of_text]}
+        (Path(side) / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+        save_hf(params, config, out, side)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe", nargs="?", default="configs/train/bundled.toml")
     parser.add_argument("--run", type=Path, default=Path("runs/bundled"), help="checkpoints and metrics")
     parser.add_argument("--out", type=Path, default=Path("qwen_jax/bundled"), help="the finished Hugging Face folder")
+    parser.add_argument("--examples", type=int, default=4000, help="held-out examples of the final table")
     args = parser.parse_args()
+    if args.out.exists():
+        raise UserError(f"{args.out} exists: move it away, or name another folder with --out")
     recipe = load_recipe(args.recipe)
     tokenizer = build_tokenizer(recipe)
     config = model_config(recipe, tokenizer)
@@ -59,11 +79,22 @@ def main():
 
     def evaluate(model) -> dict[str, float]:
         result = score(answers_in_one_pass(lambda t: forward(model, t), tokenizer, held_out), held_out)
-        worst = {f"{n}": round((p.fraud + p.twin) / 2, 3) for n, p in result.patterns.items()}
-        return {"accuracy": result.accuracy, "reason": result.reason, **worst}
+        patterns = {name: (p.fraud + p.twin) / 2 for name, p in result.patterns.items()}
+        return {"accuracy": result.accuracy, "reason": result.reason, **patterns}
 
-    fit(model, recipe, batch_of, args.run, evaluate)
+    trained = params_of(fit(model, recipe, batch_of, args.run, evaluate))
+    plot_curves(args.run / "metrics.jsonl", args.run / "curves.png")
+    rounded = {path: value.astype(jnp.bfloat16) for path, value in trained.items()}
+    write_folder(rounded, config, tokenizer, args.out)
+
+    examples = generate(2, "heldout", args.examples)
+    model = build(config, {path: value.astype(jnp.float32) for path, value in rounded.items()})
+    result = score(answers_in_one_pass(lambda t: forward(model, t), tokenizer, examples), examples)
+    print(f"{args.examples} held-out examples, weights as written to {args.out}:\n{result.table()}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

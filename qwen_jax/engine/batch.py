@@ -7,14 +7,14 @@ from collections.abc import Mapping
 import numpy as np
 
 from qwen_jax.engine.request import Request
-from qwen_jax.engine.sampler import neutral_rows, pack_rows
+from qwen_jax.engine.sampler import SamplingRows, neutral_rows, pack_rows
 from qwen_jax.engine.schedule import Bucket
 from qwen_jax.engine.scheduler import StepPlan
 from qwen_jax.engine.steps import StepBatch
 
 
-def padding_batch(bucket: Bucket, slots: int) -> StepBatch:
-    """A batch whose rows are all padding."""
+def padding_batch(bucket: Bucket, slots: int, sampling: SamplingRows) -> StepBatch:
+    """A batch whose rows are all padding, with the given sampling options."""
     row, grid = (bucket.rows,), (bucket.rows, bucket.tokens)
     return StepBatch(
         tokens=np.zeros(grid, np.int32),
@@ -25,13 +25,13 @@ def padding_batch(bucket: Bucket, slots: int) -> StepBatch:
         samples=np.zeros(row, bool),
         prompt_length=np.zeros(row, np.int32),
         targets=np.full(grid, -1, np.int32),
-        sampling=neutral_rows(bucket.rows),
+        sampling=sampling,
     )
 
 
 def dry_run_batch(bucket: Bucket, slots: int) -> StepBatch:
     """One full row that computes on the null page, so that a warm-up step does what a real one does."""
-    batch = padding_batch(bucket, slots)
+    batch = padding_batch(bucket, slots, neutral_rows(bucket.rows))
     batch.length[0] = bucket.tokens
     return batch
 
@@ -39,8 +39,9 @@ def dry_run_batch(bucket: Bucket, slots: int) -> StepBatch:
 def build_batch(plan: StepPlan, requests: Mapping[int | str, Request], slots: int) -> StepBatch:
     """The arrays of ``plan``; ``requests`` by id."""
     bucket = plan.bucket
-    batch = padding_batch(bucket, slots)
-    options = []
+    options = [(requests[r.seq.request_id].params, len(r.seq.output), requests[r.seq.request_id].banned_now)
+               for r in plan.rows]
+    batch = padding_batch(bucket, slots, pack_rows(options, bucket.rows))
     for row, planned in enumerate(plan.rows):
         seq, end = planned.seq, planned.start + planned.count
         request = requests[seq.request_id]
@@ -54,5 +55,4 @@ def build_batch(plan: StepPlan, requests: Mapping[int | str, Request], slots: in
         batch.page_table[row, : len(seq.pages)] = seq.pages
         batch.slots[row], batch.samples[row] = seq.slot, planned.samples
         batch.prompt_length[row] = len(seq.prompt)
-        options.append((request.params, len(seq.output), request.banned_now))
-    return batch._replace(sampling=pack_rows(options, bucket.rows))
+    return batch

@@ -158,12 +158,3 @@ def _micro_batches(model: Qwen2, bucket: Bucket, state: EngineState, batch: Step
     outputs = jax.tree.map(lambda x: jnp.zeros((bucket.rows, *x.shape[1:]), x.dtype), shapes)
     groups = (jnp.sum(batch.length > 0) + size - 1) // size
     return jax.lax.fori_loop(0, groups, body, (state, outputs))
-
-
-def batch_shape(bucket: Bucket) -> dict[str, tuple[int, ...]]:
-    """Shapes of the arrays of ``StepBatch`` but ``sampling``, by field."""
-    row, grid = (bucket.rows,), (bucket.rows, bucket.tokens)
-    return dict(tokens=grid, start=row, length=row, page_table=(bucket.rows, bucket.pages), slots=row, samples=row,
-                prompt_length=row, targets=grid)
-
-

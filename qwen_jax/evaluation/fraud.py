@@ -225,13 +225,9 @@ def answer(account: Account, tx: Transaction, pattern: str | None) -> str:
 
 
 def explanation(account: Account, tx: Transaction) -> str:
-    """Every field of the transaction followed by its standing: the answer when the user says ``Explain``.
-
-    The word to say stands right after the identifier it is about, as a lookup in the profile finds it.
-    """
+    """What each field of the transaction is, one after another: the answer when the user says ``Explain``."""
     def standing(kind: str, names: tuple[str, str]) -> str:
-        value = getattr(tx, kind)
-        return f"{kind} {value} {names[getattr(account, kind).index(value)]}"
+        return f"{kind} {names[getattr(account, kind).index(getattr(tx, kind))]}"
 
     cities = {account.home: "home", account.travel[0]: "notice", account.travel[1]: "ended"}
     merchants = {row.merchant: row.status for row in account.history}
@@ -240,14 +236,12 @@ def explanation(account: Account, tx: Transaction) -> str:
     same_hour = {row.hour: row.city for row in account.history}.get(tx.hour)
     return " ".join([
         standing("card", ("active", "lost")), standing("device", ("trusted", "removed")),
-        standing("user", ("added", "deleted")), standing("category", ("allowed", "blocked")),
-        f"merchant {tx.merchant} {merchants.get(tx.merchant, 'new')}",
-        f"amount {tx.amount} {amounts.get(tx.amount, 'new')}",
-        f"limit {account.limit} {'over' if int(tx.amount) > int(account.limit) else 'under'}",
-        f"city {tx.city} {cities[tx.city]}",
-        f"hour {tx.hour:02} {same_hour or 'free'} {'elsewhere' if same_hour not in (None, tx.city) else 'fits'}",
-        f"terminal {tx.terminal} {terminals.get(tx.terminal, 'new')} "
-        f"{'foreign' if terminals.get(tx.terminal, tx.merchant) != tx.merchant else 'fits'}"])
+        standing("user", ("added", "deleted")), standing("category", ("allowed", "blocked")), f"city {cities[tx.city]}",
+        f"hour {'free' if same_hour is None else 'same' if same_hour == tx.city else 'elsewhere'}",
+        f"merchant {merchants.get(tx.merchant, 'new')}",
+        f"terminal {'own' if terminals.get(tx.terminal, tx.merchant) == tx.merchant else 'foreign'}",
+        f"amount {amounts.get(tx.amount, 'new')}",
+        f"limit {'over' if int(tx.amount) > int(account.limit) else 'under'}"])
 
 
 def _opening(account: Account, request: str) -> list[dict]:

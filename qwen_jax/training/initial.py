@@ -6,8 +6,10 @@ had at the start from the initial values alone; training is free to change them.
 
  - Layer 0 looks back a fixed number of tokens. With a key bias k and a query bias R(-d) k in rotary planes that turn
    fast, the score of a key n tokens back is a sum of cos((n - d) θ_j): largest at n = d.
- - Layers 1 and 2, first KV group: query and key projections are equal, so that a token finds its like
-   (https://arxiv.org/abs/2305.09828), and, by biases of opposite signs in the fast planes, not itself.
+ - Layer 0 writes into one half of the residual's dimensions only; call it the context half.
+ - Layer 1, first KV group: query and key projections are equal (https://arxiv.org/abs/2305.09828) and blind to the context
+   half, so a token finds its like, and, by biases of opposite signs in the fast planes, not itself; the value is what
+   stood before it there. Layer 2 does the same with sight of the context half: whole phrases find their like.
  - Layers 1 and 2, second KV group: the key reads what layer 0 noted of the token before, the query reads the token
    itself as layer 0 noted it. So a token finds what followed its like.
  - Every branch adds less to the residual than usual, so that tokens stay visible under their context.
@@ -23,7 +25,7 @@ BRANCH_SCALE = 0.1
 OFFSETS = (1, 2, 3, 4)   # tokens back, by query head of layer 0
 OFFSET_STRENGTH = 8.0    # of the key bias, per plane: a neighbour of the wanted key scores about 6 less
 MATCHING_LAYERS = (1, 2)
-MATCH_SCORE = 15.0       # of two equal residuals
+MATCH_SCORE = 30.0       # of two equal residuals
 AVOID_STRENGTH = 3.0     # of the biases that keep a token from itself: 6 less for itself, at most 1.5 more elsewhere
 FAST, SLOW = 0.05, 0.006  # radians per token: planes above FAST tell neighbours apart, below SLOW they ignore position
 
@@ -47,21 +49,27 @@ def prepare_for_retrieval(params: dict, config: ModelConfig, seed: int = 0) -> d
         return params[f"layers.{layer}.attention.wqkv"], params[f"layers.{layer}.attention.bqkv"]
 
     weight, bias = projections(0)
-    out = params["layers.0.attention.wo"]  # orthogonal, so that what one head writes can be read apart
-    out[...] = BRANCH_SCALE * np.linalg.qr(rng.normal(size=(out.shape[0], out[0].size)))[0].reshape(out.shape)
     for head, offset in enumerate(OFFSETS):
         group, row = divmod(head, config.group_size)
         bias[group, row] = OFFSET_STRENGTH * np.tile(fast, 2) * np.concatenate([np.cos(offset * theta),
                                                                                 -np.sin(offset * theta)])
         bias[group, -2] = OFFSET_STRENGTH * first_half(fast)
         weight[group, [row, -2]] *= 0.1
-    noted = weight[0, -1]                                                     # [H, D]: token -> what a head carries
-    written = out[:, 0, 0].T                                                  # [H, D]: where offset 1 leaves it
+    out = params["layers.0.attention.wo"]  # [D, K, G, H]
+    basis = np.linalg.qr(rng.normal(size=(config.hidden_size,) * 2))[0]
+    context, free = np.split(basis, 2, axis=1)  # [D, D / 2] each, orthonormal
+    mixed = np.linalg.qr(rng.normal(size=(out[0].size, context.shape[1])))[0].T  # [D / 2, K G H]
+    out[...] = 2 ** .5 * BRANCH_SCALE * (context @ mixed).reshape(out.shape)
+    noted = weight[0, -1]            # [H, D]: token -> what the group's heads carry
+    written = out[:, 0, 0].T         # [H, D]: where offset 1 leaves it
 
     score = MATCH_SCORE * config.head_dim ** .5 / (slow.sum() * config.hidden_size)  # query · key per D of residual
     for layer in MATCHING_LAYERS:
         weight, bias = projections(layer)
-        weight[0, :-1] = rng.normal(0, score ** .5, noted.shape) * slow
+        matched = rng.normal(0, score ** .5, noted.shape) * slow
+        weight[0, :-1] = matched @ (2 ** .5 * free @ free.T) if layer == 1 else matched
         bias[0, :-2], bias[0, -2] = -AVOID_STRENGTH * first_half(fast), AVOID_STRENGTH * first_half(fast)
         weight[1, :-2], weight[1, -2] = (w / w.std() * score ** .5 * slow for w in (noted, written))
+    before = params["layers.1.attention.wqkv"][0, -1]
+    before[...] = written / written.std() * before.std()
     return params

@@ -35,3 +35,8 @@ def rewrite(folder, change) -> None:
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def siblings(path):
+    """Everything beside ``path``, hidden names included."""
+    return sorted(p.name for p in path.parent.iterdir())

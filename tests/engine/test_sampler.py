@@ -435,7 +435,7 @@ def test_counts_follow_a_counter_through_chunks_preemption_and_slot_reuse():
     for chunk in range(3):
         tokens = rng.integers(0, vocab, (rows, width)).astype(np.int32)
         valid = np.arange(width) < np.array([[width], [3], [width if chunk < 2 else 0]])
-        is_output = (chunk * width + np.arange(width) >= 18)[None] & valid  # prefilled again after preemption
+        is_output = np.tile(chunk * width + np.arange(width) >= 18, (rows, 1))  # prefilled again after preemption
         for r in range(rows):
             for t in range(width):
                 if valid[r, t] and is_output[r, t]:
@@ -448,6 +448,10 @@ def test_counts_follow_a_counter_through_chunks_preemption_and_slot_reuse():
         for r in range(rows):
             outputs[r].update([int(tokens[r])] if valid[r] else [])
         counts = count_output(counts, slots, tokens, valid)
+    everywhere = np.ones((rows, 1), bool)
+    counts = count_prompt(counts, slots, np.full((rows, 1), 7, np.int32), everywhere, ~everywhere, np.zeros(rows, bool))
+    for seen in prompts:
+        seen.add(7)  # also generated above: the mark must not wipe out the count
     counts = np.asarray(counts)
     np.testing.assert_array_equal(counts[[0, 3]], untouched)
     for r in range(rows):

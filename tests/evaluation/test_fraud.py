@@ -59,10 +59,9 @@ def test_labels_of_training_conversations():
             assert broken_rules(profile + judged) == ([] if label == "legit" else [reason])
 
 
-BROKEN = {"R01": r"device \w+ removed", "R02": r"city \w+ ended", "R03": r"merchant \w+ disputed",
-          "R04": r"category \w+ blocked", "R05": r"limit \d+ over", "R06": r"hour \d\d \w+ elsewhere",
-          "R07": r"amount \d+ declined", "R08": r"card \w+ lost", "R09": r"user \w+ deleted",
-          "R10": r"terminal \w+ \w+ foreign"}
+BROKEN = {"R01": "device removed", "R02": "city ended", "R03": "merchant disputed", "R04": "category blocked",
+          "R05": "limit over", "R06": "hour elsewhere", "R07": "amount declined", "R08": "card lost",
+          "R09": "user deleted", "R10": "terminal foreign"}
 
 
 def test_explanations_say_what_is_wrong():
@@ -72,7 +71,7 @@ def test_explanations_say_what_is_wrong():
         profile = profile[:profile.index("Judge")]
         for question, explanation in zip(messages[3::2], messages[4::2]):
             assert question["content"].startswith("Explain\n")
-            found = [rule for rule, words in BROKEN.items() if re.search(words, explanation["content"])]
+            found = [rule for rule, words in BROKEN.items() if words in explanation["content"]]
             assert found == broken_rules(profile + question["content"])
             seen.update(found)
     assert min(seen[rule] for rule in PATTERNS) > 100
