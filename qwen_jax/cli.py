@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from qwen_jax.errors import UserError
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``qwen-jax``; returns the exit code."""
     args = _parser().parse_args(argv)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are not the user's business
     try:
         args.run(args)
         sys.stdout.flush()
@@ -109,8 +111,8 @@ def _facts(ref: str) -> dict:
     from qwen_jax.checkpoint.source import resolve
     from qwen_jax.config import PRESETS, ModelConfig
 
-    named = not Path(ref).exists() and ref != "bundled" and ("/" not in ref or ref.lower().removeprefix("qwen/") in PRESETS)
-    if named:
+    looks_like_preset = "/" not in ref or ref.lower().removeprefix("qwen/") in PRESETS
+    if looks_like_preset and ref != "bundled" and not Path(ref).exists():
         config, where = ModelConfig.preset(ref), "preset"
     else:
         source = resolve(ref)

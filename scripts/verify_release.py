@@ -66,8 +66,8 @@ def verify(model: str, count: int) -> dict[str, tuple[bool, str]]:
         agree += int((got.argmax(-1) == expected.argmax(-1)).sum())
         total += len(prompt)
     checks = {"logits": (worst <= LOGIT_TOLERANCE and agree == total,
-                         f"largest difference {worst:.1e} (bar {LOGIT_TOLERANCE:.0e}, relative to a tenth of the largest "
-                         f"logit), argmax equal at {agree} of {total} positions")}
+                         f"largest difference {worst:.1e} (bar {LOGIT_TOLERANCE:.0e}, relative to a tenth of the "
+                         f"largest logit), argmax equal at {agree} of {total} positions")}
     longest = max(map(len, prompts)) + count + 1
     engine = Engine(ours, max_batch_size=8, max_seq_len=longest, cache_dir=None)
     outputs = engine.generate(prompts, SamplingParams(max_tokens=count, temperature=0.0, repetition_penalty=1.0,

@@ -149,8 +149,8 @@ class Engine:
 
     # --- requests
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
-                 ) -> list[RequestOutput]:
+    def generate(self, prompts: Prompt | Sequence[Prompt],
+                 params: SamplingParams | Sequence[SamplingParams] | None = None) -> list[RequestOutput]:
         """Answer every prompt. Answers are in the order of the prompts, ``n`` of them for each.
 
         ``prompts``: texts or lists of token ids, or a single one. ``params``: for all, or one for each.
@@ -259,19 +259,19 @@ class Engine:
         self._account(plan, time.perf_counter() - began)
         sampled = output.sampled
         ended = self.scheduler.commit(plan, sampled.tokens[: len(plan.rows)].tolist())
-        for row, planned in enumerate(plan.rows):
-            request = self._requests[planned.seq.request_id]
+        for index, row in enumerate(plan.rows):
+            request = self._requests[row.seq.request_id]
             if output.prompt is not None and request.score_from is not None:
-                scores = (array[row, : planned.count] for array in output.prompt)
-                request.add_prompt_scores(planned.start, *scores)
-            if planned.samples:
-                token = int(sampled.tokens[row])
-                text, stop = request.add_token(token, sampled.logprobs[row], sampled.top_ids[row],
-                                               sampled.top_logprobs[row])
+                scores = (array[index, : row.count] for array in output.prompt)
+                request.add_prompt_scores(row.start, *scores)
+            if row.samples:
+                token = int(sampled.tokens[index])
+                text, stop = request.add_token(token, sampled.logprobs[index], sampled.top_ids[index],
+                                               sampled.top_logprobs[index])
                 request.deltas.append(Delta(text, [token]))
                 if stop:
-                    self.scheduler.finish(planned.seq, "stop")
-                if stop or planned.seq in ended:
+                    self.scheduler.finish(row.seq, "stop")
+                if stop or row.seq in ended:
                     self._close(request)
         return True
 

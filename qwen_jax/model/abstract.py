@@ -42,7 +42,7 @@ def abstract(config: ModelConfig, dtype="bfloat16") -> dict[str, ParamSpec]:
 
 
 def build(config: ModelConfig, params: Mapping[str, jax.Array]) -> Qwen2:
-    """The module around ``params`` (canonical path to array): no copy is made. Missing or extra paths are a KeyError."""
+    """The module around ``params`` (canonical path to array), without a copy. KeyError for missing or extra paths."""
     graph, state, rest = _abstract_split(config, jnp.float32)
     flat = nnx.to_flat_state(state)
     expected = {_dotted(path) for path, _ in flat}

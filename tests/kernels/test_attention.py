@@ -60,7 +60,8 @@ CASES = {
 def test_matches_brute_force(name, implementation):
     tokens, starts, counts = CASES[name]
     q, k, v, k_pages, v_pages, table, start, length = paged_case(np.random.default_rng(0), tokens, starts, counts)
-    got = jax.jit(lambda *a: paged_attention(*a, implementation=implementation))(q, k_pages, v_pages, table, start, length)
+    run = jax.jit(lambda *a: paged_attention(*a, implementation=implementation))
+    got = run(q, k_pages, v_pages, table, start, length)
     expected = brute_force(q, k, v, start, length)
     for b, count in enumerate(counts):
         np.testing.assert_allclose(np.asarray(got)[b, :count], expected[b, :count], atol=2e-5)

@@ -15,7 +15,9 @@ PAGE = 64
 
 
 def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, segment_ids: jax.Array | None = None) -> jax.Array:
-    """Causal grouped-query attention, differentiable: ``q[B, T, K, G, H]``, ``k, v[B, T, K, H]`` to q's shape and dtype.
+    """Causal grouped-query attention, differentiable.
+
+    ``q[B, T, K, G, H]`` and ``k, v[B, T, K, H]`` give q's shape and dtype.
 
     ``segment_ids[B, T]`` confines a token to its own segment. Scale is ``H ** -0.5``.
     """
