@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from qwen_jax.checkpoint.conversion import save_hf
 from qwen_jax.config import ModelConfig, Rope
 from qwen_jax.errors import UserError
-from qwen_jax.evaluation.fraud import conversations, format_messages, generate
+from qwen_jax.evaluation.fraud import conversations, format_messages, generate, profile_conversations
 from qwen_jax.evaluation.fraud_score import answers_in_one_pass, score
 from qwen_jax.model import build, init, params_of
 from qwen_jax.training.curves import plot_curves
@@ -71,8 +71,11 @@ def main():
     print(f"{config.num_parameters:,} parameters, vocabulary {config.vocab_size}")
 
     def batch_of(step: int):
-        source = conversations(recipe.seed + 1_000_003 * step, "train", recipe.turns, recipe.explain)
-        return next(batches(tokenizer, source, recipe.batch_size, recipe.sequence_length, recipe.lm_weight))
+        seed, rows, length = recipe.seed + 1_000_003 * step, recipe.batch_size, recipe.sequence_length
+        source = conversations(seed, "train", recipe.turns, recipe.explain)
+        if step <= recipe.profile_steps:
+            source, rows, length = profile_conversations(seed, "train", 4), 2 * rows, length // 2
+        return next(batches(tokenizer, source, rows, length, recipe.lm_weight))
 
     held_out = generate(1, "heldout", 400)
     forward = jax.jit(lambda model, tokens: model(tokens))

@@ -11,6 +11,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -87,12 +88,22 @@ class Executables:
         self.programs: dict[Bucket, Program] = {}
 
     def prepare(self, buckets: Iterable[Bucket]) -> Iterable[tuple[Bucket, Program]]:
-        """Make the program of every bucket ready, one at a time; yields each program once, with its first bucket."""
+        """Make the program of every bucket ready; yields each program once, with its first bucket.
+
+        Several compile at a time: XLA compiles one program on one core.
+        """
+        first = {}
         for bucket in buckets:
-            program_bucket = self._program_of(bucket)
-            if program_bucket not in self.programs:
-                self.programs[program_bucket] = self._load_or_compile(program_bucket)
-                yield bucket, self.programs[program_bucket]
+            if self._program_of(bucket) not in self.programs:
+                first.setdefault(self._program_of(bucket), bucket)
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
+            work = {program: threads.submit(self._load_or_compile, program) for program in first}
+            try:
+                for program, bucket in first.items():
+                    self.programs[program] = work[program].result()
+                    yield bucket, self.programs[program]
+            finally:
+                threads.shutdown(cancel_futures=True)
 
     def __getitem__(self, bucket: Bucket) -> Program:
         """The bucket's program. KeyError when it was not prepared: nothing compiles here."""

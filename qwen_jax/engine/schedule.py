@@ -103,8 +103,9 @@ _ACCELERATOR_PREFILL = ((1, 64), (8, 64), (32, 64), (1, 256), (8, 256), (32, 256
 # (tokens, micro_rows)
 _CPU_RECOMPUTE = ((64, 8),)
 _ACCELERATOR_RECOMPUTE = ((64, 32), (256, 32))
-# XLA:CPU's bf16 dot with one row is 10 times slower than with four; elsewhere three padding rows cost nothing.
-_MIN_DECODE_ROWS = 4
+# XLA:CPU's bf16 dot with one row is 10 times slower than with two, and elsewhere a padding row costs nothing. Eight
+# rows cost little more than four: one program less to compile.
+_DECODE_ROWS = (2, 8, 16, 32, 64)
 
 
 def default_limits(max_batch_size: int = 64, max_seq_len: int = 4096, platform: str = "cpu",
@@ -119,9 +120,11 @@ def default_limits(max_batch_size: int = 64, max_seq_len: int = 4096, platform: 
     shapes = _CPU_PREFILL if on_cpu else _ACCELERATOR_PREFILL
     prefill = [(min(rows, most_rows), tokens) for rows, tokens in shapes if tokens <= longest]
 
-    decode_rows = [_MIN_DECODE_ROWS]
-    while decode_rows[-1] < max_batch_size:
-        decode_rows.append(min(decode_rows[-1] * 2, _round_up(max_batch_size, _MIN_DECODE_ROWS)))
+    most_decode_rows = _round_up(max_batch_size, _DECODE_ROWS[0])
+    decode_rows = [rows for rows in _DECODE_ROWS if rows < most_decode_rows]
+    while decode_rows and decode_rows[-1] * 2 < most_decode_rows and len(decode_rows) >= len(_DECODE_ROWS):
+        decode_rows.append(decode_rows[-1] * 2)
+    decode_rows.append(most_decode_rows)
 
     recompute = []
     for rows in decode_rows if max_batch_size > policy.recompute_above_rows else ():

@@ -20,7 +20,7 @@ from qwen_jax.evaluation.fraud_names import SPLITS, Deck
 
 SYSTEM = "Screen card payments. Answer fraud or legit, a reason code and the evidence."
 LEGIT = "legit R00"
-JUDGE, EXPLAIN = "Judge", "Explain"
+JUDGE, EXPLAIN, LIST = "Judge", "Explain", "List"
 PATTERNS = {  # reason code -> what is wrong, in words
     "R01": "device was removed from the account",
     "R02": "city is neither home nor under a current travel notice",
@@ -200,7 +200,7 @@ def render_account(account: Account) -> str:
              "Category " + _pair(rng, ("allowed", "blocked"), account.category)]
     rng.shuffle(lines)
     history = sorted(account.history, key=lambda row: (row.hour, row.minute))
-    return "\n".join([f"Account {account.number}", *lines, "History", *map(_payment, history)])
+    return "\n".join([f"Account {account.number}", *lines, *["History"] * bool(history), *map(_payment, history)])
 
 
 def render_transaction(tx: Transaction, request: str = JUDGE) -> str:
@@ -244,6 +244,20 @@ def explanation(account: Account, tx: Transaction) -> str:
         f"limit {'over' if int(tx.amount) > int(account.limit) else 'under'}"])
 
 
+def listing(account: Account, rng: random.Random) -> str:
+    """Every identifier of the profile and the history, each followed by its standing, in random order."""
+    items = [f"{name} {standing}" for kind, standings in
+             (("card", ("active", "lost")), ("device", ("trusted", "removed")), ("user", ("added", "deleted")),
+              ("category", ("allowed", "blocked")), ("travel", ("notice", "ended")))
+             for name, standing in zip(getattr(account, kind), standings)]
+    items.append(f"{account.home} home")
+    for row in account.history:
+        items += [f"{row.merchant} {row.status}", f"{row.amount} {row.status}", f"{row.terminal} {row.merchant}",
+                  f"{row.hour:02} {row.city}"]
+    rng.shuffle(items)
+    return " ".join(items)
+
+
 def _opening(account: Account, request: str) -> list[dict]:
     return [{"role": "system", "content": SYSTEM},
             {"role": "user", "content": render_account(account) + "\n" + request}]
@@ -278,9 +292,10 @@ def generate(seed: int, split: str, count: int) -> list[Example]:
 def conversations(seed: int, split: str, turns: int, explain: float):
     """Endless training conversations: one account, then `turns` requests about one transaction each.
 
-    The first request is to judge, with an account drawn as `generate` draws it. Of the others, a fraction `explain`
-    asks for an `explanation` of a transaction that may break many rules: ten relations named, each about evenly, teach
-    more per token than one verdict. Several requests share one reading of the profile for the same reason.
+    The first request is to judge, with an account drawn as `generate` draws it; then comes a `listing` of the account.
+    Of the other requests, a fraction `explain` asks for an `explanation` of a transaction that may break many rules. A
+    verdict alone teaches little: listing and explaining name the relations it rests on, many for one reading of the
+    profile, each standing about evenly often.
     """
     rng = _rng(seed, split, "conversations")
     while True:
@@ -291,7 +306,9 @@ def conversations(seed: int, split: str, turns: int, explain: float):
         if rng.random() < .5:
             (account, tx), pattern = legitimate_twin(account, tx, pattern), None
         messages = _opening(account, render_transaction(tx))
-        messages.append({"role": "assistant", "content": answer(account, tx, pattern)})
+        messages += [{"role": "assistant", "content": answer(account, tx, pattern)},
+                     {"role": "user", "content": LIST},
+                     {"role": "assistant", "content": listing(account, rng), "verdict": False}]
         for _ in range(turns - 1):
             explained = rng.random() < explain
             broken = draw_broken_rules(rng, account)
@@ -301,6 +318,18 @@ def conversations(seed: int, split: str, turns: int, explain: float):
             said = explanation(account, tx) if explained else answer(account, tx, next(iter(broken), None))
             messages += [{"role": "user", "content": render_transaction(tx, EXPLAIN if explained else JUDGE)},
                          {"role": "assistant", "content": said, "verdict": not explained}]
+        yield messages
+
+
+def profile_conversations(seed: int, split: str, listings: int):
+    """Endless easier conversations, to begin a training with: an account without history, listed again and again."""
+    rng = _rng(seed, split, "profiles")
+    while True:
+        account = replace(draw_account(Deck(rng, split)), history=())
+        messages = _opening(account, LIST)
+        for turn in range(listings):
+            messages += [{"role": "user", "content": LIST}] * (turn > 0)
+            messages.append({"role": "assistant", "content": listing(account, rng), "verdict": False})
         yield messages
 
 

@@ -155,7 +155,7 @@ class Qwen2(nnx.Module):
         """Float32 logits ``[..., V]`` of ``hidden[..., D]``."""
         weight = (self.embed if self.head is None else self.head).weight[...]
         rows = hidden.reshape(-1, hidden.shape[-1])
-        # XLA:CPU widens the whole matrix for a bf16 product of fewer than four rows.
-        padded = jnp.pad(rows, ((0, max(0, 4 - len(rows))), (0, 0)))
+        # XLA:CPU widens the whole matrix for a bf16 product of a single row.
+        padded = jnp.pad(rows, ((0, max(0, 2 - len(rows))), (0, 0)))
         logits = jnp.einsum("nd,vd->nv", padded, weight, preferred_element_type=jnp.float32)[: len(rows)]
         return logits.reshape(*hidden.shape[:-1], -1)

@@ -22,6 +22,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 
 BRANCH_SCALE = 0.1
+FOUND_SCALE = 5.0        # what a token's like was preceded by weighs more again
 OFFSETS = (1, 2, 3, 4)   # tokens back, by query head of layer 0
 OFFSET_STRENGTH = 8.0    # of the key bias, per plane: a neighbour of the wanted key scores about 6 less
 MATCHING_LAYERS = (1, 2)
@@ -72,4 +73,5 @@ def prepare_for_retrieval(params: dict, config: ModelConfig, seed: int = 0) -> d
         weight[1, :-2], weight[1, -2] = (w / w.std() * score ** .5 * slow for w in (noted, written))
     before = params["layers.1.attention.wqkv"][0, -1]
     before[...] = written / written.std() * before.std()
+    params["layers.1.attention.wo"][:, 0] *= FOUND_SCALE
     return params

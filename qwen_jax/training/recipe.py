@@ -29,6 +29,7 @@ class Recipe:
     turns: int                 # transactions per conversation; what exceeds the row is cut
     explain: float             # fraction of them, after the first, to be explained instead of judged
     steps: int
+    profile_steps: int         # of them, the first ones: profiles only, in twice as many rows of half the length
     warmup_steps: int
     learning_rate: float       # peak, after a linear warm-up; then a cosine down to zero
     weight_decay: float

@@ -65,8 +65,8 @@ def test_the_default_cpu_table():
         *(f"prefill/full_attention {shape}" for shape in ("1x64", "1x256", "1x512", "2x256", "4x128", "8x64")),
         "prefill/recompute 64x64",
         *(f"prefill/sparse_attention {shape}" for shape in ("1x64", "1x256", "1x512", "2x256", "4x128", "8x64")),
-        *(f"decode/full_attention {rows}x1" for rows in (4, 8, 16, 32, 64)),
-        *(f"decode/sparse_attention {rows}x1" for rows in (4, 8, 16, 32, 64)),
+        *(f"decode/full_attention {rows}x1" for rows in (2, 8, 16, 32, 64)),
+        *(f"decode/sparse_attention {rows}x1" for rows in (2, 8, 16, 32, 64)),
     ]
 
 
@@ -103,7 +103,7 @@ def test_default_tables_cover_the_policy_and_nothing_else(max_batch_size, max_se
         assert bucket.micro_rows * bucket.tokens <= (512 if platform == "cpu" else 8192)
     for attention in attentions:
         rows = [b.rows for b in decode if b.schedule == attention]
-        assert rows == sorted(rows) and rows[0] == 4 and rows[-1] == max(4, -(-max_batch_size // 4) * 4)
+        assert rows == sorted(rows) and rows[0] == 2 and rows[-1] == -(-max_batch_size // 2) * 2
 
 
 def limits(**changes) -> Limits:

@@ -54,6 +54,8 @@ def test_labels_of_training_conversations():
         profile = messages[1]["content"]
         profile = profile[:profile.index("Judge")]
         for question, answer in zip(messages[1::2], messages[2::2]):
+            if question["content"] == "List":
+                continue
             judged = question["content"][question["content"].index("Judge"):]
             label, reason = answer["content"].split()[:2]
             assert broken_rules(profile + judged) == ([] if label == "legit" else [reason])
@@ -69,7 +71,7 @@ def test_explanations_say_what_is_wrong():
     for messages in itertools.islice(conversations(4, "train", 5, 1.0), 200):
         profile = messages[1]["content"]
         profile = profile[:profile.index("Judge")]
-        for question, explanation in zip(messages[3::2], messages[4::2]):
+        for question, explanation in zip(messages[5::2], messages[6::2]):
             assert question["content"].startswith("Explain\n")
             found = [rule for rule, words in BROKEN.items() if words in explanation["content"]]
             assert found == broken_rules(profile + question["content"])

@@ -25,7 +25,7 @@ from qwen_jax.training.recipe import ModelShape, Recipe, load_recipe
 from qwen_jax.training.step import make_optimizer, make_train_step
 from qwen_jax.training.tokenizer import save_tokenizer, train_tokenizer
 
-RECIPE = Recipe(seed=0, vocab_size=320, sequence_length=96, batch_size=2, turns=1, explain=0.0, steps=30,
+RECIPE = Recipe(seed=0, vocab_size=320, sequence_length=96, batch_size=2, turns=1, explain=0.0, steps=30, profile_steps=0,
                 warmup_steps=2, learning_rate=1e-2, weight_decay=0.0, clip_norm=1.0, adam_b2=0.98, lm_weight=0.1,
                 evaluate_every=10, model=ModelShape(32, 48, 2, 4, 2, 8, 256, 10_000.0))
 CONFIG = ModelConfig(vocab_size=320, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2,

@@ -1,0 +1,60 @@
+"""The shipped model: small, loadable by transformers, and right about transactions it has never seen."""
+import json
+from pathlib import Path
+
+import jax
+import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qwen_jax import load_model
+from qwen_jax.evaluation.fraud import conversations, format_messages, generate
+from qwen_jax.evaluation.fraud_score import answers_in_one_pass, score
+
+FOLDER = Path(__file__).resolve().parents[2] / "qwen_jax" / "bundled"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
+
+
+def test_it_is_small_and_complete():
+    assert sum(file.stat().st_size for file in FOLDER.rglob("*")) <= 10_000_000
+    config = json.loads((FOLDER / "config.json").read_text())
+    assert config["architectures"] == ["Qwen2ForCausalLM"] and config["tie_word_embeddings"]
+    assert {"generation_config.json", "tokenizer_config.json"} <= {file.name for file in FOLDER.iterdir()}
+
+
+def test_its_tokenizer_is_the_one_transformers_loads(tokenizer):
+    theirs = AutoTokenizer.from_pretrained(FOLDER)
+    for messages in (next(conversations(seed, "heldout", 3, 0.5)) for seed in range(5)):
+        text = format_messages(messages, False)
+        assert theirs(text)["input_ids"] == tokenizer.encode(text).ids
+        assert theirs.apply_chat_template(messages, tokenize=False) == text
+    assert theirs.decode(theirs("prix: 12 €, día 7\n")["input_ids"]) == "prix: 12 €, día 7\n"
+
+
+def test_held_out_accuracy(tokenizer):
+    examples = generate(11, "heldout", 400)
+    model = load_model(FOLDER, dtype="float32")
+    forward = jax.jit(lambda tokens: model(tokens))
+    result = score(answers_in_one_pass(forward, tokenizer, examples), examples)
+    assert result.accuracy >= 0.97, result.table()
+    assert result.majority == 0.5
+
+
+def test_transformers_generates_the_same_verdicts(tokenizer):
+    """The folder is a Qwen2.5 checkpoint to others too; generating gives what one forward pass read."""
+    examples = generate(12, "heldout", 12)
+    theirs = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
+    texts = []
+    for example in examples:
+        ids = torch.tensor([tokenizer.encode(format_messages(example.messages)).ids])
+        out = theirs.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=0)
+        texts.append(tokenizer.decode(out[0, ids.shape[1]:].tolist()))
+    model = load_model(FOLDER, dtype="float32")
+    ours = answers_in_one_pass(jax.jit(lambda tokens: model(tokens)), tokenizer, examples, rows=12)
+    assert [t.split()[0] for t in texts] == [t.split()[0] for t in ours]
+    assert score(texts, examples).accuracy >= 0.9
