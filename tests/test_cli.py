@@ -15,8 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 def run(*args, stdin=None, check=False):
     done = subprocess.run([sys.executable, "-m", "qwen_jax.cli", *map(str, args)], input=stdin, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, env={**os.environ,
-                                                                                         "HF_HUB_OFFLINE": "1"})
+                          capture_output=True, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert not check or done.returncode == 0, done.stderr
     return done
 
@@ -46,7 +45,8 @@ def test_info_of_a_preset():
 
 def test_generate_streams_text_and_json_agrees():
     prompt = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
-    common = ("generate", "bundled", "--prompt", prompt, "--max-tokens", "6", "--temperature", "0", "--max-seq-len", "64")
+    common = ("generate", "bundled", "--prompt", prompt, "--max-tokens", "6", "--temperature", "0", "--max-seq-len",
+              "64")
     plain = run(*common, check=True)
     as_json = run(*common, "--json", check=True)
     [line] = as_json.stdout.splitlines()
@@ -69,7 +69,7 @@ def test_chat_keeps_the_conversation():
     (("generate", "bundled", "--prompt", "x", "--temperature", "-1"), "temperature must be"),
     (("generate", "bundled", "--prompt", "x", "--temperature", "nan"), "temperature must be"),
     (("generate", "bundled", "--prompt", "x", "--max-tokens", "0"), "max_tokens must be at least 1"),
-    (("generate", "bundled", "--prompt", "a b c d e f g " * 40, "--max-seq-len", "64"), "max_seq_len=64 leaves no room"),
+    (("generate", "bundled", "--prompt", "a b c d e f " * 40, "--max-seq-len", "64"), "max_seq_len=64 leaves no room"),
     (("generate", "bundled", "--prompt", "x", "--max-seq-len", "999999"), "exceeds the model's context"),
     (("convert", "bundled", "{tmp}/x", "--fp8"), "--fp8 is not implemented yet"),
     (("convert", "{tmp}/absent", "{tmp}/x"), "no model at"),

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import jax
 import jaxlib
+import qwen_kernels
 from jax.experimental import serialize_executable
 
 from qwen_jax.engine.schedule import Bucket
@@ -186,11 +187,7 @@ def _cpu_flags() -> str:
 
 def _code_digest() -> str:
     """Digest of the sources that are traced into programs."""
-    import qwen_kernels
-
-    import qwen_jax
-
-    package, kernels = Path(qwen_jax.__file__).parent, Path(qwen_kernels.__file__).parent
+    package, kernels = Path(__file__).parents[1], Path(qwen_kernels.__file__).parent
     steps = [package / "engine" / f"{name}.py" for name in ("steps", "sampler", "draw", "schedule")]
     digest = hashlib.sha256()
     for path in [package / "config.py", *steps, *sorted((package / "model").rglob("*.py")),

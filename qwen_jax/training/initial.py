@@ -7,9 +7,9 @@ had at the start from the initial values alone; training is free to change them.
  - Layer 0 looks back a fixed number of tokens. With a key bias k and a query bias R(-d) k in rotary planes that turn
    fast, the score of a key n tokens back is a sum of cos((n - d) θ_j): largest at n = d.
  - Layer 0 writes into one half of the residual's dimensions only; call it the context half.
- - Layer 1, first KV group: query and key projections are equal (https://arxiv.org/abs/2305.09828) and blind to the context
-   half, so a token finds its like, and, by biases of opposite signs in the fast planes, not itself; the value is what
-   stood before it there. Layer 2 does the same with sight of the context half: whole phrases find their like.
+ - Layer 1, first KV group: query and key projections are equal (https://arxiv.org/abs/2305.09828) and blind to the
+   context half, so a token finds its like, and, by biases of opposite signs in the fast planes, not itself; the
+   value is what stood before it there. Layer 2 does the same with sight of the context half: whole phrases find their like.
  - Layers 1 and 2, second KV group: the key reads what layer 0 noted of the token before, the query reads the token
    itself as layer 0 noted it. So a token finds what followed its like.
  - Every branch adds less to the residual than usual, so that tokens stay visible under their context.
@@ -43,8 +43,10 @@ def prepare_for_retrieval(params: dict, config: ModelConfig, seed: int = 0) -> d
         if path.endswith(("attention.wo", "mlp.down")):
             value *= BRANCH_SCALE
     theta, _ = config.rope.frequencies(config.head_dim)
-    first_half = lambda plane: np.concatenate([plane, np.zeros_like(plane)])  # channels i and i + H / 2 make a plane
     fast, slow = (theta >= FAST).astype(np.float32), np.tile(theta <= SLOW, 2)[:, None]
+
+    def first_half(plane: np.ndarray) -> np.ndarray:  # channels i and i + H / 2 make a plane
+        return np.concatenate([plane, np.zeros_like(plane)])
 
     def projections(layer: int):  # [K, G + 2, H, D] and [K, G + 2, H]: a group's queries, its key, its value
         return params[f"layers.{layer}.attention.wqkv"], params[f"layers.{layer}.attention.bqkv"]

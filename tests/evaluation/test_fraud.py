@@ -8,8 +8,15 @@ import re
 import pytest
 
 from qwen_jax.errors import UserError
-from qwen_jax.evaluation.fraud import (PATTERNS, conversations, draw_account, draw_transaction, format_messages,
-                                       generate, write_jsonl)
+from qwen_jax.evaluation.fraud import (
+    PATTERNS,
+    conversations,
+    draw_account,
+    draw_transaction,
+    format_messages,
+    generate,
+    write_jsonl,
+)
 from qwen_jax.evaluation.fraud_names import Deck, split_of
 
 PAYMENT = re.compile(r"(\d\d):\d\d (?:(approved|declined|disputed) )?(\w+) (\d+) (\w+) terminal (\w+)"

@@ -1,11 +1,11 @@
 """Scores on hand-made answers."""
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from qwen_jax.errors import UserError
 from qwen_jax.evaluation.fraud import PATTERNS, generate
 from qwen_jax.evaluation.fraud_score import answers_in_one_pass, score
+from qwen_jax.training.tokenizer import train_tokenizer
 
 
 def test_perfect_answers():
@@ -44,10 +44,7 @@ def test_a_missing_answer_is_refused():
 
 def test_one_pass_reads_the_prediction_at_each_position_of_the_answer():
     """A stand-in model that knows the next token says the right answers; one that is shifted does not."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer.add_tokens(sorted(pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer = train_tokenizer(["fraud legit"], 280)
     examples = generate(3, "heldout", 10)
 
     def oracle(shift):
