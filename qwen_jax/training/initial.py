@@ -9,7 +9,8 @@ had at the start from the initial values alone; training is free to change them.
  - Layer 0 writes into one half of the residual's dimensions only; call it the context half.
  - Layer 1, first KV group: query and key projections are equal (https://arxiv.org/abs/2305.09828) and blind to the
    context half, so a token finds its like, and, by biases of opposite signs in the fast planes, not itself; the
-   value is what stood before it there. Layer 2 does the same with sight of the context half: whole phrases find their like.
+   value is what stood before it there. Layer 2 does the same with sight of the context half: whole phrases find
+   their like.
  - Layers 1 and 2, second KV group: the key reads what layer 0 noted of the token before, the query reads the token
    itself as layer 0 noted it. So a token finds what followed its like.
  - Every branch adds less to the residual than usual, so that tokens stay visible under their context.
