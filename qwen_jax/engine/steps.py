@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from qwen_kernels.attention import PAGE, page_dtype, paged_attention, write_pages
 
 from qwen_jax.config import ModelConfig
@@ -144,8 +145,12 @@ def _micro_batches(model: Qwen2, bucket: Bucket, state: EngineState, batch: Step
     def part(index):
         return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index * size, size), batch)
 
+    graph, params = nnx.split(model)
+
     def run(state, index):
-        return _rows(model, bucket.phase, state, part(index), vocab_limit)
+        # Tied to the index, weights are not loop-invariant: XLA:CPU would widen all of them to float32 before the loop.
+        here, tied = jax.lax.optimization_barrier((params, index))
+        return _rows(nnx.merge(graph, here), bucket.phase, state, part(tied), vocab_limit)
 
     def body(index, carry):
         state, outputs = carry
