@@ -110,8 +110,9 @@ class Engine:
         source = resolve(ref)
         parallel = [options.get(name, default) for name, default in settings.PARALLELISM]
         settings.check_parallelism(*parallel)  # before gigabytes are read
-        options.setdefault("tokenizer", load_tokenizer(source))
-        options.setdefault("generation_config", load_generation_config(source))
+        for name, load in (("tokenizer", load_tokenizer), ("generation_config", load_generation_config)):
+            if name not in options:  # a tokenizer takes seconds to load
+                options[name] = load(source)
         return cls(load_model(source, dtype), **options)
 
     # --- getting ready

@@ -105,7 +105,7 @@ _CPU_RECOMPUTE = ((64, 8),)
 _ACCELERATOR_RECOMPUTE = ((64, 32), (256, 32))
 # XLA:CPU's bf16 dot with one row is 10 times slower than with two, and elsewhere a padding row costs nothing. Eight
 # rows cost little more than four: one program less to compile.
-_DECODE_ROWS = (2, 8, 16, 32, 64)
+_DECODE_ROWS = (2, *(2**n for n in range(3, 20)))
 
 
 def default_limits(max_batch_size: int = 64, max_seq_len: int = 4096, platform: str = "cpu",
@@ -121,10 +121,7 @@ def default_limits(max_batch_size: int = 64, max_seq_len: int = 4096, platform: 
     prefill = [(min(rows, most_rows), tokens) for rows, tokens in shapes if tokens <= longest]
 
     most_decode_rows = _round_up(max_batch_size, _DECODE_ROWS[0])
-    decode_rows = [rows for rows in _DECODE_ROWS if rows < most_decode_rows]
-    while decode_rows and decode_rows[-1] * 2 < most_decode_rows and len(decode_rows) >= len(_DECODE_ROWS):
-        decode_rows.append(decode_rows[-1] * 2)
-    decode_rows.append(most_decode_rows)
+    decode_rows = [*(rows for rows in _DECODE_ROWS if rows < most_decode_rows), most_decode_rows]
 
     recompute = []
     for rows in decode_rows if max_batch_size > policy.recompute_above_rows else ():
