@@ -93,6 +93,13 @@ def _chat(args: argparse.Namespace) -> None:
         messages.append({"role": "assistant", "content": answer})
 
 
+def _train(args: argparse.Namespace) -> None:
+    from qwen_jax.training.finetune import train
+    from qwen_jax.training.recipe import load_recipe
+
+    print(train(load_recipe(args.recipe)))
+
+
 def _info(args: argparse.Namespace) -> None:
     facts = _facts(args.model)
     if args.json:
@@ -164,6 +171,10 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--seed", type=int)
         sub.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
         sub.add_argument("--max-seq-len", type=int, help="default: 4096 or the model's context if shorter")
+
+    train = command("train", _train, "Fine-tune a model, or train a LoRA adapter, as a TOML recipe says. Run again, it "
+                    "continues where it was interrupted.")
+    train.add_argument("recipe")
 
     info = command("info", _info, "Show a model's architecture and sizes, from its configuration alone.")
     info.add_argument("model", help="MODEL or a preset such as qwen2.5-7b")

@@ -6,10 +6,13 @@ Run again with the same folder, it continues after an interruption. About twice 
     LD_PRELOAD=libjemalloc.so.2 MALLOC_CONF=dirty_decay_ms:-1,muzzy_decay_ms:-1,thp:always python scripts/...
 """
 import argparse
+import collections
 import itertools
 import json
+import re
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 import jax
@@ -19,24 +22,32 @@ from tokenizers import Tokenizer
 from qwen_jax.checkpoint.conversion import save_hf
 from qwen_jax.config import ModelConfig, Rope
 from qwen_jax.errors import UserError
-from qwen_jax.evaluation.fraud import conversations, format_messages, generate, profile_conversations
+from qwen_jax.evaluation.fraud import conversations, generate
+from qwen_jax.evaluation.fraud_names import pieces
 from qwen_jax.evaluation.fraud_score import answers_in_one_pass, score
+from qwen_jax.evaluation.fraud_text import format_messages
 from qwen_jax.model import build, init, params_of
 from qwen_jax.training.curves import plot_curves
-from qwen_jax.training.data import batches
 from qwen_jax.training.initial import prepare_for_retrieval
-from qwen_jax.training.loop import fit
-from qwen_jax.training.recipe import Recipe, load_recipe
+from qwen_jax.training.loop import Run, fit
+from qwen_jax.training.recipe import BundledRecipe, load_recipe
+from qwen_jax.training.stacked import stack, unstack
+from qwen_jax.training.step import init_state, language_model_loss, make_optimizer, make_train_step
 from qwen_jax.training.tokenizer import END_OF_TEXT, IM_END, save_tokenizer, train_tokenizer
+from qwen_jax.training.turns import OPENING, batches
 
 
-def build_tokenizer(recipe: Recipe) -> Tokenizer:
-    """Learned from training conversations only: held-out names get no token of their own."""
-    source = conversations(recipe.seed, "train", recipe.turns, recipe.explain)
-    return train_tokenizer((format_messages(m, False) for m in itertools.islice(source, 4000)), recipe.vocab_size)
+def build_tokenizer(recipe: BundledRecipe) -> Tokenizer:
+    """Knows the words that most conversations share and the pieces of names, but no name as a whole."""
+    source = itertools.islice(conversations(recipe.seed, "train", recipe.turns, recipe.explain), 400)
+    texts = ["\n".join([format_messages(opening, False), *map("{0.request}\n{0.answer}".format, turns)])
+             for opening, turns in source]
+    count = collections.Counter(word for text in texts for word in set(re.findall(r" ?[A-Za-z]+", text)))
+    common = [word for word, texts_with in count.items() if texts_with > 0.03 * len(texts)]
+    return train_tokenizer([*common, *pieces()] * 10, recipe.vocab_size)
 
 
-def model_config(recipe: Recipe, tokenizer: Tokenizer) -> ModelConfig:
+def model_config(recipe: BundledRecipe, tokenizer: Tokenizer) -> ModelConfig:
     shape = {**vars(recipe.model), "rope": Rope(recipe.model.rope_theta)}
     del shape["rope_theta"]
     return ModelConfig(vocab_size=tokenizer.get_vocab_size(), **shape, tie_word_embeddings=True, dtype="bfloat16",
@@ -63,29 +74,32 @@ def main():
     args = parser.parse_args()
     if args.out.exists():
         raise UserError(f"{args.out} exists: move it away, or name another folder with --out")
-    recipe = load_recipe(args.recipe)
+    recipe = load_recipe(args.recipe, BundledRecipe)
     tokenizer = build_tokenizer(recipe)
     config = model_config(recipe, tokenizer)
-    model = init(config, recipe.seed, "float32")
-    model = build(config, prepare_for_retrieval(params_of(model), config, recipe.seed))
+    initial = prepare_for_retrieval(params_of(init(config, recipe.seed, "float32")), config, recipe.seed)
     print(f"{config.num_parameters:,} parameters, vocabulary {config.vocab_size}")
 
     def batch_of(step: int):
-        seed, rows, length = recipe.seed + 1_000_003 * step, recipe.batch_size, recipe.sequence_length
-        source = conversations(seed, "train", recipe.turns, recipe.explain)
-        if step <= recipe.profile_steps:
-            source, rows, length = profile_conversations(seed, "train", 4), 2 * rows, length // 2
-        return next(batches(tokenizer, source, rows, length, recipe.lm_weight))
+        source = conversations(recipe.seed + 1_000_003 * step, "train", recipe.turns, recipe.explain)
+        rows = ((format_messages(opening, False).removesuffix("<|im_end|>\n") + "\n",
+                 [(turn.request, turn.answer) for turn in turns]) for opening, turns in source)
+        return next(batches(tokenizer, rows, recipe.batch_size, recipe.sequence_length, recipe.lm_weight))
 
     held_out = generate(1, "heldout", 400)
     forward = jax.jit(lambda model, tokens: model(tokens))
 
-    def evaluate(model) -> dict[str, float]:
+    def evaluate(state) -> dict[str, float]:
+        model = build(config, unstack(state.trainable))
         result = score(answers_in_one_pass(lambda t: forward(model, t), tokenizer, held_out), held_out)
         patterns = {name: (p.fraud + p.twin) / 2 for name, p in result.patterns.items()}
         return {"accuracy": result.accuracy, "reason": result.reason, **patterns}
 
-    trained = params_of(fit(model, recipe, batch_of, args.run, evaluate))
+    optimizer = make_optimizer(recipe.optimizer, recipe.steps)
+    step = make_train_step(language_model_loss(config, shared_segment=OPENING), optimizer)
+    state = init_state(stack({path: jnp.asarray(value) for path, value in initial.items()}), optimizer)
+    run = Run(args.run, recipe.steps, recipe.evaluate_every, keep=1, max_skipped=10, facts=asdict(recipe))
+    trained = unstack(fit(state, step, {}, batch_of, run, evaluate).trainable)
     plot_curves(args.run / "metrics.jsonl", args.run / "curves.png")
     rounded = {path: value.astype(jnp.bfloat16) for path, value in trained.items()}
     write_folder(rounded, config, tokenizer, args.out)

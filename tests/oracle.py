@@ -1,7 +1,10 @@
 """transformers as the oracle: small random Qwen2 models whose logits have a realistic scale."""
 
+import numpy as np
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from qwen_jax.checkpoint.hf_layout import layout, split
 
 
 def random_qwen2(seed: int = 0, **options) -> Qwen2ForCausalLM:
@@ -34,3 +37,15 @@ def hf_logits(model: Qwen2ForCausalLM, tokens, **inputs) -> torch.Tensor:
     """Float32 logits [B, T, V]."""
     with torch.no_grad():
         return model(torch.as_tensor(tokens), use_cache=False, **inputs).logits
+
+
+def torch_model(config, params) -> Qwen2ForCausalLM:
+    """The float32 transformers model, in eager attention, with our parameters (canonical path to array)."""
+    settings = {name: value for name, value in config.to_hf().items() if name not in ("architectures", "model_type")}
+    model = Qwen2ForCausalLM(Qwen2Config(**settings, attn_implementation="eager")).float()
+    table = layout(config)
+    state = {name: torch.tensor(np.array(tensor)) for path, array in params.items()
+             for name, tensor in split(table[path], np.asarray(array))}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert missing == (["lm_head.weight"] if config.tie_word_embeddings else []) and not unexpected
+    return model

@@ -29,10 +29,10 @@ def padding_batch(bucket: Bucket, slots: int, sampling: SamplingRows) -> StepBat
     )
 
 
-def dry_run_batch(bucket: Bucket, slots: int) -> StepBatch:
-    """One full row that computes on the null page, so that a warm-up step does what a real one does."""
+def dry_run_batch(bucket: Bucket, slots: int, rows: int = 1) -> StepBatch:
+    """Full rows that compute on the null page, so that a warm-up step does what a real one does; or no row at all."""
     batch = padding_batch(bucket, slots, neutral_rows(bucket.rows))
-    batch.length[0] = bucket.tokens
+    batch.length[:rows] = bucket.tokens
     return batch
 
 

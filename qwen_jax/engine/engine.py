@@ -118,7 +118,10 @@ class Engine:
     # --- getting ready
 
     def warmup(self) -> None:
-        """Compile (or load from disk) and run every program once; nothing compiles afterwards."""
+        """Compile (or load from disk) and run every program once; nothing compiles afterwards.
+
+        A new program runs on a full row. One from disk has done so before: it runs on none, which a prefill skips.
+        """
         began = time.perf_counter()
         with planned():
             if self._state is None:
@@ -128,7 +131,7 @@ class Engine:
                       disable=not self._progress) as bar:
                 for bucket, program in self.executables.prepare(self.table):
                     self._prepared[bucket] = program.seconds
-                    self._run(bucket, dry_run_batch(bucket, self._slots))
+                    self._run(bucket, dry_run_batch(bucket, self._slots, rows=0 if program.from_disk else 1))
                     how = "loaded" if program.from_disk else "compiled"
                     bar.set_postfix_str(f"{bucket} {how} in {program.seconds:.1f} s")
                     bar.update()

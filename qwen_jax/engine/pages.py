@@ -3,7 +3,8 @@
 A page holds `PAGE` tokens of every layer. The pool hands out page ids; the arrays they index live on the device.
 """
 
-PAGE = 64  # tokens in a page
+from qwen_kernels.attention import PAGE
+
 NULL_PAGE = 0  # never handed out: padding rows and padding tokens write here, and nobody reads it
 
 

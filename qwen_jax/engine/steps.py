@@ -69,9 +69,9 @@ def new_state(config: ModelConfig, num_pages: int, slots: int, dtype) -> EngineS
 def run_bucket(model: Qwen2, bucket: Bucket, state: EngineState, batch: StepBatch,
                vocab_limit: jax.Array) -> tuple[EngineState, StepOutput]:
     """One step of ``bucket``; ``vocab_limit`` (i32 scalar) is the number of ids that exist."""
-    if bucket.micro_rows < bucket.rows:
-        return _micro_batches(model, bucket, state, batch, vocab_limit)
-    return _rows(model, bucket.phase, state, batch, vocab_limit)
+    if bucket.phase == "decode":
+        return _rows(model, bucket.phase, state, batch, vocab_limit)
+    return _micro_batches(model, bucket, state, batch, vocab_limit)
 
 
 def _rows(model: Qwen2, phase: str, state: EngineState, batch: StepBatch, vocab_limit):
@@ -136,9 +136,9 @@ def _score(model: Qwen2, hidden, targets, vocab_limit) -> PromptScores:
 
 
 def _micro_batches(model: Qwen2, bucket: Bucket, state: EngineState, batch: StepBatch, vocab_limit):
-    """``recompute``: the rows in groups of ``micro_rows``, so that activations of one group exist at a time.
+    """The rows in groups of ``micro_rows``, so that activations of one group exist at a time (``recompute``).
 
-    Groups of padding rows are not run at all.
+    Groups of padding rows are not run at all: a prefill step without rows costs nothing.
     """
     size = bucket.micro_rows
 

@@ -4,8 +4,8 @@ Every identifier belongs to exactly one split, decided by a checksum of its text
 account, merchant, city, person, device, terminal, card or amount was never seen in training, while the syllables and
 digits it is spelled with were.
 
-Within one `Deck` no two names start with the same syllable and no two codes with the same letters: a reader (or a
-model) can tell them apart by their beginnings.
+Names and codes are made of two pieces. Within one `Deck` no piece of a code and no start of a name is used twice: a
+reader (or a model) can tell them apart by one piece.
 """
 import random
 import zlib
@@ -13,17 +13,24 @@ import zlib
 SPLITS = ("train", "heldout")
 
 _STARTS = """
-    Kal Bel Tor Mir Sav Dun Zel Nor Fal Gri Pol Lun Ver Har Cas Tam Rod Wex Jun Bri Dal Fen Gam Hol Ker Lom
-    Mad Nes Orv Pil Quo Rin Sol Tev Ulm Vas Wil Yar Zan Bos Cor Dre Elm Fos Gav Hin Ist Jor Kes Lav Mon Nak
-    Osk Pra Rus Ski Tul Urb Vin Zed
+    Kal Bel Tor Mir Sav Dun Zel Nor Fal Zug Pol Lun Ver Har Cas Tam Rod Wex Jun Vex Dal Fen Gam Hol Ker Lom
+    Mad Nes Orv Pil Wem Rin Sol Tev Ulm Vas Wil Yar Zan Yol Cor Lud Elm Pim Gav Hin Ist Jor Kes Lav Mon Nak
+    Osk Pra Rus Jan Hob Urb Vin Zed
 """.split()
-_MIDDLES = "a e i o u an en in on ar er or".split()
 _ENDINGS = {
-    "merchant": "mart shop store foods tech wear cafe fuel".split(),
-    "city": "ton burg ville ford stad pool dale mouth".split(),
-    "person": "da na lo ris mo ka be ti".split(),
+    "merchant": """mart shop store foods tech wear cafe fuel books yarn parts games music sports garden lens
+                   pharma travel market bakery""".split(),
+    "city": """ton burg ville ford stad pool dale mouth haven bridge field wick minster chester port stead
+               bury worth ham ness""".split(),
+    "person": "da na lo ris mo ka be vo sen lin ros vig tan bel dor mir fan gus hol nik".split(),
 }
-_CONSONANTS, _VOWELS = "bdfgjkmnpqrstvwxyz", "aeiou"
+_SYLLABLES = [c + v for c in "bdfgjkmnpqrstvwxyz" for v in "aeiou"]
+
+
+def pieces() -> list[str]:
+    """What names and codes are made of, as they stand in a text: first pieces follow a space."""
+    starts, codes = [" " + start for start in _STARTS], [" " + s for s in _SYLLABLES] + ["-" + s for s in _SYLLABLES]
+    return starts + codes + sum(_ENDINGS.values(), [])
 
 
 def split_of(text: str) -> str:
@@ -37,8 +44,7 @@ class Deck:
     def __init__(self, rng: random.Random, split: str):
         self.rng, self.split = rng, split
         self._starts = rng.sample(_STARTS, len(_STARTS))
-        self._letters = [c + v for c in _CONSONANTS for v in _VOWELS]
-        rng.shuffle(self._letters)
+        self._syllables = rng.sample(_SYLLABLES, len(_SYLLABLES))
 
     def _own(self, draw) -> str:
         while True:  # one draw in five (held-out) or four in five (train) is ours
@@ -47,14 +53,19 @@ class Deck:
                 return text
 
     def name(self, kind: str) -> str:
-        """A merchant, city or person, such as ``Kalomart``."""
-        start = self._starts.pop()
-        return self._own(lambda: start + self.rng.choice(_MIDDLES) + self.rng.choice(_ENDINGS[kind]))
+        """A merchant, city or person, such as ``Kalmart``."""
+        while True:  # a start may have no ending that makes a name of this split
+            start = self._starts.pop()
+            names = [name for ending in _ENDINGS[kind] if split_of(name := start + ending) == self.split]
+            if names:
+                return self.rng.choice(names)
 
     def code(self) -> str:
-        """A card, device or terminal code, such as ``ka73``."""
-        letters = self._letters.pop()
-        return self._own(lambda: f"{letters}{self.rng.randrange(10)}{self.rng.randrange(10)}")
+        """A card, device or terminal code, such as ``ka-zo``."""
+        first = self._syllables.pop()
+        code = self._own(lambda: f"{first}-{self.rng.choice(self._syllables)}")
+        self._syllables.remove(code[3:])
+        return code
 
     def number(self, low: int, high: int, unlike: tuple = ()) -> str:
         """A whole number in [low, high) whose last digit no number in `unlike` ends with."""

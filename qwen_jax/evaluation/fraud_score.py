@@ -6,7 +6,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from qwen_jax.errors import UserError
-from qwen_jax.evaluation.fraud import PATTERNS, Example, format_messages
+from qwen_jax.evaluation.fraud import Example
+from qwen_jax.evaluation.fraud_account import PATTERNS
+from qwen_jax.evaluation.fraud_text import format_messages
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qwen_jax.config import ModelConfig
-from qwen_jax.model.qwen2 import Qwen2
+from qwen_jax.model.qwen2 import Layer, Qwen2
 
 
 class ParamSpec(NamedTuple):
@@ -24,6 +24,10 @@ class ParamSpec(NamedTuple):
 
 def _create(config: ModelConfig, dtype, seed: int = 0) -> Qwen2:
     return Qwen2(config, rngs=nnx.Rngs(seed), dtype=dtype)
+
+
+def _create_layer(config: ModelConfig) -> Layer:
+    return Layer(config, nnx.Rngs(0), jnp.float32)
 
 
 def _abstract_split(config: ModelConfig, dtype):
@@ -43,13 +47,22 @@ def abstract(config: ModelConfig, dtype="bfloat16") -> dict[str, ParamSpec]:
 
 def build(config: ModelConfig, params: Mapping[str, jax.Array]) -> Qwen2:
     """The module around ``params`` (canonical path to array), without a copy. KeyError for missing or extra paths."""
-    graph, state, rest = _abstract_split(config, jnp.float32)
+    return _fill(*_abstract_split(config, jnp.float32), params)
+
+
+def _fill(graph, state, rest, params: Mapping[str, jax.Array]):
     flat = nnx.to_flat_state(state)
     expected = {_dotted(path) for path, _ in flat}
     if expected != set(params):
         raise KeyError(f"parameters differ from the model's: {sorted(expected ^ set(params))[:8]}")
     leaves = [(path, leaf.replace(params[_dotted(path)])) for path, leaf in flat]
     return nnx.merge(graph, nnx.from_flat_state(leaves), rest)
+
+
+def build_layer(config: ModelConfig, params: Mapping[str, jax.Array]) -> Layer:
+    """One layer around its parameters, named as within a layer (``attention.wqkv``). KeyError when names differ."""
+    graph, state, rest = nnx.split(nnx.eval_shape(partial(_create_layer, config)), nnx.Param, ...)
+    return _fill(graph, state, rest, params)
 
 
 def params_of(model: Qwen2) -> dict[str, jax.Array]:

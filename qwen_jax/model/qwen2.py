@@ -8,6 +8,7 @@ of a few rows reads such a matrix up to twice as fast as its transpose.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,9 @@ from qwen_jax.model.rope import apply_rope, rope_tables
 
 # (layer index, q[B, T, K, G, H], k[B, T, K, H], v[B, T, K, H]) -> [B, T, K, G, H]
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
+# (layer index, site, input x[B, T, I], output y[B, T, O]) -> what replaces y. Sites: "qkv", "o", "gate_up", "down"; O
+# is the product of the matrix's other axes in their order, before the bias.
+Adapt = Callable[[int, str, jax.Array, jax.Array], jax.Array]
 
 
 def _param(shape: tuple[int, ...], axes: tuple[str, ...], rngs: nnx.Rngs, dtype, scale: float | None) -> nnx.Param:
@@ -30,6 +34,10 @@ def _param(shape: tuple[int, ...], axes: tuple[str, ...], rngs: nnx.Rngs, dtype,
     else:
         value = (jax.random.normal(rngs.params(), shape, jnp.float32) * scale).astype(dtype)
     return nnx.Param(value, axes=axes)
+
+
+def _unchanged(site: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    return y
 
 
 def _matmul(spec: str, x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -65,18 +73,19 @@ class Attention(nnx.Module):
         self.wo = _param((model, kv, group, dim), ("embed", "kv_heads", "group", "head_dim"), rngs, dtype,
                          (kv * group * dim) ** -0.5)
 
-    def project(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(self, x: jax.Array, cos: jax.Array, sin: jax.Array, adapt=_unchanged
+                ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """``x[B, T, D]`` to rotated ``q[B, T, K, G, H]``, rotated ``k[B, T, K, H]``, and ``v[B, T, K, H]``."""
         kv, rows, dim, model = self.wqkv.shape
-        qkv = jnp.einsum("btd,nd->btn", x, self.wqkv[...].reshape(-1, model), preferred_element_type=jnp.float32)
-        qkv = qkv.astype(x.dtype).reshape(*x.shape[:2], kv, rows, dim) + self.bqkv[...]
+        qkv = adapt("qkv", x, _matmul("btd,nd->btn", x, self.wqkv[...].reshape(-1, model)))
+        qkv = qkv.reshape(*x.shape[:2], kv, rows, dim) + self.bqkv[...]
         rotated = apply_rope(qkv[..., :-1, :], cos[:, :, None, None], sin[:, :, None, None])
         return rotated[..., :-1, :], rotated[..., -1, :], qkv[..., -1, :]
 
-    def output(self, attended: jax.Array) -> jax.Array:
+    def output(self, attended: jax.Array, adapt=_unchanged) -> jax.Array:
         """``[B, T, K, G, H]`` to ``[B, T, D]``."""
         flat = attended.reshape(*attended.shape[:2], -1)
-        return _matmul("btn,dn->btd", flat, self.wo[...].reshape(self.wo.shape[0], -1))
+        return adapt("o", flat, _matmul("btn,dn->btd", flat, self.wo[...].reshape(self.wo.shape[0], -1)))
 
 
 class MLP(nnx.Module):
@@ -87,10 +96,11 @@ class MLP(nnx.Module):
         self.gate_up = _param((2, inner, model), ("gate_up", "mlp", "embed"), rngs, dtype, model**-0.5)
         self.down = _param((model, inner), ("embed", "mlp"), rngs, dtype, inner**-0.5)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        both = _matmul("btd,nd->btn", x, self.gate_up[...].reshape(-1, x.shape[-1]))
+    def __call__(self, x: jax.Array, adapt=_unchanged) -> jax.Array:
+        both = adapt("gate_up", x, _matmul("btd,nd->btn", x, self.gate_up[...].reshape(-1, x.shape[-1])))
         gate, up = jnp.split(both, 2, axis=-1)
-        return _matmul("btf,df->btd", jax.nn.silu(gate) * up, self.down[...])
+        inner = jax.nn.silu(gate) * up
+        return adapt("down", inner, _matmul("btf,df->btd", inner, self.down[...]))
 
 
 class Layer(nnx.Module):
@@ -102,11 +112,14 @@ class Layer(nnx.Module):
         self.mlp_norm = RMSNorm(config, rngs, dtype)
         self.mlp = MLP(config, rngs, dtype)
 
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend) -> jax.Array:
-        """``x[B, T, D]`` to the same shape; ``attend(q, k, v)`` does attention and any caching."""
-        q, k, v = self.attention.project(self.attention_norm(x), cos, sin)
-        x = x + self.attention.output(attend(q, k, v))
-        return x + self.mlp(self.mlp_norm(x))
+    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend, adapt=_unchanged) -> jax.Array:
+        """``x[B, T, D]`` to the same shape.
+
+        ``attend(q, k, v)`` does attention and any caching; ``adapt(site, x, y)`` may change the output y of a product.
+        """
+        q, k, v = self.attention.project(self.attention_norm(x), cos, sin, adapt)
+        x = x + self.attention.output(attend(q, k, v), adapt)
+        return x + self.mlp(self.mlp_norm(x), adapt)
 
 
 class Embedding(nnx.Module):
@@ -143,12 +156,12 @@ class Qwen2(nnx.Module):
         hidden = self.hidden(tokens, positions, lambda _, q, k, v: causal_attention(q, k, v, segment_ids=segment_ids))
         return self.logits(hidden)
 
-    def hidden(self, tokens: jax.Array, positions: jax.Array, attend: Attend) -> jax.Array:
-        """Final normalised hidden states ``[B, T, D]``, with attention as the caller wants it."""
+    def hidden(self, tokens: jax.Array, positions: jax.Array, attend: Attend, adapt: Adapt | None = None) -> jax.Array:
+        """Final normalised hidden states ``[B, T, D]``, with attention, and adapters if any, as the caller wants."""
         cos, sin = rope_tables(self.config.rope, self.config.head_dim, positions)
         x = jnp.take(self.embed.weight[...], tokens, axis=0)
         for index, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, lambda q, k, v, index=index: attend(index, q, k, v))
+            x = layer(x, cos, sin, partial(attend, index), partial(adapt, index) if adapt else _unchanged)
         return self.norm(x)
 
     def logits(self, hidden: jax.Array) -> jax.Array:

@@ -2,26 +2,33 @@
 import json
 from pathlib import Path
 
+LABELS = {"accuracy": "label", "reason": "label and reason code"}
+
 
 def plot_curves(metrics: str | Path, picture: str | Path) -> None:
-    """Loss and accuracy over steps from a `metrics.jsonl` of `training.loop.fit`, as a PNG."""
+    """Loss over steps from a `metrics.jsonl` of `training.loop.fit`, as a PNG.
+
+    Beside it, the fraction right on held-out examples where the run was evaluated, else of the tokens it trained on.
+    """
     import matplotlib
     matplotlib.use("Agg")  # no display needed
     import matplotlib.pyplot as plt
 
     lines = [json.loads(line) for line in Path(metrics).read_text().splitlines()]
-    training = [line for line in lines if "loss" in line]
-    held_out = [line for line in lines if "accuracy" in line]
+    training, held_out = ([line for line in lines if ("loss" in line) == here] for here in (True, False))
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for name in ("loss", "answer_loss"):
-        left.plot([x["step"] for x in training], [x[name] for x in training], label=name.replace("_", " "), lw=1)
+    left.plot([x["step"] for x in training], [x["loss"] for x in training], lw=1)
     left.set(xlabel="step", ylabel="nats per token", yscale="log", title="training loss")
-    left.legend()
-    for name, line in (("accuracy", "-o"), ("reason", "--o")):
-        right.plot([x["step"] for x in held_out], [x[name] for x in held_out], line, ms=3,
-                   label={"accuracy": "label", "reason": "label and reason code"}[name])
-    right.axhline(.5, color="grey", lw=.8, ls=":", label="majority class")
-    right.set(xlabel="step", ylabel="fraction right", ylim=(0, 1.02), title="held-out accuracy")
-    right.legend(loc="lower right")
+    if held_out:
+        for name, line in (("accuracy", "-o"), ("reason", "--o")):
+            points = [(x["step"], x[name]) for x in held_out]
+            right.plot(*zip(*points, strict=True), line, ms=3, label=LABELS[name])
+        right.axhline(.5, color="grey", lw=.8, ls=":", label="majority class")
+        right.set(title="held-out accuracy")
+        right.legend(loc="lower right")
+    else:
+        right.plot([x["step"] for x in training], [x["accuracy"] for x in training], lw=1)
+        right.set(title="training tokens predicted right")
+    right.set(xlabel="step", ylabel="fraction right", ylim=(0, 1.02))
     figure.savefig(picture, dpi=110)
     plt.close(figure)

@@ -4,73 +4,98 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import jax
 import numpy as np
-from flax import nnx
 
 from qwen_jax.errors import UserError
-from qwen_jax.model import Qwen2
-from qwen_jax.training.data import Batch
-from qwen_jax.training.recipe import Recipe
-from qwen_jax.training.step import make_optimizer, make_train_step
+from qwen_jax.training import checkpoints
+from qwen_jax.training.batch import Batch
+from qwen_jax.training.step import TrainState
 
 REPORT_EVERY = 10  # steps between looks at the metrics: each look waits for the device
 
 
-def save_state(path: Path, step: int, state) -> None:
-    """Writes step and every leaf of `state` in one file, complete or not at all."""
-    leaves = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
-    with open(path.with_suffix(".part"), "wb") as file:
-        np.savez(file, step=step, **leaves)
+@dataclass(frozen=True)
+class Run:
+    """How long a training runs and what it leaves behind."""
+    folder: Path           # of checkpoints and metrics
+    steps: int
+    checkpoint_every: int  # steps
+    keep: int              # checkpoints
+    max_skipped: int       # steps in a row without effect, because of non-finite gradients, that end the run
+    facts: dict[str, Any]  # what a continued run must have in common with the interrupted one, as JSON
+
+
+def fit(state: TrainState, train_step: Callable, frozen: Any, batch_of: Callable[[int], Batch], run: Run,
+        evaluate: Callable[[TrainState], dict[str, float]] | None = None) -> TrainState:
+    """Trains up to step `run.steps` and returns the last state.
+
+    batch_of(step) gives the step's batch, the same whenever asked, so a run that is started again in the same folder
+    continues bit for bit where its last checkpoint was. Writes ``step-*`` (checkpoints) and ``metrics.jsonl``; each
+    line of the latter has a ``step`` and either training metrics or what `evaluate`, called at every checkpoint,
+    returned. Progress goes to stderr. UserError when gradients stay non-finite, naming the first parameter concerned.
+    """
+    run.folder.mkdir(parents=True, exist_ok=True)
+    found, first = checkpoints.restore(run.folder, state, run.facts), 0
+    if found:
+        first, state = found
+        print(f"continuing at step {first}", file=sys.stderr)
+    _cut(run.folder / "metrics.jsonl", first)
+    with open(run.folder / "metrics.jsonl", "a", encoding="utf-8") as log:
+        start = mark = time.perf_counter()
+        tokens = 0
+        for step in range(first + 1, run.steps + 1):
+            batch = batch_of(step)
+            tokens += batch.tokens.size
+            state, metrics = train_step(state, frozen, batch)
+            if step % REPORT_EVERY == 0 or step == run.steps:
+                _check(state, metrics, run.max_skipped)
+                shown = {name: float(value) for name, value in metrics.items() if name != "finite"}
+                now = time.perf_counter()
+                rate, left = tokens / (now - mark), (now - start) / (step - first) * (run.steps - step)
+                mark, tokens = now, 0
+                log.write(json.dumps({"step": step, "tokens_per_second": round(rate), "skipped": int(state.skipped),
+                                      **{name: round(value, 6) for name, value in shown.items()}}) + "\n")
+                log.flush()
+                values = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in shown.items())
+                print(f"step {step}/{run.steps}  {values}  {rate:.0f} tokens/s  {_duration(left)} left",
+                      file=sys.stderr)
+            if step % run.checkpoint_every == 0 or step == run.steps:
+                _check(state, metrics, run.max_skipped)
+                checkpoints.save(run.folder, step, state, run.facts, run.keep)
+                if evaluate:
+                    result = evaluate(state)
+                    log.write(json.dumps({"step": step, **result}) + "\n")
+                    log.flush()
+                    shown = "  ".join(f"{name} {value:.3f}" for name, value in result.items())
+                    print(f"step {step} held out: {shown}", file=sys.stderr)
+    return state
+
+
+def _check(state: TrainState, metrics: dict, limit: int) -> None:
+    in_a_row = int(state.skipped_in_a_row)
+    if in_a_row >= limit:
+        bad = [name for name, finite in metrics["finite"].items() if not np.asarray(finite)]
+        raise UserError(f"the gradients of {in_a_row} steps in a row were not finite, first that of {bad[0]} "
+                        f"({len(bad)} of {len(metrics['finite'])} parameters): lower the learning rate, or look at the "
+                        "data")
+
+
+def _cut(path: Path, step: int) -> None:
+    """Drops the lines after `step`, which the continued run writes again, and a line that was cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n") or json.loads(line)["step"] > step:
+            break
+        kept.append(line)
+    path.with_suffix(".part").write_text("".join(kept), encoding="utf-8")
     os.replace(path.with_suffix(".part"), path)
 
 
-def load_state(path: Path, like):
-    """The step and state that `save_state` wrote; UserError when they belong to another model."""
-    with np.load(path) as saved:
-        leaves, tree = jax.tree.flatten(like)
-        found = [saved[str(i)] for i in range(len(leaves)) if str(i) in saved]
-        if [x.shape for x in found] != [x.shape for x in leaves] or len(saved.files) != len(leaves) + 1:
-            raise UserError(f"{path} was written by a run with another model: remove it, or give another folder")
-        return int(saved["step"]), jax.tree.unflatten(tree, [jax.numpy.asarray(x) for x in found])
-
-
-def fit(model: Qwen2, recipe: Recipe, batch_of: Callable[[int], Batch], folder: Path,
-        evaluate: Callable[[Qwen2], dict[str, float]]) -> Qwen2:
-    """Trains `model` for `recipe.steps` steps and returns it with its new weights.
-
-    batch_of(step) gives the step's batch, the same whenever asked, so a run that is started again in the same
-    `folder` continues where its last checkpoint was. Writes ``state.npz`` and ``metrics.jsonl`` there; each line of the
-    latter has a ``step`` and either training metrics or what `evaluate` returned. Progress goes to stderr.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
-    optimizer = make_optimizer(recipe)
-    train_step, opt_state, first = make_train_step(model, optimizer), optimizer.init(params), 0
-    if (folder / "state.npz").exists():
-        first, (params, opt_state) = load_state(folder / "state.npz", (params, opt_state))
-        print(f"continuing at step {first}", file=sys.stderr)
-    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as log:
-        start = mark = time.perf_counter()
-        for step in range(first + 1, recipe.steps + 1):
-            params, opt_state, metrics = train_step(params, opt_state, batch_of(step))
-            if step % REPORT_EVERY == 0 or step == recipe.steps:
-                metrics = {name: round(float(value), 5) for name, value in metrics.items()}
-                now = time.perf_counter()
-                rate = REPORT_EVERY * recipe.batch_size * recipe.sequence_length / (now - mark)
-                left = (now - start) / (step - first) * (recipe.steps - step)
-                mark = now
-                log.write(json.dumps({"step": step, "tokens_per_second": round(rate), **metrics}) + "\n")
-                print(f"step {step}/{recipe.steps}  loss {metrics['loss']:.3f}  answer {metrics['answer_loss']:.3f}  "
-                      f"accuracy {metrics['verdict_accuracy']:.2f}  {rate:.0f} tokens/s  {left / 60:.0f} min left",
-                      file=sys.stderr)
-            if step % recipe.evaluate_every == 0 or step == recipe.steps:
-                save_state(folder / "state.npz", step, (params, opt_state))
-                result = evaluate(nnx.merge(graph, params, rest))
-                log.write(json.dumps({"step": step, **result}) + "\n")
-                log.flush()
-                shown = "  ".join(f"{name} {value:.3f}" for name, value in result.items())
-                print(f"step {step} held out: {shown}", file=sys.stderr)
-    return nnx.merge(graph, params, rest)
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{seconds / 60:.0f} min"

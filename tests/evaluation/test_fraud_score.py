@@ -3,13 +3,14 @@ import numpy as np
 import pytest
 
 from qwen_jax.errors import UserError
-from qwen_jax.evaluation.fraud import PATTERNS, generate
+from qwen_jax.evaluation.fraud import generate
+from qwen_jax.evaluation.fraud_account import PATTERNS
 from qwen_jax.evaluation.fraud_score import answers_in_one_pass, score
 from qwen_jax.training.tokenizer import train_tokenizer
 
 
 def test_perfect_answers():
-    examples = generate(0, "heldout", 40)
+    examples = generate(0, "heldout", 32)
     result = score([e.answer for e in examples], examples)
     assert (result.accuracy, result.reason, result.majority) == (1.0, 1.0, 0.5)
     assert set(result.patterns) == set(PATTERNS)
@@ -17,7 +18,7 @@ def test_perfect_answers():
 
 
 def test_wrong_answers_are_counted_where_they_belong():
-    examples = generate(0, "heldout", 20)  # one fraud and one twin of each pattern
+    examples = generate(0, "heldout", 16)  # one fraud and one twin of each pattern
     texts = [e.answer for e in examples]
     texts[0] = "legit R00"              # R01: a fraud missed
     texts[3] = "fraud R02 city"         # R02: a false alarm
@@ -25,11 +26,11 @@ def test_wrong_answers_are_counted_where_they_belong():
     texts[6] = ""                       # R04: no answer
     texts[8] = "fraudulent R05 amount"  # R05: no such label
     result = score(texts, examples)
-    assert result.accuracy == pytest.approx(16 / 20) and result.reason == pytest.approx(15 / 20)
+    assert result.accuracy == pytest.approx(12 / 16) and result.reason == pytest.approx(11 / 16)
     parts = {name: (p.fraud, p.twin, p.reason) for name, p in result.patterns.items()}
     assert parts["R01"] == (0, 1, 0) and parts["R02"] == (1, 0, 1) and parts["R03"] == (1, 1, 0)
     assert parts["R04"] == (0, 1, 0) and parts["R05"] == (0, 1, 0) and parts["R06"] == (1, 1, 1)
-    assert "accuracy 0.8000" in result.table() and PATTERNS["R03"] in result.table()
+    assert "accuracy 0.7500" in result.table() and PATTERNS["R03"] in result.table()
 
 
 def test_majority_of_an_unbalanced_file():

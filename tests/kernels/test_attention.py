@@ -118,21 +118,47 @@ def test_storage_keeps_bits():
     np.testing.assert_array_equal(np.asarray(kept, np.float32), np.asarray(values, np.float32))
 
 
-def test_causal_attention_segments():
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_causal_attention_segments(implementation):
     rng = np.random.default_rng(4)
-    q = rng.standard_normal((1, 10, 2, 3, 8)).astype(np.float32)
-    k, v = (rng.standard_normal((1, 10, 2, 8)).astype(np.float32) for _ in range(2))
-    segments = np.array([[0] * 4 + [1] * 6])
-    got = np.asarray(causal_attention(q, k, v, segment_ids=segments))
-    first = brute_force(q[:, :4], k[:, :4], v[:, :4], [0], [4])
-    second = brute_force(q[:, 4:], k[:, 4:], v[:, 4:], [0], [6])
+    q = rng.standard_normal((1, 150, 2, 3, 8)).astype(np.float32)
+    k, v = (rng.standard_normal((1, 150, 2, 8)).astype(np.float32) for _ in range(2))
+    segments = np.array([[0] * 70 + [1] * 80])
+    got = np.asarray(causal_attention(q, k, v, segment_ids=segments, implementation=implementation))
+    first = brute_force(q[:, :70], k[:, :70], v[:, :70], [0], [70])
+    second = brute_force(q[:, 70:], k[:, 70:], v[:, 70:], [0], [80])
     np.testing.assert_allclose(got, np.concatenate([first, second], 1), atol=2e-5)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_a_shared_segment_is_seen_by_all_that_follow(implementation):
+    rng = np.random.default_rng(6)
+    q = rng.standard_normal((1, 150, 2, 3, 8)).astype(np.float32)
+    k, v = (rng.standard_normal((1, 150, 2, 8)).astype(np.float32) for _ in range(2))
+    segments = np.array([[0] * 70 + [1] * 30 + [2] * 50])
+    got = np.asarray(causal_attention(q, k, v, segment_ids=segments, shared_segment=0, implementation=implementation))
+    for number in (1, 2):
+        seen = (segments[0] == 0) | (segments[0] == number)
+        alone = brute_force(q[:, seen], k[:, seen], v[:, seen], [0], [seen.sum()])
+        np.testing.assert_allclose(got[:, seen], alone, atol=2e-5)
+
+
+@pytest.mark.parametrize("length, dtype", [(1, "float32"), (63, "float32"), (130, "float32"), (1100, "bfloat16")])
+def test_dense_attention_in_blocks_is_the_reference(length, dtype):
+    rng = np.random.default_rng(length)
+    q = jnp.asarray(rng.standard_normal((2, length, 2, 2, 8)), dtype)
+    k, v = (jnp.asarray(rng.standard_normal((2, length, 2, 8)), dtype) for _ in range(2))
+    ours, theirs = (np.asarray(causal_attention(q, k, v, implementation=name), np.float32)
+                    for name in ("xla", "reference"))
+    np.testing.assert_allclose(ours, theirs, atol=2e-6 if dtype == "float32" else 0.02)
 
 
 def test_what_is_refused():
     q, _, _, k_pages, v_pages, table, start, length = paged_case(np.random.default_rng(5), 1, [3], [1])
     with pytest.raises(ValueError, match="unknown implementation 'cuda'; known: xla, reference"):
         paged_attention(q, k_pages, v_pages, table, start, length, implementation="cuda")
+    with pytest.raises(ValueError, match="unknown implementation 'flash'; known: xla, reference"):
+        causal_attention(q, q[:, :, :, 0], q[:, :, :, 0], implementation="flash")
     with pytest.raises(ValueError, match="pages must be"):
         paged_attention(q, k_pages[:, :, :32], v_pages[:, :, :32], table, start, length)
     with pytest.raises(ValueError, match="does not match"):

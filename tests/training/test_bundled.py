@@ -1,4 +1,4 @@
-"""The shipped model: small, loadable by transformers, and right about unseen transactions where it learned the rule."""
+"""The shipped model: small, loadable by transformers, and right about transactions it has never seen."""
 import json
 from pathlib import Path
 
@@ -9,8 +9,9 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwen_jax import load_model
-from qwen_jax.evaluation.fraud import conversations, format_messages, generate
+from qwen_jax.evaluation.fraud import generate
 from qwen_jax.evaluation.fraud_score import answers_in_one_pass, score
+from qwen_jax.evaluation.fraud_text import format_messages
 
 FOLDER = Path(__file__).resolve().parents[2] / "qwen_jax" / "bundled"
 
@@ -29,22 +30,20 @@ def test_it_is_small_and_complete():
 
 def test_its_tokenizer_is_the_one_transformers_loads(tokenizer):
     theirs = AutoTokenizer.from_pretrained(FOLDER)
-    for messages in (next(conversations(seed, "heldout", 3, 0.5)) for seed in range(5)):
+    for example in generate(10, "heldout", 6):
+        messages = [*example.messages, {"role": "assistant", "content": example.answer}]
         text = format_messages(messages, False)
         assert theirs(text)["input_ids"] == tokenizer.encode(text).ids
         assert theirs.apply_chat_template(messages, tokenize=False) == text
     assert theirs.decode(theirs("prix: 12 €, día 7\n")["input_ids"]) == "prix: 12 €, día 7\n"
 
 
-LEARNED = ("R01", "R02", "R04", "R08", "R09")  # the rules of the profile; those of the history are not learned yet
-
-
 def test_accuracy_on_transactions_it_has_never_seen(tokenizer):
-    examples = [example for example in generate(11, "heldout", 800) if example.pattern in LEARNED]
+    examples = generate(11, "heldout", 800)
     model = load_model(FOLDER, dtype="float32")
     forward = jax.jit(lambda tokens: model(tokens))
     result = score(answers_in_one_pass(forward, tokenizer, examples), examples)
-    assert len(examples) == 400 and result.majority == 0.5
+    assert result.majority == 0.5 and len(result.patterns) == 8
     assert result.accuracy >= 0.97, result.table()
 
 

@@ -8,20 +8,25 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from qwen_kernels.attention import reference, xla
+from qwen_kernels.attention import reference, xla, xla_dense
 from qwen_kernels.attention.storage import page_dtype, to_storage
 
 PAGE = 64
 
 
-def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, segment_ids: jax.Array | None = None) -> jax.Array:
-    """Causal grouped-query attention, differentiable.
+def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, segment_ids: jax.Array | None = None,
+                     shared_segment: int | None = None, implementation: str | None = None) -> jax.Array:
+    """Causal grouped-query attention, differentiable. Scale is ``H ** -0.5``.
 
     ``q[B, T, K, G, H]`` and ``k, v[B, T, K, H]`` give q's shape and dtype.
 
-    ``segment_ids[B, T]`` confines a token to its own segment. Scale is ``H ** -0.5``.
+    ``segment_ids[B, T]`` confines a token to its own segment; tokens of ``shared_segment``, if any, are seen by all
+    segments that follow (many continuations of one context in one row). implementation: "xla" or "reference".
     """
-    return reference.causal_attention(q, k, v, segment_ids=segment_ids)
+    if implementation not in (None, "xla", "reference"):
+        raise ValueError(f"unknown implementation {implementation!r}; known: xla, reference")
+    chosen = reference if implementation == "reference" else xla_dense
+    return chosen.causal_attention(q, k, v, segment_ids=segment_ids, shared_segment=shared_segment)
 
 
 def paged_attention(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_table: jax.Array,

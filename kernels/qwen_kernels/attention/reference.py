@@ -8,13 +8,15 @@ import jax.numpy as jnp
 from qwen_kernels.attention.storage import from_storage
 
 
-def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, segment_ids: jax.Array | None = None) -> jax.Array:
+def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, segment_ids: jax.Array | None = None,
+                     shared_segment: int | None = None) -> jax.Array:
     """See ``api.causal_attention``. Scores and softmax in float32; the T x T scores exist in memory."""
     length = q.shape[1]
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     mask = jnp.tril(jnp.ones((length, length), bool))[None]
     if segment_ids is not None:
-        mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
+        same = segment_ids[:, :, None] == segment_ids[:, None, :]
+        mask = mask & (same if shared_segment is None else same | (segment_ids == shared_segment)[:, None, :])
     scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", weights, v, preferred_element_type=jnp.float32).astype(q.dtype)

@@ -1,0 +1,119 @@
+"""LoRA adapters in PEFT's format: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from qwen_jax.checkpoint.atomic import new_folder
+from qwen_jax.checkpoint.safetensors_io import check_finite
+from qwen_jax.checkpoint.source import read_json
+from qwen_jax.config import ModelConfig
+from qwen_jax.errors import UserError
+from qwen_jax.model.lora import SITES, TARGETS, LoraConfig, target_sizes
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_MODULES = {target: "self_attn" if site in ("qkv", "o") else "mlp" for site, targets in SITES.items()
+            for target in targets}
+# Settings of PEFT that change what an adapter computes, and the values under which it is plain LoRA.
+_PLAIN = {"bias": ("none", None), "use_dora": (False, None), "alora_invocation_tokens": (None,),
+          "fan_in_fan_out": (False, None), "rank_pattern": ({}, None), "alpha_pattern": ({}, None),
+          "layers_to_transform": (None,), "layer_replication": (None,), "modules_to_save": (None, []),
+          "trainable_token_indices": (None, []), "target_parameters": (None, []), "exclude_modules": (None, []),
+          "lora_bias": (False, None)}
+
+
+def save_adapter(adapter: Mapping[str, jax.Array], config: ModelConfig, lora: LoraConfig, dst: str | Path,
+                 base_model: str = "") -> Path:
+    """Write an adapter (``init_adapter``'s names and shapes) as float32 for PEFT. The folder appears complete or not.
+
+    ``base_model`` is recorded as the model it belongs to. Raises UserError when ``dst`` exists or the disk is full.
+    """
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "r": lora.rank,
+                "lora_alpha": lora.alpha, "lora_dropout": 0.0, "target_modules": list(lora.targets), "bias": "none",
+                "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "use_dora": False,
+                "use_rslora": False, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
+                "layers_to_transform": None, "layers_pattern": None, "revision": None}
+    tensors = {}
+    for name, value in adapter.items():
+        target, factor = name.rsplit(".", 1)
+        for layer, matrix in enumerate(np.asarray(value, np.float32)):
+            tensors[_peft_name(layer, target, factor)] = np.ascontiguousarray(matrix)
+    with new_folder(dst, sum(tensor.nbytes for tensor in tensors.values())) as folder:
+        (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    return Path(dst)
+
+
+def load_adapter(folder: str | Path, config: ModelConfig, dtype="float32") -> tuple[LoraConfig, dict[str, jax.Array]]:
+    """Read an adapter that PEFT or `save_adapter` wrote for a model of this architecture.
+
+    Returns its configuration and arrays (``{target}.a`` ``[L, r, I]``, ``{target}.b`` ``[L, O, r]``). rsLoRA's scale,
+    alpha / sqrt(rank), is expressed through alpha. Raises UserError for other kinds of adapter, for one that belongs to
+    another architecture, and for missing, unexpected, misshapen or non-finite tensors.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder} is not a PEFT adapter: it has no {CONFIG}")
+    lora = _parse(read_json(folder / CONFIG), folder)
+    sizes, rank, layers = target_sizes(config), lora.rank, config.num_layers
+    expected = {_peft_name(layer, target, factor): (rank, sizes[target][0]) if factor == "a" else
+                (sizes[target][1], rank) for target in lora.targets for layer in range(layers) for factor in "ab"}
+    try:
+        with safe_open(folder / WEIGHTS, framework="flax") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            _check(expected, found, folder)
+            tensors = {name: np.asarray(file.get_tensor(name)) for name in expected}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read {folder / WEIGHTS}: {error}") from None
+    for name, tensor in tensors.items():
+        check_finite(name, tensor)
+    adapter = {f"{target}.{factor}": jnp.asarray(np.stack([tensors[_peft_name(layer, target, factor)]
+                                                           for layer in range(layers)]), dtype)
+               for target in lora.targets for factor in "ab"}
+    return lora, adapter
+
+
+def _peft_name(layer: int, target: str, factor: str) -> str:
+    return f"base_model.model.model.layers.{layer}.{_MODULES[target]}.{target}.lora_{factor.upper()}.weight"
+
+
+def _parse(settings: Mapping, folder: Path) -> LoraConfig:
+    if settings.get("peft_type") != "LORA":
+        raise UserError(f"{folder} holds a {settings.get('peft_type')} adapter: only LORA is implemented")
+    for name, plain in _PLAIN.items():
+        if settings.get(name, plain[0]) not in plain:
+            raise UserError(f"{folder} uses {name}={settings[name]!r}, which is not implemented")
+    rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    if not isinstance(rank, int) or not isinstance(alpha, int | float):
+        raise UserError(f"{folder / CONFIG}: r and lora_alpha must be numbers, not {rank!r} and {alpha!r}")
+    if settings.get("use_rslora"):
+        alpha = alpha * math.sqrt(rank)
+    modules = settings.get("target_modules")
+    if modules == "all-linear":
+        modules = list(TARGETS)
+    if isinstance(modules, str):  # PEFT reads a string as a pattern for whole module names
+        modules = [target for target in TARGETS
+                   if re.fullmatch(modules, f"model.layers.0.{_MODULES[target]}.{target}")]
+    names = [str(name).rsplit(".", 1)[-1] for name in modules or ()]
+    return LoraConfig(rank, float(alpha), tuple(target for target in TARGETS if target in names) +
+                      tuple(name for name in names if name not in TARGETS))
+
+
+def _check(expected: Mapping[str, tuple], found: Mapping[str, tuple], folder: Path) -> None:
+    problems = [f"lacks {name}" for name in expected if name not in found]
+    problems += [f"has an unexpected {name}" for name in found if name not in expected]
+    problems += [f"has {name} as {list(found[name])}, should be {list(shape)}" for name, shape in expected.items()
+                 if name in found and found[name] != shape]
+    if problems:
+        more = f" and {len(problems) - 3} more differences" if len(problems) > 3 else ""
+        raise UserError(f"the adapter in {folder} does not fit this model: it {'; '.join(problems[:3])}{more}")

@@ -1,0 +1,64 @@
+"""How accounts, transactions and answers about them are written."""
+import random
+
+from qwen_jax.evaluation.fraud_account import DAYS, Account, Payment, Transaction
+
+SYSTEM = "Screen card payments. Answer fraud or legit, a reason code and the evidence."
+LEGIT = "legit R00"
+JUDGE, EXPLAIN = "Judge", "Explain"
+STANDINGS = {  # of the two members of each pair in a profile
+    "card": ("active", "lost"), "device": ("trusted", "removed"), "user": ("added", "deleted"),
+    "category": ("allowed", "blocked"), "travel": ("notice", "ended")}
+
+
+def _pair(rng: random.Random, account: Account, kind: str) -> str:
+    members = list(zip(STANDINGS[kind], getattr(account, kind)))
+    return f"{kind.capitalize()} " + ", ".join(f"{name} {standing}" for standing, name in rng.sample(members, 2))
+
+
+def _payment(row: Payment) -> str:
+    status, claim = (f" {mark}" if mark else "" for mark in (row.status, row.claim))
+    return f"{row.day} {row.city} {row.amount}{status} {row.merchant}{claim}"
+
+
+def render_account(account: Account) -> str:
+    rng = random.Random(account.layout)
+    lines = [f"Limit {account.limit}", f"City {account.home} home", *(_pair(rng, account, kind) for kind in STANDINGS)]
+    rng.shuffle(lines)
+    history = sorted(account.history, key=lambda row: DAYS.index(row.day))
+    return "\n".join([f"Account {account.number}", *lines, "History", *map(_payment, history)])
+
+
+def render_transaction(tx: Transaction, request: str = JUDGE) -> str:
+    return f"{request}\n{_payment(tx)} card {tx.card} device {tx.device} user {tx.user} category {tx.category}"
+
+
+def evidence(account: Account, tx: Transaction, pattern: str) -> str:
+    """The field of the transaction and what is known against it."""
+    return {"R01": f"device {tx.device} removed", "R02": f"city {tx.city} ended",
+            "R03": f"merchant {tx.merchant} disputed", "R04": f"category {tx.category} blocked",
+            "R05": f"amount {tx.amount} limit {account.limit}", "R06": f"card {tx.card} lost",
+            "R07": f"amount {tx.amount} declined", "R08": f"user {tx.user} deleted"}[pattern]
+
+
+def answer(account: Account, tx: Transaction, pattern: str | None) -> str:
+    return LEGIT if pattern is None else f"fraud {pattern} {evidence(account, tx, pattern)}"
+
+
+def explanation(account: Account, tx: Transaction) -> str:
+    """Each field of the transaction, followed by its standing: the answer when the user says ``Explain``."""
+    words = [f"limit {'over' if int(tx.amount) > int(account.limit) else 'under'}"]
+    words += [f"{getattr(tx, kind)} {names[getattr(account, kind).index(getattr(tx, kind))]}"
+              for kind, names in STANDINGS.items() if kind != "travel"]
+    cities = {account.home: "home", **dict(zip(account.travel, STANDINGS["travel"]))}
+    amounts = {row.amount: row.status for row in account.history}
+    claims = {row.merchant: row.claim for row in account.history}
+    words += [f"{tx.city} {cities[tx.city]}", f"{tx.amount} {amounts.get(tx.amount, 'new')}",
+              f"{tx.merchant} {claims.get(tx.merchant, 'new')}"]
+    return " ".join(words)
+
+
+def format_messages(messages: list[dict], add_generation_prompt: bool = True) -> str:
+    """ChatML, as the tokenizer's chat template writes it."""
+    text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
+    return text + "<|im_start|>assistant\n" * add_generation_prompt

@@ -1,0 +1,130 @@
+"""Low-rank adapters (https://arxiv.org/abs/2106.09685): ``y + scale · B (A x)`` beside the matrices of a layer.
+
+Targets carry Hugging Face's names. Several targets may share one of our products (q, k and v do), which is then a site:
+the adapters of a site read the same input and add to their own part of its output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwen_jax.config import ModelConfig
+from qwen_jax.errors import UserError
+
+SITES = {"qkv": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",), "gate_up": ("gate_proj", "up_proj"),
+         "down": ("down_proj",)}
+TARGETS = tuple(target for targets in SITES.values() for target in targets)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Which matrices have an adapter, and of what rank. ``scale`` is alpha / rank, as in PEFT."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        unknown = [target for target in self.targets if target not in TARGETS]
+        if unknown:
+            raise UserError(f"unknown adapter target {', '.join(map(str, unknown))}: use some of {', '.join(TARGETS)}")
+        if not self.targets or len(set(self.targets)) < len(self.targets):
+            raise UserError("name each adapter target once, and at least one")
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise UserError(f"the rank of an adapter is a positive integer, not {self.rank!r}")
+        if not np.isfinite(self.alpha) or self.alpha <= 0:
+            raise UserError(f"the alpha of an adapter is a positive number, not {self.alpha!r}")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+def target_sizes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Target -> (inputs, outputs) of its matrix."""
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    model, inner = config.hidden_size, config.intermediate_size
+    return {"q_proj": (model, queries), "k_proj": (model, keys), "v_proj": (model, keys), "o_proj": (queries, model),
+            "gate_proj": (model, inner), "up_proj": (model, inner), "down_proj": (inner, model)}
+
+
+def num_parameters(config: ModelConfig, lora: LoraConfig) -> int:
+    """Trainable numbers of an adapter."""
+    sizes = target_sizes(config)
+    return config.num_layers * lora.rank * sum(sum(sizes[target]) for target in lora.targets)
+
+
+def init_adapter(config: ModelConfig, lora: LoraConfig, seed: int = 0) -> dict[str, jax.Array]:
+    """A new adapter, float32: ``{target}.a`` ``[L, r, I]`` random as PEFT draws it, ``{target}.b`` ``[L, O, r]`` zero.
+
+    It changes nothing until trained. PEFT: Kaiming-uniform with a = √5, which is uniform within ± 1 / √I.
+    """
+    sizes, keys = target_sizes(config), jax.random.split(jax.random.key(seed), len(TARGETS))
+    adapter = {}
+    for target, key in zip(TARGETS, keys, strict=True):
+        if target in lora.targets:
+            inputs, outputs = sizes[target]
+            shape, bound = (config.num_layers, lora.rank, inputs), inputs**-0.5
+            adapter[f"{target}.a"] = jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+            adapter[f"{target}.b"] = jnp.zeros((config.num_layers, outputs, lora.rank), jnp.float32)
+    return adapter
+
+
+def adapt_site(config: ModelConfig, adapter: Mapping[str, jax.Array], scale, site: str, x: jax.Array,
+               y: jax.Array) -> jax.Array:
+    """``y[B, T, O]`` of one site of one layer with its adapters added; ``x[B, T, I]`` is the site's input.
+
+    ``adapter`` holds one layer's ``{target}.a`` ``[r, I]`` and ``{target}.b`` ``[O, r]``, or, for rows with adapters of
+    their own, ``[B, r, I]`` and ``[B, O, r]`` with ``scale[B]``. The products accumulate in float32.
+    """
+    targets = SITES[site]
+    if not any(f"{target}.a" in adapter for target in targets):
+        return y
+    sizes = target_sizes(config)
+    parts = [_delta(adapter, target, x, sizes[target][1]) for target in targets]
+    if site == "qkv":  # y's outputs are [K, G + 2, H]: each KV head's queries, its key, its value
+        parts = [part.reshape(*part.shape[:2], config.num_kv_heads, -1, config.head_dim) for part in parts]
+        delta = jnp.concatenate(parts, axis=3).reshape(y.shape)
+    else:
+        delta = jnp.concatenate(parts, axis=-1)
+    return (y + jnp.reshape(scale, (-1, 1, 1)) * delta).astype(y.dtype)
+
+
+def _delta(adapter: Mapping[str, jax.Array], target: str, x: jax.Array, outputs: int) -> jax.Array:
+    """``B (A x)`` in float32 ``[B, T, O]``; zeros for a target without an adapter."""
+    if f"{target}.a" not in adapter:
+        return jnp.zeros((*x.shape[:2], outputs), jnp.float32)
+    a, b = adapter[f"{target}.a"].astype(x.dtype), adapter[f"{target}.b"].astype(x.dtype)
+    row = "b" if a.ndim == 3 else ""
+    inner = jnp.einsum(f"bti,{row}ri->btr", x, a, preferred_element_type=jnp.float32).astype(x.dtype)
+    return jnp.einsum(f"btr,{row}or->bto", inner, b, preferred_element_type=jnp.float32)
+
+
+def merge_adapter(config: ModelConfig, params: Mapping[str, jax.Array], adapter: Mapping[str, jax.Array],
+                  lora: LoraConfig) -> dict[str, jax.Array]:
+    """The model's parameters (canonical paths) with ``scale · B A`` added, rounded once to each parameter's dtype."""
+    merged, group = dict(params), config.group_size
+    kv, dim, model = config.num_kv_heads, config.head_dim, config.hidden_size
+    places = {  # target -> (parameter, index of its part, shape of that part)
+        "q_proj": ("attention.wqkv", (slice(None), slice(0, group)), (kv, group, dim, model)),
+        "k_proj": ("attention.wqkv", (slice(None), group), (kv, dim, model)),
+        "v_proj": ("attention.wqkv", (slice(None), group + 1), (kv, dim, model)),
+        "o_proj": ("attention.wo", (), (model, kv, group, dim)),
+        "gate_proj": ("mlp.gate_up", (0,), (config.intermediate_size, model)),
+        "up_proj": ("mlp.gate_up", (1,), (config.intermediate_size, model)),
+        "down_proj": ("mlp.down", (), (model, config.intermediate_size)),
+    }
+    for target in lora.targets:
+        name, index, shape = places[target]
+        update = lora.scale * jnp.einsum("lor,lri->loi", adapter[f"{target}.b"].astype(jnp.float32),
+                                         adapter[f"{target}.a"].astype(jnp.float32), precision="highest")
+        for layer in range(config.num_layers):
+            path = f"layers.{layer}.{name}"
+            wide = jnp.asarray(merged[path], jnp.float32)
+            merged[path] = wide.at[index].add(update[layer].reshape(shape))
+    return {path: value.astype(params[path].dtype) for path, value in merged.items()}

@@ -1,0 +1,56 @@
+"""Many requests about one opening, in one row: turns see the opening and themselves, as if each came right after it.
+
+The opening is computed once for all of its turns, and every turn learns what it would learn in a conversation of its
+own.
+"""
+from collections.abc import Iterable, Iterator, Sequence
+
+from tokenizers import Tokenizer
+
+from qwen_jax.training.batch import Batch, empty
+from qwen_jax.training.tokenizer import END_OF_TEXT, IM_END, IM_START
+
+OPENING = 0  # segment id of what all turns of a row have before them; turns are 1, 2, ...
+
+
+def encode(tokenizer: Tokenizer, opening: str, turns: Sequence[tuple[str, str]], lm_weight: float) -> dict[str, list]:
+    """The fields of one row, by name, of any length.
+
+    opening: ChatML text up to a line end within what the user says. turns: the rest of what the user says; the answer.
+    Answers, with the token that ends them, weigh 1; what else can be predicted weighs `lm_weight`.
+
+    Pieces meet at line ends, where the pre-tokenizer always splits: encoding them apart gives the tokens of the whole.
+    """
+    row = {name: [] for name in Batch._fields}
+
+    def add(text: str, segment: int, first: int, weight: float):
+        ids = tokenizer.encode(text).ids
+        row["tokens"] += ids
+        row["weights"] += [weight] * len(ids)
+        row["segment_ids"] += [segment] * len(ids)
+        row["positions"] += range(first, first + len(ids))
+        return first + len(ids)
+
+    end = add(opening, OPENING, 0, lm_weight)
+    row["weights"][0] = 0.0
+    for number, (request, answer) in enumerate(turns, OPENING + 1):
+        begin = len(row["weights"])
+        here = add(f"{request}{IM_END}\n{IM_START}assistant\n", number, end, lm_weight)
+        add(answer + IM_END, number, here, 1.0)
+        row["weights"][begin] = 0.0
+    return row
+
+
+def batches(tokenizer: Tokenizer, conversations: Iterable[tuple[str, Sequence[tuple[str, str]]]], rows: int,
+            length: int, lm_weight: float) -> Iterator[Batch]:
+    """Batches of `rows` openings with their turns, one opening per row, cut or padded to `length` tokens."""
+    source = iter(conversations)
+    while True:
+        batch = empty(rows, length, tokenizer.token_to_id(END_OF_TEXT))
+        for index in range(rows):
+            conversation = next(source, None)
+            if conversation is None:
+                return
+            for name, values in encode(tokenizer, *conversation, lm_weight).items():
+                getattr(batch, name)[index, :len(values)] = values[:length]
+        yield batch

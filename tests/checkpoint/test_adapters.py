@@ -1,0 +1,167 @@
+"""LoRA adapters against peft: ours loads there, theirs loads here, and the logits agree."""
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from qwen_jax.checkpoint.adapters import load_adapter, save_adapter
+from qwen_jax.config import ModelConfig, Rope
+from qwen_jax.errors import UserError
+from qwen_jax.model import build, init, params_of
+from qwen_jax.model.lora import TARGETS, LoraConfig, adapt_site, init_adapter, merge_adapter, num_parameters
+from tests.oracle import torch_model
+
+CONFIG = ModelConfig(vocab_size=320, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=6, num_kv_heads=2,
+                     head_dim=8, max_position_embeddings=256, rope=Rope(10_000.0), dtype="float32")
+LORA = LoraConfig(4, 12.0, TARGETS)
+TOKENS = np.random.default_rng(0).integers(0, 320, (2, 20)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return {path: np.asarray(value) for path, value in params_of(init(CONFIG, 0, "float32")).items()}
+
+
+def random_adapter(lora=LORA):
+    rng = np.random.default_rng(1)
+    return {name: jnp.asarray(0.3 * rng.normal(size=value.shape), jnp.float32)
+            for name, value in init_adapter(CONFIG, lora).items()}
+
+
+def adapted_logits(params, lora, adapter):
+    from qwen_kernels.attention import causal_attention
+
+    model = build(CONFIG, params)
+
+    def adapt(layer, site, x, y):
+        return adapt_site(CONFIG, {name: value[layer] for name, value in adapter.items()}, lora.scale, site, x, y)
+
+    positions = np.tile(np.arange(TOKENS.shape[1]), (len(TOKENS), 1))
+    return model.logits(model.hidden(TOKENS, positions, lambda _, q, k, v: causal_attention(q, k, v), adapt))
+
+
+def theirs(model):
+    with torch.no_grad():
+        return model(torch.tensor(TOKENS.astype(np.int64))).logits.numpy()
+
+
+@pytest.mark.parametrize("targets", [TARGETS, ("q_proj",), ("v_proj", "k_proj"), ("o_proj", "gate_proj"),
+                                     ("down_proj",)])
+def test_ours_loads_in_peft(tmp_path, params, targets):
+    lora = LoraConfig(4, 12.0, targets)
+    adapter = random_adapter(lora)
+    save_adapter(adapter, CONFIG, lora, tmp_path / "a", base_model="base")
+    model = peft.PeftModel.from_pretrained(torch_model(CONFIG, params), tmp_path / "a")
+    ours = np.asarray(adapted_logits(params, lora, adapter))
+    np.testing.assert_allclose(ours, theirs(model), atol=2e-4)
+    plain = np.asarray(build(CONFIG, params)(TOKENS))
+    assert np.abs(ours - plain).max() > 0.05, "the adapter does something"
+    np.testing.assert_allclose(np.asarray(build(CONFIG, merge_adapter(CONFIG, params, adapter, lora))(TOKENS)), ours,
+                               atol=2e-4)
+
+
+@pytest.mark.parametrize("options", [
+    {"target_modules": ["q_proj", "v_proj"]}, {"target_modules": "all-linear"},
+    {"target_modules": r".*\.self_attn\.(q|o)_proj"}, {"target_modules": ["k_proj", "up_proj"], "use_rslora": True},
+])
+def test_peft_s_loads_here(tmp_path, params, options):
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(r=3, lora_alpha=5, init_lora_weights=False, task_type="CAUSAL_LM", **options)
+    model = peft.get_peft_model(torch_model(CONFIG, params), settings)
+    model.save_pretrained(tmp_path / "a")
+    lora, adapter = load_adapter(tmp_path / "a", CONFIG)
+    np.testing.assert_allclose(np.asarray(adapted_logits(params, lora, adapter)), theirs(model), atol=2e-4)
+    assert sum(value.size for value in adapter.values()) == num_parameters(CONFIG, lora)
+
+
+def test_there_and_back_is_bit_identical(tmp_path):
+    adapter = random_adapter()
+    save_adapter(adapter, CONFIG, LORA, tmp_path / "a")
+    lora, again = load_adapter(tmp_path / "a", CONFIG)
+    assert lora == LORA and again.keys() == adapter.keys()
+    for name, value in adapter.items():
+        np.testing.assert_array_equal(value, again[name])
+
+
+def test_a_new_adapter_changes_nothing_and_starts_like_peft_s(params):
+    lora, adapter = LORA, init_adapter(CONFIG, LORA, 0)
+    np.testing.assert_array_equal(adapted_logits(params, lora, adapter), build(CONFIG, params)(TOKENS))
+    torch.manual_seed(0)
+    model = peft.get_peft_model(torch_model(CONFIG, params), peft.LoraConfig(r=4, target_modules=["down_proj"]))
+    a = np.concatenate([p.detach().numpy().ravel() for n, p in model.named_parameters() if "lora_A" in n])
+    assert np.abs(adapter["down_proj.a"]).max() <= CONFIG.intermediate_size ** -0.5 >= np.abs(a).max() * (1 - 1e-6)
+    assert np.std(adapter["down_proj.a"]) == pytest.approx(a.std(), rel=0.1)
+
+
+def test_rank_16_on_attention_of_7b_is_10_million():
+    config = ModelConfig.preset("qwen2.5-7b")
+    assert num_parameters(config, LoraConfig(16, 32.0, ("q_proj", "k_proj", "v_proj", "o_proj"))) == 10_092_544
+
+
+def test_rows_with_adapters_of_their_own(params):
+    """One product for a batch whose rows use different adapters equals each row with its own."""
+    rng = np.random.default_rng(3)
+    adapters = [random_adapter(), {name: value * 2 for name, value in random_adapter().items()}]
+    scales = np.array([1.5, 0.5], np.float32)
+    for site, inputs, outputs in (("qkv", 32, 2 * 5 * 8), ("o", 48, 32), ("gate_up", 32, 96), ("down", 48, 32)):
+        x, y = rng.normal(size=(2, 3, inputs)).astype(np.float32), rng.normal(size=(2, 3, outputs)).astype(np.float32)
+        both = {name: jnp.stack([adapter[name][1] for adapter in adapters]) for name in adapters[0]}
+        found = adapt_site(CONFIG, both, scales, site, x, y)
+        for row, (adapter, scale) in enumerate(zip(adapters, scales, strict=True)):
+            own = {name: value[1] for name, value in adapter.items()}
+            np.testing.assert_allclose(found[row:row + 1], adapt_site(CONFIG, own, scale, site, x[row:row + 1],
+                                                                      y[row:row + 1]), atol=1e-5)
+
+
+def broken(folder, settings=None, tensors=None):
+    """A saved adapter with some settings or tensors changed; None removes one."""
+    save_adapter(random_adapter(), CONFIG, LORA, folder)
+    for file, changes in (("adapter_config.json", settings), ("adapter_model.safetensors", tensors)):
+        if changes:
+            old = json.loads((folder / file).read_text()) if settings else load_file(folder / file)
+            new = {key: value for key, value in {**old, **changes}.items() if value is not None}
+            (folder / file).write_text(json.dumps(new)) if settings else save_file(new, folder / file)
+    return folder
+
+
+NAME = "base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"settings": {"peft_type": "PREFIX_TUNING"}}, "holds a PREFIX_TUNING adapter: only LORA"),
+    ({"settings": {"use_dora": True}}, "uses use_dora=True, which is not implemented"),
+    ({"settings": {"bias": "all"}}, "uses bias='all'"),
+    ({"settings": {"rank_pattern": {"q_proj": 8}}}, "uses rank_pattern="),
+    ({"settings": {"target_modules": ["q_proj", "lm_head"]}}, "unknown adapter target lm_head"),
+    ({"settings": {"r": 0}}, "rank of an adapter is a positive integer, not 0"),
+    ({"settings": {"r": 8}}, r"does not fit this model: it has .* as \[4, 32\], should be \[8, 32\]"),
+    ({"settings": {"lora_alpha": "x"}}, "r and lora_alpha must be numbers"),
+    ({"tensors": {NAME: None}}, f"lacks {NAME}"),
+    ({"tensors": {"extra": np.zeros(1, np.float32)}}, "has an unexpected extra"),
+    ({"tensors": {NAME: np.zeros((4, 47), np.float32)}}, r"as \[4, 47\], should be \[4, 48\]"),
+    ({"tensors": {NAME: np.full((4, 48), np.nan, np.float32)}}, f"{NAME}"),
+])
+def test_an_adapter_that_does_not_fit_is_refused(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        load_adapter(broken(tmp_path / "a", **changes), CONFIG)
+
+
+def test_an_adapter_of_another_architecture_is_refused(tmp_path):
+    other = ModelConfig(**{**vars(CONFIG), "num_layers": 3})
+    with pytest.raises(UserError, match="lacks base_model.model.model.layers.2"):
+        load_adapter(broken(tmp_path / "a"), other)
+
+
+def test_a_folder_without_an_adapter_is_refused(tmp_path):
+    with pytest.raises(UserError, match="is not a PEFT adapter: it has no adapter_config.json"):
+        load_adapter(tmp_path, CONFIG)
+    save_adapter(random_adapter(), CONFIG, LORA, tmp_path / "a")
+    (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{}")
+    with pytest.raises(UserError, match="cannot read"):
+        load_adapter(tmp_path / "a", CONFIG)
+    with pytest.raises(UserError, match="exists"):
+        save_adapter(random_adapter(), CONFIG, LORA, tmp_path / "a")
