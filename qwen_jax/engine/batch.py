@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from qwen_jax.engine.adapters import NO_ADAPTER
 from qwen_jax.engine.request import Request
 from qwen_jax.engine.sampler import SamplingRows, neutral_rows, pack_rows
 from qwen_jax.engine.schedule import Bucket
@@ -25,6 +26,7 @@ def padding_batch(bucket: Bucket, slots: int, sampling: SamplingRows) -> StepBat
         samples=np.zeros(row, bool),
         prompt_length=np.zeros(row, np.int32),
         targets=np.full(grid, -1, np.int32),
+        adapters=np.full(row, NO_ADAPTER, np.int32),
         sampling=sampling,
     )
 
@@ -55,4 +57,5 @@ def build_batch(plan: StepPlan, requests: Mapping[int | str, Request], slots: in
         batch.page_table[row, : len(seq.pages)] = seq.pages
         batch.slots[row], batch.samples[row] = seq.slot, planned.samples
         batch.prompt_length[row] = len(seq.prompt)
+        batch.adapters[row] = request.adapter
     return batch

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from qwen_jax.config import GenerationDefaults
 from qwen_jax.engine import settings
+from qwen_jax.engine.adapters import AdapterTable
 from qwen_jax.engine.batch import build_batch, dry_run_batch
 from qwen_jax.engine.executables import Executables, default_cache_dir, planned, unplanned_compiles
 from qwen_jax.engine.outputs import BucketStats, Delta, EngineStats, RequestOutput
@@ -53,6 +54,7 @@ class Engine:
       kv_cache_bytes: memory for KV pages; by default what ``max_batch_size`` full sequences need, at most a share of
         the free memory.
       limits, policy: the bucket shapes and the schedule's thresholds, as data.
+      max_adapters: LoRA adapters that may be loaded at once (`load_adapter`); max_adapter_rank: their largest rank.
       cache_dir: where executables are kept; None keeps none.
       warmup: compile and run every bucket now; else call ``warmup()`` before the first request.
       progress: show progress bars on stderr.
@@ -63,7 +65,8 @@ class Engine:
     def __init__(self, model: Any, *, tokenizer: Any = None, generation_config: Any = None, tp_size: int = 1,
                  pp_size: int = 1, fp8_enabled: bool = False, max_batch_size: int = 64, max_seq_len: int | None = None,
                  dtype: Any = None, kv_cache_bytes: int | None = None, limits: Limits | None = None,
-                 policy: SchedulePolicy = DEFAULT_POLICY, cache_dir: str | Path | None | type(...) = ...,
+                 policy: SchedulePolicy = DEFAULT_POLICY, max_adapters: int = 0, max_adapter_rank: int = 16,
+                 cache_dir: str | Path | None | type(...) = ...,
                  warmup: bool = True, progress: bool = True) -> None:
         settings.check_parallelism(tp_size, pp_size, fp8_enabled)
         self.model, defaults = settings.as_module(model, dtype)
@@ -86,7 +89,8 @@ class Engine:
         self._graph, self._leaves = graph, tuple(leaves)
         self._state = None
         directory = default_cache_dir() if cache_dir is ... else cache_dir and Path(cache_dir)
-        identity = [repr(self.config), str(self._dtype), num_pages, self._slots]
+        self.adapters = AdapterTable(self.config, max_adapters, max_adapter_rank, self._dtype)
+        identity = [repr(self.config), str(self._dtype), num_pages, self._slots, max_adapters, max_adapter_rank]
         self.executables = Executables(self._lower, _program_of, identity, directory or None)
 
         self.weight_version = 0
@@ -139,48 +143,64 @@ class Engine:
         self._compiles_at_warmup = unplanned_compiles()
 
     def _lower(self, bucket: Bucket) -> jax.stages.Lowered:
-        def step(leaves, state, batch, vocab_limit):
+        def step(leaves, state, batch, vocab_limit, adapters):
             model = nnx.merge(self._graph, jax.tree.unflatten(self._treedef, leaves))
-            return run_bucket(model, bucket, state, batch, vocab_limit)
+            return run_bucket(model, bucket, state, batch, vocab_limit, adapters)
 
         batch = dry_run_batch(bucket, self._slots)
-        return jax.jit(step, donate_argnums=1).lower(self._leaves, self._state, batch, self._vocab_limit)
+        return jax.jit(step, donate_argnums=1).lower(self._leaves, self._state, batch, self._vocab_limit,
+                                                     self.adapters.values)
 
     def _run(self, bucket: Bucket, batch):
         run = self.executables[bucket].run
-        self._state, output = run(self._leaves, self._state, batch, self._vocab_limit)
+        self._state, output = run(self._leaves, self._state, batch, self._vocab_limit, self.adapters.values)
         return jax.device_get(output)
 
     # --- requests
 
+    def load_adapter(self, name: str, folder: str | Path) -> None:
+        """Make a PEFT adapter available to requests as ``name``, between two steps and without compiling anything."""
+        self.adapters.load(name, folder)
+
+    def unload_adapter(self, name: str) -> None:
+        """Free an adapter's slot; refused while requests use it."""
+        self.adapters.unload(name)
+
     def generate(self, prompts: Prompt | Sequence[Prompt],
-                 params: SamplingParams | Sequence[SamplingParams] | None = None) -> list[RequestOutput]:
+                 params: SamplingParams | Sequence[SamplingParams] | None = None,
+                 adapter: str | Sequence[str | None] | None = None) -> list[RequestOutput]:
         """Answer every prompt. Answers are in the order of the prompts, ``n`` of them for each.
 
-        ``prompts``: texts or lists of token ids, or a single one. ``params``: for all, or one for each.
+        ``prompts``: texts or lists of token ids, or a single one. ``params`` and ``adapter`` (the name of a loaded
+        adapter, or None): for all, or one for each.
         Every request is checked before any runs. Raises UserError for a bad one.
         """
         prompts = [prompts] if _is_single(prompts) else list(prompts)
         each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
         if len(each) != len(prompts):
             raise UserError(f"{len(each)} SamplingParams for {len(prompts)} prompts: give one, or one for each prompt")
-        requests = [r for prompt, one in zip(prompts, each, strict=True) for r in self._requests_for(prompt, one)]
+        names = [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else list(adapter)
+        if len(names) != len(prompts):
+            raise UserError(f"{len(names)} adapters for {len(prompts)} prompts: give one, or one for each prompt")
+        requests = [r for prompt, one, name in zip(prompts, each, names, strict=True)
+                    for r in self._requests_for(prompt, one, adapter=name)]
         return self._complete(requests)
 
-    def chat(self, messages: Messages | Sequence[Messages], params: SamplingParams | None = None
-             ) -> list[RequestOutput]:
+    def chat(self, messages: Messages | Sequence[Messages], params: SamplingParams | None = None,
+             adapter: str | Sequence[str | None] | None = None) -> list[RequestOutput]:
         """Answer a conversation, or each of several, through the checkpoint's chat template."""
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
-        return self.generate([self.chat_tokens(conversation) for conversation in conversations], params)
+        return self.generate([self.chat_tokens(conversation) for conversation in conversations], params, adapter)
 
-    def stream(self, prompt: Prompt | Messages, params: SamplingParams | None = None) -> Iterator[Delta]:
+    def stream(self, prompt: Prompt | Messages, params: SamplingParams | None = None,
+               adapter: str | None = None) -> Iterator[Delta]:
         """Answer a prompt or a conversation piece by piece. Closing the iterator aborts the request."""
         if not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], Mapping):
             prompt = self.chat_tokens(prompt)
         params = params or SamplingParams()
         if params.n != 1:
             raise UserError(f"stream gives one answer: n must be 1, not {params.n}")
-        requests = self._requests_for(prompt, params)
+        requests = self._requests_for(prompt, params, adapter=adapter)
         return self._stream(requests[0])
 
     def _stream(self, request: Request) -> Iterator[Delta]:
@@ -195,7 +215,8 @@ class Engine:
         finally:
             self._withdraw([request])
 
-    def classify(self, prompts: Prompt | Sequence[Prompt], labels: Sequence[str | Sequence[int]]) -> np.ndarray:
+    def classify(self, prompts: Prompt | Sequence[Prompt], labels: Sequence[str | Sequence[int]],
+                 adapter: str | None = None) -> np.ndarray:
         """Probability of each label as the continuation of each prompt: float32 ``[B, len(labels)]``, rows sum to 1.
 
         A label's weight is the product of its tokens' probabilities after the prompt; no text is generated.
@@ -208,7 +229,7 @@ class Engine:
         requests = []
         for prompt in map(self._tokens, prompts):
             for ending in endings:
-                requests += self._requests_for([*prompt, *ending], params, score_from=len(prompt))
+                requests += self._requests_for([*prompt, *ending], params, len(prompt), adapter)
         outputs = self._complete(requests)
         scores = [sum(p[t] for t, p in zip(out.prompt_token_ids, out.prompt_logprobs, strict=True) if p)
                   for out in outputs]
@@ -230,8 +251,10 @@ class Engine:
             return self.tokenizer.encode(prompt, add_special_tokens=False)
         return settings.check_token_ids(prompt, int(self._vocab_limit))
 
-    def _requests_for(self, prompt: Prompt, params: SamplingParams, score_from: int | None = None) -> list[Request]:
+    def _requests_for(self, prompt: Prompt, params: SamplingParams, score_from: int | None = None,
+                      adapter: str | None = None) -> list[Request]:
         tokens = self._tokens(prompt)
+        self.adapters.check(adapter)
         params = params.resolved(self.generation_config).check(int(self._vocab_limit))
         if params.prompt_logprobs is not None:
             score_from = 1
@@ -242,7 +265,8 @@ class Engine:
             own = replace(params, seed=(params.seed + index) % 2**64) if index else params
             sequence = TokenSequence(next(self._ids), tokens, own.max_tokens, own)
             self.scheduler.check(sequence)
-            requests.append(Request(sequence, self.tokenizer, self.generation_config.eos_token_ids, index, score_from))
+            requests.append(Request(sequence, self.tokenizer, self.generation_config.eos_token_ids, index, score_from,
+                                    adapter))
         return requests
 
     # --- the loop
@@ -291,6 +315,7 @@ class Engine:
         if not self._prepared:
             raise UserError("the engine is not warmed up: call warmup() first")
         for request in requests:
+            request.adapter = self.adapters.acquire(request.adapter_name)
             self.scheduler.add(request.sequence)
             self._requests[request.sequence.request_id] = request
             self._prompt_tokens += len(request.sequence.prompt)
@@ -312,6 +337,7 @@ class Engine:
     def _close(self, request: Request) -> None:
         note = SPARSE_NOTE if request.sequence.schedule == SPARSE else ""
         request.deltas.append(request.close(self.weight_version, note))
+        self.adapters.release(request.adapter)
         del self._requests[request.sequence.request_id]
 
     # --- figures

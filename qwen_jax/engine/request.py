@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
+from qwen_jax.engine.adapters import NO_ADAPTER
 from qwen_jax.engine.detokenize import Detokenizer
 from qwen_jax.engine.outputs import Delta, RequestOutput
 from qwen_jax.engine.sampling_params import SamplingParams
@@ -18,15 +19,18 @@ class Request:
       sequence: its tokens and pages; ``sequence.params`` are the resolved sampling options.
       eos_ids: ids that end an answer, unless ``ignore_eos``.
       score_from: first prompt position whose log-probability is wanted; None for none.
+      adapter_name: the LoRA adapter it runs with; None for none.
     """
 
     def __init__(self, sequence: Sequence, tokenizer: Any, eos_ids: tuple[int, ...], index: int,
-                 score_from: int | None) -> None:
+                 score_from: int | None, adapter_name: str | None = None) -> None:
         params: SamplingParams = sequence.params
         self.sequence = sequence
         self.params = params
         self.output = RequestOutput(prompt_token_ids=sequence.prompt, index=index)
         self.score_from = score_from
+        self.adapter_name = adapter_name
+        self.adapter = NO_ADAPTER  # its slot, while the engine has the request
         self.deltas: deque[Delta] = deque()  # not yet streamed
         self._text = Detokenizer(tokenizer, params.stop)
         self._stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(eos_ids))

@@ -13,6 +13,7 @@ from flax import nnx
 from qwen_kernels.attention import PAGE, page_dtype, paged_attention, write_pages
 
 from qwen_jax.config import ModelConfig
+from qwen_jax.engine.adapters import Adapters, adapt_rows
 from qwen_jax.engine.sampler import Sampled, SamplingRows, count_output, count_prompt, sample, top_logprobs
 from qwen_jax.engine.schedule import Bucket
 from qwen_jax.model import Qwen2
@@ -40,6 +41,7 @@ class StepBatch(NamedTuple):
     samples: jax.Array  # bool[R]: the last position yields a token
     prompt_length: jax.Array  # i32[R]; later tokens were generated (before a preemption)
     targets: jax.Array  # i32[R, T]: the token after each position whose log-probability is wanted, else -1
+    adapters: jax.Array  # i32[R]: slot of each row's LoRA adapter, 0 for none
     sampling: SamplingRows
 
 
@@ -66,15 +68,15 @@ def new_state(config: ModelConfig, num_pages: int, slots: int, dtype) -> EngineS
     return EngineState(pages(), pages(), jnp.zeros((slots + 1, config.vocab_size), jnp.int32))
 
 
-def run_bucket(model: Qwen2, bucket: Bucket, state: EngineState, batch: StepBatch,
-               vocab_limit: jax.Array) -> tuple[EngineState, StepOutput]:
+def run_bucket(model: Qwen2, bucket: Bucket, state: EngineState, batch: StepBatch, vocab_limit: jax.Array,
+               adapters: Adapters | None = None) -> tuple[EngineState, StepOutput]:
     """One step of ``bucket``; ``vocab_limit`` (i32 scalar) is the number of ids that exist."""
     if bucket.phase == "decode":
-        return _rows(model, bucket.phase, state, batch, vocab_limit)
-    return _micro_batches(model, bucket, state, batch, vocab_limit)
+        return _rows(model, bucket.phase, state, batch, vocab_limit, adapters)
+    return _micro_batches(model, bucket, state, batch, vocab_limit, adapters)
 
 
-def _rows(model: Qwen2, phase: str, state: EngineState, batch: StepBatch, vocab_limit):
+def _rows(model: Qwen2, phase: str, state: EngineState, batch: StepBatch, vocab_limit, adapters):
     """All rows of ``batch`` at once."""
     k_pages, v_pages = list(state.k_pages), list(state.v_pages)
     positions = batch.start[:, None] + jnp.arange(batch.tokens.shape[1])
@@ -86,7 +88,8 @@ def _rows(model: Qwen2, phase: str, state: EngineState, batch: StepBatch, vocab_
         v_pages[layer] = write_pages(v_pages[layer], v, *where)
         return paged_attention(q, k_pages[layer], v_pages[layer], *where)
 
-    hidden = model.hidden(batch.tokens, positions, attend)
+    adapt = adapt_rows(model.config, adapters, batch.adapters) if adapters else None
+    hidden = model.hidden(batch.tokens, positions, attend, adapt)
     counts = state.token_counts
     scores = None
     if phase == "prefill":
@@ -135,7 +138,7 @@ def _score(model: Qwen2, hidden, targets, vocab_limit) -> PromptScores:
     return PromptScores(*(x.reshape(*targets.shape, *x.shape[2:]) for x in scores))
 
 
-def _micro_batches(model: Qwen2, bucket: Bucket, state: EngineState, batch: StepBatch, vocab_limit):
+def _micro_batches(model: Qwen2, bucket: Bucket, state: EngineState, batch: StepBatch, vocab_limit, adapters):
     """The rows in groups of ``micro_rows``, so that activations of one group exist at a time (``recompute``).
 
     Groups of padding rows are not run at all: a prefill step without rows costs nothing.
@@ -150,7 +153,7 @@ def _micro_batches(model: Qwen2, bucket: Bucket, state: EngineState, batch: Step
     def run(state, index):
         # Tied to the index, weights are not loop-invariant: XLA:CPU would widen all of them to float32 before the loop.
         here, tied = jax.lax.optimization_barrier((params, index))
-        return _rows(nnx.merge(graph, here), bucket.phase, state, part(tied), vocab_limit)
+        return _rows(nnx.merge(graph, here), bucket.phase, state, part(tied), vocab_limit, adapters)
 
     def body(index, carry):
         state, outputs = carry

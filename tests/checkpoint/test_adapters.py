@@ -6,6 +6,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from oracle import torch_model
 from safetensors.numpy import load_file, save_file
 
 from qwen_jax.checkpoint.adapters import load_adapter, save_adapter
@@ -13,7 +14,6 @@ from qwen_jax.config import ModelConfig, Rope
 from qwen_jax.errors import UserError
 from qwen_jax.model import build, init, params_of
 from qwen_jax.model.lora import TARGETS, LoraConfig, adapt_site, init_adapter, merge_adapter, num_parameters
-from tests.oracle import torch_model
 
 CONFIG = ModelConfig(vocab_size=320, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=6, num_kv_heads=2,
                      head_dim=8, max_position_embeddings=256, rope=Rope(10_000.0), dtype="float32")

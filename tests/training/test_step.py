@@ -6,6 +6,7 @@ import optax
 import peft
 import pytest
 import torch
+from oracle import torch_model
 from qwen_kernels.attention import causal_attention
 
 from qwen_jax.checkpoint.hf_layout import layout, split
@@ -17,7 +18,6 @@ from qwen_jax.training.loss import cross_entropy
 from qwen_jax.training.recipe import Optimizer
 from qwen_jax.training.stacked import hidden, stack, unstack
 from qwen_jax.training.step import decays, init_state, language_model_loss, make_optimizer, make_train_step
-from tests.oracle import torch_model
 
 CONFIG = ModelConfig(vocab_size=320, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, num_kv_heads=2,
                      head_dim=8, max_position_embeddings=256, rope=Rope(10_000.0), tie_word_embeddings=True,

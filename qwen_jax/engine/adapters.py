@@ -1,0 +1,133 @@
+"""LoRA adapters of a running engine: slots on the device that hold other values after a load, so nothing compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwen_jax.config import ModelConfig
+from qwen_jax.errors import UserError
+from qwen_jax.model.lora import TARGETS, adapt_site, target_sizes
+
+NO_ADAPTER = 0  # the slot whose values stay zero
+
+
+class Adapters(NamedTuple):
+    """What a step is given. Slot 0 is no adapter."""
+
+    layers: tuple[dict[str, jax.Array], ...]  # per layer: {target}.a [S, r, I], {target}.b [S, O, r]
+    scale: jax.Array  # f32[S]
+
+
+class AdapterTable:
+    """The adapters of one engine by name.
+
+    Args:
+      max_adapters: how many may be loaded at once; 0 makes an engine without adapters, whose programs know of none.
+      max_rank: the largest rank; smaller ones are padded with zeros.
+    """
+
+    def __init__(self, config: ModelConfig, max_adapters: int, max_rank: int, dtype: Any) -> None:
+        for name, value, least in (("max_adapters", max_adapters, 0), ("max_adapter_rank", max_rank, 1)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise UserError(f"{name} must be an integer of at least {least}, not {value!r}")
+        self._config, self._max_rank = config, max_rank
+        self._slots: dict[str, int] = {}
+        self._free = list(range(max_adapters, NO_ADAPTER, -1))
+        self._users = dict.fromkeys(self._free, 0)
+        self._values: Adapters | None = None
+        if max_adapters:
+            count, sizes = max_adapters + 1, target_sizes(config)
+            self._host = [{f"{target}.{factor}": np.zeros((count, max_rank, sizes[target][0]) if factor == "a" else
+                                                          (count, sizes[target][1], max_rank), jnp.dtype(dtype))
+                           for target in TARGETS for factor in "ab"} for _ in range(config.num_layers)]
+            self._scale = np.zeros(count, np.float32)
+            self._put()
+
+    @property
+    def values(self) -> Adapters | None:
+        """The arrays for the next step; None for an engine without adapters."""
+        return self._values
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self._slots)
+
+    def load(self, name: str, folder: str | Path) -> None:
+        """Read a PEFT adapter and make it available as ``name``; nothing changes when it cannot be used."""
+        from qwen_jax.checkpoint.adapters import load_adapter
+
+        if self._values is None:
+            raise UserError("this engine takes no adapters: make it with max_adapters=1 or more")
+        if name in self._slots:
+            raise UserError(f"an adapter named {name!r} is loaded: unload it first")
+        if not self._free:
+            raise UserError(f"all {len(self._slots)} adapter slots are taken: unload one, or raise max_adapters")
+        lora, adapter = load_adapter(folder, self._config)
+        if lora.rank > self._max_rank:
+            raise UserError(f"the adapter in {folder} has rank {lora.rank}, this engine takes {self._max_rank}: raise "
+                            "max_adapter_rank")
+        self._slots[name] = slot = self._free.pop()
+        self._fill(slot, adapter, lora.rank, lora.scale)
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter. Refused while requests use it."""
+        slot = self._slot(name)
+        if self._users[slot]:
+            raise UserError(f"{self._users[slot]} requests use the adapter {name!r}: wait for them, or abort them")
+        del self._slots[name]
+        self._free.append(slot)
+        self._fill(slot, {}, 0, 0.0)
+
+    def acquire(self, name: str | None) -> int:
+        """The slot of an adapter (None: no adapter) for one more request, until `release`."""
+        if name is None:
+            return NO_ADAPTER
+        slot = self._slot(name)
+        self._users[slot] += 1
+        return slot
+
+    def release(self, slot: int) -> None:
+        if slot != NO_ADAPTER:
+            self._users[slot] -= 1
+
+    def check(self, name: str | None) -> None:
+        """UserError when ``name`` is neither None nor loaded."""
+        if name is not None:
+            self._slot(name)
+
+    def _slot(self, name: str) -> int:
+        if name not in self._slots:
+            raise UserError(f"no adapter named {name!r} is loaded; loaded: {', '.join(self.names) or 'none'}")
+        return self._slots[name]
+
+    def _fill(self, slot: int, adapter: Mapping[str, jax.Array], rank: int, scale: float) -> None:
+        for index, layer in enumerate(self._host):
+            for name, values in layer.items():
+                values[slot] = 0
+                if name in adapter:
+                    here = (slot, slice(rank)) if name.endswith(".a") else (slot, slice(None), slice(rank))
+                    values[here] = np.asarray(adapter[name][index])
+        self._scale[slot] = scale
+        self._put()
+
+    def _put(self) -> None:
+        # Copies: on CPU a device array may share the host's memory, and steps under way must keep what they were given.
+        layers = tuple({name: jax.device_put(values.copy()) for name, values in layer.items()} for layer in self._host)
+        self._values = Adapters(layers, jax.device_put(self._scale.copy()))
+
+
+def adapt_rows(config: ModelConfig, adapters: Adapters, slots: jax.Array):
+    """``adapt`` for ``Qwen2.hidden``: row b with the adapter in slot ``slots[b]`` (i32[R])."""
+    scale = adapters.scale[slots]
+    rows = [{name: values[slots] for name, values in layer.items()} for layer in adapters.layers]
+
+    def adapt(layer: int, site: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        return adapt_site(config, rows[layer], scale, site, x, y)
+
+    return adapt
