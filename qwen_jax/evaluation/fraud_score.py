@@ -28,8 +28,8 @@ class Score:
     patterns: dict[str, PatternScore]
 
     def table(self) -> str:
-        lines = [f"{'pattern':46} {'n':>5} {'fraud':>6} {'twin':>6} {'reason':>6}"]
-        lines += [f"{name} {PATTERNS[name]:42} {p.examples:5} {p.fraud:6.3f} {p.twin:6.3f} {p.reason:6.3f}"
+        lines = [f"{'pattern':59} {'n':>5} {'fraud':>6} {'twin':>6} {'reason':>6}"]
+        lines += [f"{name} {PATTERNS[name]:55} {p.examples:5} {p.fraud:6.3f} {p.twin:6.3f} {p.reason:6.3f}"
                   for name, p in self.patterns.items()]
         return "\n".join([*lines, f"accuracy {self.accuracy:.4f}, label and reason {self.reason:.4f}, "
                                   f"majority class {self.majority:.4f}"])
