@@ -164,9 +164,14 @@ class Qwen2(nnx.Module):
             x = layer(x, cos, sin, partial(attend, index), partial(adapt, index) if adapt else _unchanged)
         return self.norm(x)
 
+    @property
+    def head_weight(self) -> jax.Array:
+        """``[V, D]``: the embedding's own when it is tied."""
+        return (self.embed if self.head is None else self.head).weight[...]
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 logits ``[..., V]`` of ``hidden[..., D]``."""
-        weight = (self.embed if self.head is None else self.head).weight[...]
+        weight = self.head_weight
         rows = hidden.reshape(-1, hidden.shape[-1])
         # XLA:CPU widens the whole matrix for a bf16 product of a single row.
         padded = jnp.pad(rows, ((0, max(0, 2 - len(rows))), (0, 0)))

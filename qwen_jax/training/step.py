@@ -62,7 +62,7 @@ def language_model_loss(config: ModelConfig, *, lora: LoraConfig | None = None, 
             q, k, v, segment_ids=batch.segment_ids, shared_segment=shared_segment), adapter=adapter,
             scale=lora.scale if lora else 1.0, recompute=recompute)
         weights = batch.weights[:, 1:]
-        nll, right = cross_entropy(model.logits, states[:, :-1], batch.tokens[:, 1:], weights)
+        nll, right = cross_entropy(states[:, :-1], model.head_weight, batch.tokens[:, 1:], weights, train_head=not lora)
         return nll, (weights.sum(), {"accuracy": right})
 
     return loss
