@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from qwen_jax.checkpoint.atomic import new_folder
+from qwen_jax.checkpoint.conversion import as_dtype
 from qwen_jax.checkpoint.safetensors_io import check_finite
 from qwen_jax.checkpoint.source import read_json
 from qwen_jax.config import ModelConfig
@@ -54,12 +54,12 @@ def save_adapter(adapter: Mapping[str, jax.Array], config: ModelConfig, lora: Lo
     return Path(dst)
 
 
-def load_adapter(folder: str | Path, config: ModelConfig, dtype="float32") -> tuple[LoraConfig, dict[str, jax.Array]]:
+def load_adapter(folder: str | Path, config: ModelConfig, dtype="float32") -> tuple[LoraConfig, dict[str, np.ndarray]]:
     """Read an adapter that PEFT or `save_adapter` wrote for a model of this architecture.
 
-    Returns its configuration and arrays (``{target}.a`` ``[L, r, I]``, ``{target}.b`` ``[L, O, r]``). rsLoRA's scale,
-    alpha / sqrt(rank), is expressed through alpha. Raises UserError for other kinds of adapter, for one that belongs to
-    another architecture, and for missing, unexpected, misshapen or non-finite tensors.
+    Returns its configuration and host arrays (``{target}.a`` ``[L, r, I]``, ``{target}.b`` ``[L, O, r]``). rsLoRA's
+    scale, alpha / sqrt(rank), is expressed through alpha. Raises UserError for other kinds of adapter, for one that
+    belongs to another architecture, and for missing, unexpected, misshapen or non-finite tensors.
     """
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
@@ -77,8 +77,8 @@ def load_adapter(folder: str | Path, config: ModelConfig, dtype="float32") -> tu
         raise UserError(f"cannot read {folder / WEIGHTS}: {error}") from None
     for name, tensor in tensors.items():
         check_finite(name, tensor)
-    adapter = {f"{target}.{factor}": jnp.asarray(np.stack([tensors[_peft_name(layer, target, factor)]
-                                                           for layer in range(layers)]), dtype)
+    adapter = {f"{target}.{factor}": np.stack([tensors[_peft_name(layer, target, factor)] for layer in range(layers)]
+                                              ).astype(as_dtype(dtype))
                for target in lora.targets for factor in "ab"}
     return lora, adapter
 
