@@ -1,7 +1,7 @@
 """Invented names, codes and amounts, in two pools that never meet.
 
 Every identifier belongs to exactly one split, decided by a checksum of its text: one in five is held out. So a held-out
-account, merchant, city, person, device, terminal, card or amount was never seen in training, while the syllables and
+account, merchant, city, person, device, card or amount was never seen in training, while the syllables and
 digits it is spelled with were.
 
 Names and codes are made of two pieces. Within one `Deck` no piece of a code and no start of a name is used twice: a
@@ -61,7 +61,7 @@ class Deck:
                 return self.rng.choice(names)
 
     def code(self) -> str:
-        """A card, device or terminal code, such as ``ka-zo``."""
+        """A card or device code, such as ``ka-zo``."""
         first = self._syllables.pop()
         code = self._own(lambda: f"{first}-{self.rng.choice(self._syllables)}")
         self._syllables.remove(code[3:])

@@ -111,9 +111,8 @@ def pack(lengths: Sequence[int], order: Iterable[int], capacity: int, open_rows:
     At most `open_rows` rows are considered for an example, so packing takes linear time.
     """
     rows, space = [], []
-    first = 0
     for index in order:
-        for row in range(max(first, len(rows) - open_rows), len(rows)):
+        for row in range(max(0, len(rows) - open_rows), len(rows)):
             if space[row] >= lengths[index]:
                 break
         else:

@@ -46,7 +46,7 @@ class Recipe:
     accumulate: int = 1             # groups of rows worked on one after another
     seed: int = 0                   # of the order of examples, and of a new adapter
     on_bad: str = "refuse"          # or "skip": lines that are no examples, conversations that are too long
-    compute_dtype: str = "bfloat16" # of activations; trained values and gradients are float32
+    compute_dtype: str = "bfloat16"  # of activations; trained values and gradients are float32
     recompute: bool = False         # layers again in the backward pass, instead of keeping their activations
     checkpoint_every: int = 100     # steps
     keep: int = 2                   # checkpoints

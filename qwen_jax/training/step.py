@@ -4,7 +4,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from qwen_kernels.attention import causal_attention
 
@@ -44,8 +43,8 @@ def decays(name: str) -> bool:
 
 
 def init_state(trainable: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    zero = np.zeros((), np.int32)
-    return TrainState(dict(trainable), optimizer.init(dict(trainable)), *(jnp.array(zero) for _ in range(3)))
+    counts = (jnp.zeros((), jnp.int32) for _ in range(3))  # one array each: a step donates them
+    return TrainState(dict(trainable), optimizer.init(dict(trainable)), *counts)
 
 
 def language_model_loss(config: ModelConfig, *, lora: LoraConfig | None = None, recompute: bool = False,
@@ -86,7 +85,10 @@ def make_train_step(loss: Loss, optimizer: optax.GradientTransformation, accumul
             groups = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
             shapes = jax.eval_shape(gradient_of, state.trainable, frozen, jax.tree.map(lambda x: x[0], groups))
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-            add = lambda sums, group: (jax.tree.map(jnp.add, sums, gradient_of(state.trainable, frozen, group)), None)  # noqa: E731
+
+            def add(sums, group):
+                return jax.tree.map(jnp.add, sums, gradient_of(state.trainable, frozen, group)), None
+
             ((total, (weight, sums)), gradient), _ = jax.lax.scan(add, zeros, groups)
         scale = 1 / jnp.maximum(weight, 1e-6)
         gradient = jax.tree.map(lambda g: g * scale, gradient)

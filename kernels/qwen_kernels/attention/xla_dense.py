@@ -22,10 +22,10 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, segment_ids: j
         queries = q_bkgth[:, :, :, start:end].reshape(rows, kv_heads, -1, dim)
         scores = jnp.einsum("bkmh,bksh->bkms", queries, k_bksh[:, :, :end], preferred_element_type=jnp.float32)
         scores = scores.reshape(rows, kv_heads, group, end - start, end) * dim ** -0.5
-        visible = jnp.arange(end)[None] <= jnp.arange(start, end)[:, None]
+        visible = (jnp.arange(end)[None] <= jnp.arange(start, end)[:, None])[None]
         if segment_ids is not None:
-            visible &= _visible_segments(segment_ids[:, start:end], segment_ids[:, :end], shared_segment)
-        weights = jax.nn.softmax(jnp.where(_over_heads(visible), scores, -jnp.inf), axis=-1).astype(v.dtype)
+            visible = visible & _visible_segments(segment_ids[:, start:end], segment_ids[:, :end], shared_segment)
+        weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf), axis=-1).astype(v.dtype)
         mixed = jnp.einsum("bkms,bksh->bkmh", weights.reshape(rows, kv_heads, -1, end), v_bksh[:, :, :end],
                            preferred_element_type=jnp.float32)
         blocks.append(mixed.reshape(rows, kv_heads, group, end - start, dim))
@@ -36,7 +36,3 @@ def _visible_segments(queries: jax.Array, keys: jax.Array, shared_segment: int |
     """Which keys are of a query's own segment or the shared one: ids ``[B, T]`` and ``[B, S]`` to ``[B, T, S]``."""
     visible = queries[:, :, None] == keys[:, None, :]
     return visible if shared_segment is None else visible | (keys == shared_segment)[:, None, :]
-
-
-def _over_heads(visible: jax.Array) -> jax.Array:
-    return visible if visible.ndim == 2 else visible[:, None, None]
