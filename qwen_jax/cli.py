@@ -46,11 +46,11 @@ def _export(args: argparse.Namespace) -> None:
     print(export(args.src, args.dst))
 
 
-def _engine(args: argparse.Namespace):
+def _engine(args: argparse.Namespace, **options):
     from qwen_jax.engine.engine import Engine
 
-    return Engine.from_pretrained(args.model, dtype=args.dtype, max_batch_size=1, max_seq_len=args.max_seq_len,
-                                  progress=sys.stderr.isatty() or not getattr(args, "json", False))
+    return Engine.from_pretrained(args.model, dtype=args.dtype,
+                                  progress=sys.stderr.isatty() or not getattr(args, "json", False), **options)
 
 
 def _sampling(args: argparse.Namespace):
@@ -61,7 +61,7 @@ def _sampling(args: argparse.Namespace):
 
 def _generate(args: argparse.Namespace) -> None:
     params = _sampling(args)  # refused before a model is loaded
-    engine = _engine(args)
+    engine = _engine(args, max_batch_size=1, max_seq_len=args.max_seq_len)
     if args.json:
         output = engine.generate(args.prompt, params)[0]
         kept = ("text", "token_ids", "finish_reason", "schedule")
@@ -74,7 +74,7 @@ def _generate(args: argparse.Namespace) -> None:
 
 def _chat(args: argparse.Namespace) -> None:
     params = _sampling(args)
-    engine = _engine(args)
+    engine = _engine(args, max_batch_size=1, max_seq_len=args.max_seq_len)
     messages = [{"role": "system", "content": args.system}] if args.system else []
     interactive = sys.stdin.isatty()
     while True:
@@ -98,6 +98,47 @@ def _train(args: argparse.Namespace) -> None:
     from qwen_jax.training.recipe import load_recipe
 
     print(train(load_recipe(args.recipe)))
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from qwen_jax.evaluation.longcontext.report import heat_map, table
+    from qwen_jax.evaluation.longcontext.samples import FAMILIES
+    from qwen_jax.evaluation.longcontext.suite import evaluate
+
+    try:
+        lengths = sorted({int(length) for length in args.lengths.split(",")})
+    except ValueError:
+        raise UserError(f"--lengths takes numbers of tokens, such as 4096,8192, not {args.lengths!r}") from None
+    if args.picture and not args.picture.endswith(".png"):
+        raise UserError(f"--picture writes a PNG: name a file that ends in .png, not {args.picture}")
+    engine = _engine(args, max_seq_len=lengths[-1], max_batch_size=args.batch_size)
+    if engine.tokenizer is None:
+        raise UserError(f"{args.model} has no tokenizer, and the tasks are text")
+    families = args.families.split(",") if args.families else tuple(FAMILIES)
+    cells = []
+    for cell in evaluate(_answers(engine), engine.tokenizer, lengths, families, args.samples, args.seed):
+        cells.append(cell)
+        low, high = cell.interval
+        if args.json:
+            print(json.dumps({**dataclasses.asdict(cell), "accuracy": cell.accuracy, "low": low, "high": high}),
+                  flush=True)
+        print(f"{cell.family} at {cell.length:,}: {cell.right} of {cell.samples} right", file=sys.stderr)
+    if not args.json:
+        print(table(cells))
+    if args.picture:
+        heat_map(cells, args.picture, f"long context, {args.model}")
+        print(args.picture, file=sys.stderr)
+
+
+def _answers(engine):
+    """Greedy answers of an engine to prompts of token ids."""
+    from qwen_jax.engine.sampling_params import SamplingParams
+
+    def generate(prompts: list[list[int]], max_tokens: list[int]) -> list[str]:
+        params = [SamplingParams(max_tokens=most, temperature=0.0, repetition_penalty=1.0) for most in max_tokens]
+        return [output.text for output in engine.generate(prompts, params)]
+
+    return generate
 
 
 def _info(args: argparse.Namespace) -> None:
@@ -169,8 +210,20 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--temperature", type=float, help="0 is greedy; default: the checkpoint's")
         sub.add_argument("--top-p", type=float)
         sub.add_argument("--seed", type=int)
-        sub.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
         sub.add_argument("--max-seq-len", type=int, help="default: 4096 or the model's context if shorter")
+
+    evaluation = command("eval", _eval, "Score a model on a suite of tasks with exact answers.")
+    evaluation.add_argument("model")
+    evaluation.add_argument("--suite", choices=["longcontext"], default="longcontext")
+    evaluation.add_argument("--lengths", default="4096", help="tokens of prompt and answer, such as 4096,8192")
+    evaluation.add_argument("--families", help="comma-separated; default: all")
+    evaluation.add_argument("--samples", type=int, default=50, help="of each family at each length; default 50")
+    evaluation.add_argument("--seed", type=int, default=0)
+    evaluation.add_argument("--batch-size", type=int, default=8, help="prompts worked on at once; default 8")
+    evaluation.add_argument("--picture", metavar="FILE.png", help="write a heat map")
+    evaluation.add_argument("--json", action="store_true", help="one JSON object per family and length")
+    for sub in (generate, chat, evaluation):
+        sub.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
 
     train = command("train", _train, "Fine-tune a model, or train a LoRA adapter, as a TOML recipe says. Run again, it "
                     "continues where it was interrupted.")

@@ -8,10 +8,8 @@ Run again with the same folder, it continues after an interruption. About twice 
 import argparse
 import collections
 import itertools
-import json
 import re
 import sys
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,8 +17,6 @@ import jax
 import jax.numpy as jnp
 from tokenizers import Tokenizer
 
-from qwen_jax.checkpoint.conversion import save_hf
-from qwen_jax.config import ModelConfig, Rope
 from qwen_jax.errors import UserError
 from qwen_jax.evaluation.fraud import conversations, generate
 from qwen_jax.evaluation.fraud_names import pieces
@@ -30,10 +26,11 @@ from qwen_jax.model import build, init, params_of
 from qwen_jax.training.curves import plot_curves
 from qwen_jax.training.initial import prepare_for_retrieval
 from qwen_jax.training.loop import Run, fit
+from qwen_jax.training.new_model import model_config, write_folder
 from qwen_jax.training.recipe import BundledRecipe, load_recipe
 from qwen_jax.training.stacked import stack, unstack
 from qwen_jax.training.step import init_state, language_model_loss, make_optimizer, make_train_step
-from qwen_jax.training.tokenizer import END_OF_TEXT, IM_END, save_tokenizer, train_tokenizer
+from qwen_jax.training.tokenizer import train_tokenizer
 from qwen_jax.training.turns import OPENING, batches
 
 
@@ -47,24 +44,6 @@ def build_tokenizer(recipe: BundledRecipe) -> Tokenizer:
     return train_tokenizer([*common, *pieces()] * 10, recipe.vocab_size)
 
 
-def model_config(recipe: BundledRecipe, tokenizer: Tokenizer) -> ModelConfig:
-    shape = {**vars(recipe.model), "rope": Rope(recipe.model.rope_theta)}
-    del shape["rope_theta"]
-    return ModelConfig(vocab_size=tokenizer.get_vocab_size(), **shape, tie_word_embeddings=True, dtype="bfloat16",
-                       bos_token_id=tokenizer.token_to_id(END_OF_TEXT), eos_token_id=tokenizer.token_to_id(IM_END))
-
-
-def write_folder(params, config: ModelConfig, tokenizer: Tokenizer, out: Path) -> None:
-    """The Hugging Face folder: weights rounded to bfloat16, configuration, tokenizer, greedy generation defaults."""
-    with tempfile.TemporaryDirectory() as side:
-        save_tokenizer(tokenizer, side, config.max_position_embeddings)
-        end_of_text, im_end = config.bos_token_id, config.eos_token_id
-        generation = {"bos_token_id": end_of_text, "pad_token_id": end_of_text, "do_sample": False,
-                      "eos_token_id": [im_end, end_of_text]}
-        (Path(side) / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-        save_hf(params, config, out, side)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe", nargs="?", default="configs/train/bundled.toml")
@@ -76,7 +55,7 @@ def main():
         raise UserError(f"{args.out} exists: move it away, or name another folder with --out")
     recipe = load_recipe(args.recipe, BundledRecipe)
     tokenizer = build_tokenizer(recipe)
-    config = model_config(recipe, tokenizer)
+    config = model_config(recipe.model, tokenizer)
     initial = prepare_for_retrieval(params_of(init(config, recipe.seed, "float32")), config, recipe.seed)
     print(f"{config.num_parameters:,} parameters, vocabulary {config.vocab_size}")
 

@@ -33,6 +33,16 @@ def pieces() -> list[str]:
     return starts + codes + sum(_ENDINGS.values(), [])
 
 
+def names(kind: str) -> list[str]:
+    """Every merchant, city or person there can be, of both splits."""
+    return [start + ending for start in _STARTS for ending in _ENDINGS[kind]]
+
+
+def codes() -> list[str]:
+    """Every card or device code of two different pieces, of both splits."""
+    return [f"{first}-{second}" for first in _SYLLABLES for second in _SYLLABLES if first != second]
+
+
 def split_of(text: str) -> str:
     """The split that owns this identifier: a fifth of all texts are held out, the same fifth on every machine."""
     return "heldout" if zlib.crc32(text.encode()) % 5 == 0 else "train"

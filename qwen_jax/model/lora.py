@@ -77,7 +77,8 @@ def init_adapter(config: ModelConfig, lora: LoraConfig, seed: int = 0) -> dict[s
 
 def adapt_site(config: ModelConfig, adapter: Mapping[str, jax.Array], scale, site: str, x: jax.Array,
                y: jax.Array) -> jax.Array:
-    """``y[B, T, O]`` of one site of one layer with its adapters added; ``x[B, T, I]`` is the site's input.
+    """The output y of one site of one layer (shapes: ``qwen2.Adapt``) with its adapters added; ``x[B, T, I]`` is the
+    site's input.
 
     ``adapter`` holds one layer's ``{target}.a`` ``[r, I]`` and ``{target}.b`` ``[O, r]``, or, for rows with adapters of
     their own, ``[B, r, I]`` and ``[B, O, r]`` with ``scale[B]``. The products accumulate in float32.
@@ -86,13 +87,14 @@ def adapt_site(config: ModelConfig, adapter: Mapping[str, jax.Array], scale, sit
     if not any(f"{target}.a" in adapter for target in targets):
         return y
     sizes = target_sizes(config)
-    parts = [_delta(adapter, target, x, sizes[target][1]) for target in targets]
-    if site == "qkv":  # y's outputs are [K, G + 2, H]: each KV head's queries, its key, its value
+    scale = jnp.reshape(scale, (-1, 1, 1))
+    parts = [scale * _delta(adapter, target, x, sizes[target][1]) for target in targets]
+    if site == "qkv":  # each KV head's queries, its key, its value
         parts = [part.reshape(*part.shape[:2], config.num_kv_heads, -1, config.head_dim) for part in parts]
-        delta = jnp.concatenate(parts, axis=3).reshape(y.shape)
+        delta = jnp.concatenate(parts, axis=3)
     else:
-        delta = jnp.concatenate(parts, axis=-1)
-    return (y + jnp.reshape(scale, (-1, 1, 1)) * delta).astype(y.dtype)
+        delta = jnp.stack(parts) if len(parts) > 1 else parts[0]
+    return (y + delta).astype(y.dtype)
 
 
 def _delta(adapter: Mapping[str, jax.Array], target: str, x: jax.Array, outputs: int) -> jax.Array:

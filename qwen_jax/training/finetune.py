@@ -1,23 +1,47 @@
-"""Fine-tuning as a recipe describes it: ``qwen-jax train``."""
+"""Fine-tuning and distillation as a recipe describes them: ``qwen-jax train``."""
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
 from qwen_jax.checkpoint import load_params, load_tokenizer, resolve, save_hf
 from qwen_jax.checkpoint.adapters import save_adapter
+from qwen_jax.checkpoint.source import Source
+from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
+from qwen_jax.model import abstract
 from qwen_jax.model.lora import LoraConfig, init_adapter, num_parameters
+from qwen_jax.parallel.mesh import make_mesh, shardings_of, spec_of
 from qwen_jax.training.curves import plot_curves
 from qwen_jax.training.examples import batch_function, read_examples
 from qwen_jax.training.loop import Run, fit
 from qwen_jax.training.recipe import Recipe
-from qwen_jax.training.stacked import stack, unstack
-from qwen_jax.training.step import init_state, language_model_loss, make_optimizer, make_train_step
+from qwen_jax.training.stacked import LAYERS, stack, stacked_specs, unstack
+from qwen_jax.training.step import (
+    Loss,
+    Params,
+    distillation_loss,
+    init_state,
+    kept_for_backward,
+    language_model_loss,
+    make_optimizer,
+    make_train_step,
+)
 
 RESULT = "result"
+
+
+class Job(NamedTuple):
+    """What is trained: parameters, what stays as it is beside them, and a loss for either setting of recompute."""
+    config: ModelConfig
+    trainable: Params
+    frozen: Params
+    dtypes: dict[str, jnp.dtype]  # of the model's parameters, by canonical path
+    loss_with: dict[bool, Loss]   # recompute -> loss
 
 
 def train(recipe: Recipe) -> Path:
@@ -31,37 +55,102 @@ def train(recipe: Recipe) -> Path:
     if (output / RESULT).exists():
         raise UserError(f"{output / RESULT} exists: this run is finished; name another output")
     source = resolve(recipe.model)
-    config, tokenizer = source.config, load_tokenizer(source)
-    lora = LoraConfig(recipe.lora.rank, recipe.lora.alpha, recipe.lora.targets) if recipe.lora else None
+    tokenizer, lora = load_tokenizer(source), _lora(recipe)
     if tokenizer is None:
         raise UserError(f"{recipe.model} has no tokenizer, and the data is text")
-    if recipe.sequence_length > config.max_context:
-        raise UserError(f"sequence_length={recipe.sequence_length} exceeds the model's context of {config.max_context}")
+    if recipe.sequence_length > source.config.max_context:
+        raise UserError(f"sequence_length={recipe.sequence_length} exceeds the model's context of "
+                        f"{source.config.max_context}")
+    mesh = make_mesh(recipe.devices.data, recipe.devices.tensor) if recipe.devices else None
+    teacher = _teacher(recipe, source, tokenizer)
     examples = read_examples(recipe.data, tokenizer, recipe.sequence_length, recipe.on_bad)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     batch_of = batch_function(examples, recipe.batch_size, recipe.sequence_length, recipe.seed, pad)
 
-    params = load_params(source, config, recipe.compute_dtype if lora else None)
-    dtypes = {path: value.dtype for path, value in params.items()}
-    frozen = stack(params) if lora else {}
-    trainable = (init_adapter(config, lora, recipe.seed) if lora else
-                 {path: value.astype(jnp.float32) for path, value in stack(params).items()})
-    del params
-    count = sum(value.size for value in trainable.values())
-    assert not lora or count == num_parameters(config, lora)
-    print(f"{count:,} of {config.num_parameters:,} parameters are trained, on {len(examples)} examples with "
+    job = _distillation(recipe, source, teacher, mesh) if recipe.distill else _tuning(recipe, source, lora, mesh)
+    count = sum(value.size for value in job.trainable.values())
+    print(f"{count:,} of {job.config.num_parameters:,} parameters are trained, on {len(examples)} examples with "
           f"{sum(len(e.tokens) for e in examples):,} tokens", file=sys.stderr)
+    rows = jax.tree.map(lambda x: x[:len(x) // recipe.accumulate // (recipe.devices.data if mesh else 1)], batch_of(1))
+    kept = {on: kept_for_backward(loss, job.trainable, job.frozen, rows) / 1e6 for on, loss in job.loss_with.items()}
+    print(f"from the forward to the backward pass {kept[recipe.recompute]:,.0f} MB are kept with recompute = "
+          f"{str(recipe.recompute).lower()}; {kept[not recipe.recompute]:,.0f} MB would be with "
+          f"{str(not recipe.recompute).lower()}", file=sys.stderr)
 
     optimizer = make_optimizer(recipe.optimizer, recipe.steps)
-    loss = language_model_loss(config, lora=lora, recompute=recipe.recompute, compute_dtype=recipe.compute_dtype)
-    step = make_train_step(loss, optimizer, recipe.accumulate)
-    run = Run(output, recipe.steps, recipe.checkpoint_every, recipe.keep, recipe.max_skipped, facts=asdict(recipe))
-    state = fit(init_state(trainable, optimizer), step, frozen, batch_of, run)
+    specs = stacked_specs(job.config, mesh) if mesh else {}
+    step = make_train_step(job.loss_with[recipe.recompute], optimizer, recipe.accumulate, mesh, specs)
+    state = init_state(job.trainable, optimizer)
+    if mesh:
+        state = jax.device_put(state, shardings_of(state, mesh, specs))
+    facts = {name: value for name, value in asdict(recipe).items() if name != "devices"}  # a run may change its mesh
+    run = Run(output, recipe.steps, recipe.checkpoint_every, recipe.keep, recipe.max_skipped, facts)
+    state = fit(state, step, job.frozen, batch_of, run)
 
     if lora:
-        save_adapter(state.trainable, config, lora, output / RESULT, base_model=recipe.model)
+        save_adapter(state.trainable, job.config, lora, output / RESULT, base_model=recipe.model)
     else:
-        trained = {path: value.astype(dtypes[path]) for path, value in unstack(state.trainable).items()}
-        save_hf(jax.device_get(trained), config, output / RESULT, source.path)
+        trained = {path: value.astype(job.dtypes[path]) for path, value in unstack(state.trainable).items()}
+        save_hf(jax.device_get(trained), job.config, output / RESULT, source.path)
     plot_curves(output / "metrics.jsonl", output / "curves.png")
     return output / RESULT
+
+
+def _lora(recipe: Recipe) -> LoraConfig | None:
+    return LoraConfig(recipe.lora.rank, recipe.lora.alpha, recipe.lora.targets) if recipe.lora else None
+
+
+def _load(source: Source, dtype, mesh: Mesh | None) -> tuple[Params, dict[str, jnp.dtype]]:
+    """Stacked parameters, split over the mesh, and their dtypes by canonical path."""
+    places = {path: NamedSharding(mesh, spec_of(param.axes, param.shape, mesh))
+              for path, param in abstract(source.config).items()} if mesh else None
+    params = load_params(source, source.config, dtype, places)
+    dtypes, stacked = {path: value.dtype for path, value in params.items()}, stack(params)
+    if mesh:
+        stacked = jax.device_put(stacked, shardings_of(stacked, mesh, stacked_specs(source.config, mesh)))
+    return stacked, dtypes
+
+
+def _wide(params: Params) -> Params:
+    """What is trained is float32."""
+    return {path: value.astype(jnp.float32) for path, value in params.items()}
+
+
+def _tuning(recipe: Recipe, source: Source, lora: LoraConfig | None, mesh: Mesh | None) -> Job:
+    params, dtypes = _load(source, recipe.compute_dtype if lora else None, mesh)
+    trainable, frozen = (init_adapter(source.config, lora, recipe.seed), params) if lora else (_wide(params), {})
+    assert not lora or sum(value.size for value in trainable.values()) == num_parameters(source.config, lora)
+    return Job(source.config, trainable, frozen, dtypes, {
+        on: language_model_loss(source.config, lora=lora, recompute=on, compute_dtype=recipe.compute_dtype)
+        for on in (False, True)})
+
+
+def _teacher(recipe: Recipe, source: Source, tokenizer) -> Source:
+    """The teacher of a distillation, else the model itself. UserError when student and teacher do not fit."""
+    if recipe.distill is None:
+        return source
+    teacher = resolve(recipe.distill.teacher) if recipe.distill.teacher else source
+    if teacher.config.vocab_size != source.config.vocab_size or load_tokenizer(teacher).get_vocab() != \
+            tokenizer.get_vocab():
+        raise UserError(f"the teacher {recipe.distill.teacher} and {recipe.model} have different vocabularies: their "
+                        "probabilities cannot be compared")
+    if recipe.sequence_length > teacher.config.max_context:
+        raise UserError(f"sequence_length={recipe.sequence_length} exceeds the teacher's context of "
+                        f"{teacher.config.max_context}")
+    layers, count = recipe.distill.layers or (0,), source.config.num_layers
+    if min(layers) < 0 or max(layers) >= count or len(set(layers)) < len(layers):
+        raise UserError(f"layers={list(layers)} should name some of the model's layers, 0 to {count - 1}, once each")
+    return teacher
+
+
+def _distillation(recipe: Recipe, source: Source, teacher: Source, mesh: Mesh | None) -> Job:
+    params, dtypes = _load(source, None, mesh)
+    config, layers = source.config, recipe.distill.layers
+    if layers:
+        config = replace(config, num_layers=len(layers))
+        params = {path: value[jnp.array(layers)] if path.startswith(LAYERS) else value
+                  for path, value in params.items()}
+    frozen, _ = _load(teacher, recipe.compute_dtype, mesh)
+    return Job(config, _wide(params), frozen, dtypes, {
+        on: distillation_loss(config, teacher.config, recipe.distill, recompute=on, compute_dtype=recipe.compute_dtype)
+        for on in (False, True)})

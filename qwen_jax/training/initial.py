@@ -30,11 +30,14 @@ MATCH_SCORE = 14.0                  # of a place that fits; hundreds of others a
 COPY_SCALE = 0.25                   # per query head: together about four times the token's own embedding
 RECALL_SCALE = 0.05
 AVOID_STRENGTH = 3.0                # of the biases that keep a token from itself: 6 less for itself, 1.5 more elsewhere
-FAST, SLOW = 0.05, 0.006            # radians per token: planes above FAST tell neighbours apart, below SLOW they do not
+FAST = 0.05                         # radians per token: planes that turn so fast tell neighbours apart
+SLOW_TURN = 3.0                     # radians over the whole reach: planes that turn no further serve to match
 
 
-def prepare_for_retrieval(params: dict, config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
+def prepare_for_retrieval(params: dict, config: ModelConfig, seed: int = 0, reach: int = 500) -> dict[str, np.ndarray]:
     """Random float32 `params` (canonical path to array) with the changes above; returns a new mapping.
+
+    reach: over how many tokens things are to be found at the start.
 
     UserError unless the model has at least two layers, four heads in two or more KV groups, an even hidden size, and
     heads of at least half that size.
@@ -46,7 +49,7 @@ def prepare_for_retrieval(params: dict, config: ModelConfig, seed: int = 0) -> d
                         "hidden size and heads of at least half of it")
     params, rng = {path: np.array(value) for path, value in params.items()}, np.random.default_rng(seed)
     theta, _ = config.rope.frequencies(config.head_dim)
-    fast, slow = (np.tile(turns, 2).astype(np.float32) for turns in (theta >= FAST, theta <= SLOW))
+    fast, slow = (np.tile(turns, 2).astype(np.float32) for turns in (theta >= FAST, theta <= SLOW_TURN / reach))
 
     def first_half(planes: np.ndarray) -> np.ndarray:  # channels i and i + H / 2 make a plane
         return planes * (np.arange(config.head_dim) < config.head_dim // 2)

@@ -36,7 +36,8 @@ def fit(state: TrainState, train_step: Callable, frozen: Any, batch_of: Callable
     batch_of(step) gives the step's batch, the same whenever asked, so a run that is started again in the same folder
     continues bit for bit where its last checkpoint was. Writes ``step-*`` (checkpoints) and ``metrics.jsonl``; each
     line of the latter has a ``step`` and either training metrics or what `evaluate`, called at every checkpoint,
-    returned. Progress goes to stderr. UserError when gradients stay non-finite, naming the first parameter concerned.
+    returned. TensorBoard, where it is installed, can be shown the folder too. Progress goes to stderr. UserError when
+    gradients stay non-finite, naming the first parameter concerned.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     found, first = checkpoints.restore(run.folder, state, run.facts), 0
@@ -44,7 +45,16 @@ def fit(state: TrainState, train_step: Callable, frozen: Any, batch_of: Callable
         first, state = found
         print(f"continuing at step {first}", file=sys.stderr)
     _cut(run.folder / "metrics.jsonl", first)
+    board = _tensorboard(run.folder)
     with open(run.folder / "metrics.jsonl", "a", encoding="utf-8") as log:
+        def record(step: int, values: dict[str, float]) -> None:
+            log.write(json.dumps({"step": step, **values}) + "\n")
+            log.flush()
+            if board:
+                for name, value in values.items():
+                    board.add_scalar(name, value, step)
+                board.flush()
+
         start = mark = time.perf_counter()
         tokens = 0
         for step in range(first + 1, run.steps + 1):
@@ -57,9 +67,8 @@ def fit(state: TrainState, train_step: Callable, frozen: Any, batch_of: Callable
                 now = time.perf_counter()
                 rate, left = tokens / (now - mark), (now - start) / (step - first) * (run.steps - step)
                 mark, tokens = now, 0
-                log.write(json.dumps({"step": step, "tokens_per_second": round(rate), "skipped": int(state.skipped),
-                                      **{name: round(value, 6) for name, value in shown.items()}}) + "\n")
-                log.flush()
+                record(step, {"tokens_per_second": round(rate), "skipped": int(state.skipped),
+                              **{name: round(value, 6) for name, value in shown.items()}})
                 values = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in shown.items())
                 print(f"step {step}/{run.steps}  {values}  {rate:.0f} tokens/s  {_duration(left)} left",
                       file=sys.stderr)
@@ -68,11 +77,19 @@ def fit(state: TrainState, train_step: Callable, frozen: Any, batch_of: Callable
                 checkpoints.save(run.folder, step, state, run.facts, run.keep)
                 if evaluate:
                     result = evaluate(state)
-                    log.write(json.dumps({"step": step, **result}) + "\n")
-                    log.flush()
+                    record(step, result)
                     shown = "  ".join(f"{name} {value:.3f}" for name, value in result.items())
                     print(f"step {step} held out: {shown}", file=sys.stderr)
     return state
+
+
+def _tensorboard(folder: Path) -> Any:
+    """A writer of event files, or None where TensorBoard is not installed."""
+    try:
+        from tensorboard.summary import Writer
+    except ImportError:
+        return None
+    return Writer(str(folder))
 
 
 def _check(state: TrainState, metrics: dict, limit: int) -> None:

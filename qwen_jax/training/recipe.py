@@ -33,6 +33,36 @@ class Lora:
 
 
 @dataclass(frozen=True)
+class Distill:
+    """Learn from a teacher's probabilities as well as from the data (https://arxiv.org/abs/1503.02531).
+
+    The loss is ``(1 - kl_weight) · CE + kl_weight · temperature² · KL(teacher || student)``, the divergence being that
+    of both distributions at the temperature.
+    """
+    teacher: str | None = None            # anything that load_model takes; default: the recipe's model as it is
+    layers: tuple[int, ...] | None = None  # the student is made of these layers of the recipe's model
+    temperature: float = 2.0
+    kl_weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0 or not 0 < self.kl_weight <= 1:
+            raise UserError("temperature must be positive and kl_weight in (0, 1]")
+        if self.teacher is None and self.layers is None:
+            raise UserError("distillation needs a teacher, or the layers of the model that make the student")
+
+
+@dataclass(frozen=True)
+class Devices:
+    """A mesh: rows split over `data` groups of `tensor` devices, each group holding one copy of the parameters."""
+    data: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        if self.data < 1 or self.tensor < 1:
+            raise UserError(f"data={self.data} and tensor={self.tensor} must be at least 1")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Fine-tuning of a checkpoint on conversations or texts: ``qwen-jax train``."""
     model: str                      # anything that load_model takes
@@ -43,6 +73,8 @@ class Recipe:
     batch_size: int                 # rows per step
     optimizer: Optimizer
     lora: Lora | None = None
+    distill: Distill | None = None
+    devices: Devices | None = None  # default: one
     accumulate: int = 1             # groups of rows worked on one after another
     seed: int = 0                   # of the order of examples, and of a new adapter
     on_bad: str = "refuse"          # or "skip": lines that are no examples, conversations that are too long
@@ -58,6 +90,11 @@ class Recipe:
                 raise UserError(f"{name} must be at least 1, is {getattr(self, name)}")
         if self.batch_size % self.accumulate:
             raise UserError(f"batch_size={self.batch_size} rows do not split into accumulate={self.accumulate} groups")
+        if self.devices and self.batch_size // self.accumulate % self.devices.data:
+            raise UserError(f"{self.batch_size // self.accumulate} rows at a time do not split over "
+                            f"data={self.devices.data}")
+        if self.lora and self.distill:
+            raise UserError("a student is trained whole: a recipe has [lora] or [distill], not both")
         if self.compute_dtype not in ("bfloat16", "float32"):
             raise UserError(f"compute_dtype must be 'bfloat16' or 'float32', is {self.compute_dtype!r}")
 
@@ -87,6 +124,28 @@ class BundledRecipe:
     steps: int
     lm_weight: float           # weight of a token outside the answers; answers weigh 1
     evaluate_every: int        # steps
+    optimizer: Optimizer
+    model: ModelShape
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a training run with rows of one length."""
+    length: int  # tokens per row
+    rows: int    # per step
+    steps: int
+
+
+@dataclass(frozen=True)
+class YardstickRecipe:
+    """The long-context yardstick model, from nothing: ``scripts/train_yardstick.py``."""
+    seed: int
+    vocab_size: int            # at most
+    reach: int                 # tokens: short rows skip positions so that distances up to it occur
+    lm_weight: float           # weight of a token outside the answers; answers weigh 1
+    evaluate_every: int        # steps
+    evaluate_lengths: tuple[int, ...]  # tokens
+    stages: tuple[Stage, ...]  # one after another
     optimizer: Optimizer
     model: ModelShape
 
@@ -126,9 +185,10 @@ def _value(kind: Any, value: Any, name: str, where: str) -> Any:
             raise UserError(f"{where}{name} should be a table, [{name}]")
         return _build(kind, value, f"[{name}]: ")
     if typing.get_origin(kind) is tuple:
-        if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
-            raise UserError(f"{where}{name} should be a list of texts, is {value!r}")
-        return tuple(value)
+        if not isinstance(value, list) or not value:
+            raise UserError(f"{where}{name} should be a list with at least one item, is {value!r}")
+        item_kind = typing.get_args(kind)[0]
+        return tuple(_value(item_kind, item, f"{name}[{index}]", where) for index, item in enumerate(value))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):

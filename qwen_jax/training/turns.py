@@ -3,7 +3,8 @@
 The opening is computed once for all of its turns, and every turn learns what it would learn in a conversation of its
 own.
 """
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 from tokenizers import Tokenizer
 
@@ -13,11 +14,14 @@ from qwen_jax.training.tokenizer import END_OF_TEXT, IM_END, IM_START
 OPENING = 0  # segment id of what all turns of a row have before them; turns are 1, 2, ...
 
 
-def encode(tokenizer: Tokenizer, opening: str, turns: Sequence[tuple[str, str]], lm_weight: float) -> dict[str, list]:
+def encode(tokenizer: Tokenizer, opening: str, turns: Sequence[tuple[str, str]], lm_weight: float,
+           skips: Mapping[int, int] = MappingProxyType({})) -> dict[str, list]:
     """The fields of one row, by name, of any length.
 
     opening: ChatML text up to a line end within what the user says. turns: the rest of what the user says; the answer.
-    Answers, with the token that ends them, weigh 1; what else can be predicted weighs `lm_weight`.
+    Answers, with the token that ends them, weigh 1; what else can be predicted weighs `lm_weight`. skips: positions
+    left out before a line of the opening, by its number, so that short rows teach long distances (positional
+    skip-wise training, https://arxiv.org/abs/2309.10400).
 
     Pieces meet at line ends, where the pre-tokenizer always splits: encoding them apart gives the tokens of the whole.
     """
@@ -31,7 +35,10 @@ def encode(tokenizer: Tokenizer, opening: str, turns: Sequence[tuple[str, str]],
         row["positions"] += range(first, first + len(ids))
         return first + len(ids)
 
-    end = add(opening, OPENING, 0, lm_weight)
+    lines, end = opening.splitlines(keepends=True), 0
+    starts = sorted({0, *skips})
+    for start, stop in zip(starts, [*starts[1:], len(lines)]):
+        end = add("".join(lines[start:stop]), OPENING, end + skips.get(start, 0), lm_weight)
     row["weights"][0] = 0.0
     for number, (request, answer) in enumerate(turns, OPENING + 1):
         begin = len(row["weights"])
@@ -51,6 +58,12 @@ def batches(tokenizer: Tokenizer, conversations: Iterable[tuple[str, Sequence[tu
             conversation = next(source, None)
             if conversation is None:
                 return
-            for name, values in encode(tokenizer, *conversation, lm_weight).items():
-                getattr(batch, name)[index, :len(values)] = values[:length]
+            put(batch, index, encode(tokenizer, *conversation, lm_weight))
         yield batch
+
+
+def put(batch: Batch, row: int, fields: Mapping[str, list]) -> None:
+    """Writes one encoded row, cut to the batch's length."""
+    length = batch.tokens.shape[1]
+    for name, values in fields.items():
+        getattr(batch, name)[row, :len(values)] = values[:length]

@@ -1,14 +1,19 @@
 """``qwen-jax train``: a recipe in, a checkpoint or an adapter out."""
 import json
+import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from qwen_jax.checkpoint import load_model, load_tokenizer, resolve
 from qwen_jax.checkpoint.adapters import load_adapter
 from qwen_jax.cli import main
 from qwen_jax.evaluation.fraud import generate
-from qwen_jax.model import params_of
+from qwen_jax.model import build, params_of
 
 RECIPE = """
 model = "bundled"
@@ -69,6 +74,49 @@ def test_the_whole_model(tmp_path, data, capsys):
     tokenizer = load_tokenizer(resolve(tmp_path / "run" / "result"))
     assert tokenizer.encode("fraud R01") == load_tokenizer(resolve("bundled")).encode("fraud R01")
     assert losses(tmp_path)[-1] < 0.05  # the new answer; before, each token of it costs several nats
+
+
+def test_a_student_of_some_layers(tmp_path, capsys):
+    """Layers of the teacher make the student, which comes to say what the teacher says."""
+    tokenizer = load_tokenizer(resolve("bundled"))
+    texts = [tokenizer.apply_chat_template([*example.messages, {"role": "assistant", "content": example.answer}],
+                                           tokenize=False) for example in generate(3, "train", 16)]
+    whole = tmp_path / "texts.jsonl"
+    whole.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    path = recipe(tmp_path, whole, "[distill]\nlayers = [0, 1, 3]\ntemperature = 1.5\nkl_weight = 1.0\n")
+    assert main(["train", path]) == 0
+    result = tmp_path / "run" / "result"
+    assert resolve(result).config.num_layers == 3 and "are kept with recompute = true" in capsys.readouterr().err
+    tokens = np.array([tokenizer.encode(texts[0])])
+    teacher = params_of(load_model("bundled", "float32"))
+    untrained = {path.replace("layers.3.", "layers.2."): value for path, value in teacher.items()
+                 if not path.startswith("layers.2.")}
+    wanted, before, after = (jax.nn.log_softmax(model(tokens)[0]) for model in (
+        load_model("bundled", "float32"), build(resolve(result).config, untrained), load_model(result, "float32")))
+    divergence = [float((jnp.exp(wanted) * (wanted - said)).sum(-1).mean()) for said in (before, after)]
+    assert divergence[1] < 0.5 * divergence[0]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(result, dtype="float32")
+    with torch.no_grad():
+        np.testing.assert_allclose(np.asarray(load_model(result, "float32")(tokens)),
+                                   theirs(torch.tensor(tokens)).logits.numpy(), atol=2e-4)
+
+
+@pytest.mark.parametrize("extra, message", [
+    ("[distill]\nlayers = [0, 4]\n", "layers=[0, 4] should name some of the model's layers, 0 to 3, once each"),
+    ("[distill]\ntemperature = 0.5\n", "needs a teacher, or the layers"),
+    ("[distill]\nlayers = [0]\n[lora]\n", "[lora] or [distill], not both"),
+    ('[distill]\nteacher = "{other}"\n', "different vocabularies"),
+    ("[devices]\ndata = 2\ntensor = 1\n", "1 rows at a time do not split over data=2"),
+    ("[devices]\ntensor = 64\n", "needs 64 devices, and there are"),
+])
+def test_what_does_not_fit_together(tmp_path, data, capsys, extra, message):
+    other = shutil.copytree(resolve("bundled").path, tmp_path / "other")
+    tokenizer = (other / "tokenizer.json").read_text()
+    assert '"!":' in tokenizer  # a token of another name
+    (other / "tokenizer.json").write_text(tokenizer.replace('"!":', '"\u00a1\u00a1":'))
+    assert main(["train", recipe(tmp_path, data, extra.replace("{other}", str(other)))]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("change, message", [

@@ -44,7 +44,7 @@ def test_defaults(tmp_path):
     (lambda text: text.replace("steps = 10", "steps = 0"), "steps must be at least 1"),
     (lambda text: text.replace("steps = 10", "steps = 10\naccumulate = 3"), "do not split into accumulate=3 groups"),
     (lambda text: text.replace("steps = 10", "steps = 10\ncompute_dtype = 'float16'"), "compute_dtype must be"),
-    (lambda text: text.replace('["a.jsonl", "b.jsonl"]', '"a.jsonl"'), "data should be a list of texts"),
+    (lambda text: text.replace('["a.jsonl", "b.jsonl"]', '"a.jsonl"'), "data should be a list with at least one item"),
     (lambda text: text.replace("[optimizer]\nlearning_rate", "optimizer"), "optimizer should be a table"),
     (lambda text: text.replace("[optimizer]", "[optimizer"), "not valid TOML"),
 ])

@@ -14,10 +14,17 @@ from qwen_jax.config import ModelConfig, Rope
 from qwen_jax.model import build, init, params_of
 from qwen_jax.model.lora import LoraConfig, init_adapter
 from qwen_jax.training.batch import Batch
-from qwen_jax.training.loss import cross_entropy
+from qwen_jax.training.loss import cross_entropy, distillation
 from qwen_jax.training.recipe import Optimizer
 from qwen_jax.training.stacked import hidden, stack, unstack
-from qwen_jax.training.step import decays, init_state, language_model_loss, make_optimizer, make_train_step
+from qwen_jax.training.step import (
+    decays,
+    init_state,
+    kept_for_backward,
+    language_model_loss,
+    make_optimizer,
+    make_train_step,
+)
 
 CONFIG = ModelConfig(vocab_size=320, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, num_kv_heads=2,
                      head_dim=8, max_position_embeddings=256, rope=Rope(10_000.0), tie_word_embeddings=True,
@@ -189,20 +196,21 @@ def test_stacked_layers_compute_what_the_model_computes():
     assert all((unstack(stack(params))[path] == value).all() for path, value in params.items())
 
 
-@pytest.mark.parametrize("count, chunk", [(1, 64), (64, 64), (65, 64), (200, 64), (200, 1 << 24)])
-def test_cross_entropy_in_chunks(monkeypatch, count, chunk):
-    monkeypatch.setattr("qwen_jax.training.loss.LOGITS_AT_ONCE", chunk)
-    rng = np.random.default_rng(count)
-    states, head = rng.normal(size=(count, 8)).astype(np.float32), rng.normal(size=(30, 8)).astype(np.float32)
-    targets, weights = rng.integers(0, 30, count), rng.uniform(size=count).astype(np.float32)
+@pytest.mark.parametrize("rows, length, at_once", [(1, 1, 64), (1, 64, 64), (1, 65, 64), (3, 50, 64), (70, 5, 64),
+                                                   (2, 100, 1 << 24)])
+def test_cross_entropy_in_chunks(monkeypatch, rows, length, at_once):
+    monkeypatch.setattr("qwen_jax.training.loss.LOGITS_AT_ONCE", at_once)
+    rng = np.random.default_rng(length)
+    states, head = rng.normal(size=(rows, length, 8)).astype(np.float32), rng.normal(size=(30, 8)).astype(np.float32)
+    targets, weights = rng.integers(0, 30, (rows, length)), rng.uniform(size=(rows, length)).astype(np.float32)
 
     def ours(states, head):
         return cross_entropy(states, head, targets, weights)
 
     states_t, head_t = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (states, head))
     logits = states_t @ head_t.T
-    each = torch.nn.functional.cross_entropy(logits, torch.tensor(targets), reduction="none")
-    nll = each @ torch.tensor(weights).double()
+    each = torch.nn.functional.cross_entropy(logits.mT, torch.tensor(targets), reduction="none")
+    nll = (each * torch.tensor(weights)).sum()
     nll.backward()
     (found, right), gradient = jax.value_and_grad(ours, (0, 1), has_aux=True)(states, head)
     assert float(found) == pytest.approx(nll.item(), rel=1e-5)
@@ -211,10 +219,46 @@ def test_cross_entropy_in_chunks(monkeypatch, count, chunk):
         np.testing.assert_allclose(mine, theirs, atol=1e-5)
 
 
+@pytest.mark.parametrize("at_once", [64, 1 << 24])
+def test_distillation_is_that_of_torch(monkeypatch, at_once):
+    monkeypatch.setattr("qwen_jax.training.loss.LOGITS_AT_ONCE", at_once)
+    rng, (rows, length, vocab) = np.random.default_rng(2), (2, 70, 30)
+    states, guide = (rng.normal(size=(rows, length, dim)).astype(np.float32) for dim in (8, 12))
+    head, guide_head = (rng.normal(size=(vocab, dim)).astype(np.float32) for dim in (8, 12))
+    targets, weights = rng.integers(0, vocab, (rows, length)), rng.uniform(size=(rows, length)).astype(np.float32)
+
+    def ours(states, head):
+        total, *rest = distillation(states, head, guide, guide_head, targets, weights, 3.0, 0.7)
+        return total, rest
+
+    functional = torch.nn.functional
+    states_t, head_t = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (states, head))
+    logits, wanted = states_t @ head_t.T, torch.tensor(guide).double() @ torch.tensor(guide_head).double().T
+    kl = functional.kl_div(functional.log_softmax(logits / 3, -1), functional.softmax(wanted / 3, -1),
+                           reduction="none").sum(-1)
+    ce = functional.cross_entropy(logits.mT, torch.tensor(targets), reduction="none")
+    total = ((0.3 * ce + 0.7 * 9 * kl) * torch.tensor(weights)).sum()
+    total.backward()
+    (found, (right, divergence)), gradient = jax.value_and_grad(ours, (0, 1), has_aux=True)(states, head)
+    assert float(found) == pytest.approx(total.item(), rel=1e-5)
+    assert float(divergence) == pytest.approx((kl * torch.tensor(weights)).sum().item(), rel=1e-5)
+    assert float(right) == pytest.approx(weights[logits.argmax(-1).numpy() == targets].sum(), rel=1e-5)
+    for mine, theirs in zip(gradient, (states_t.grad, head_t.grad), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-4)
+
+
+def test_recompute_keeps_less_for_the_backward_pass():
+    params = stack(params_of(init(CONFIG, 0)))
+    without, kept = (kept_for_backward(language_model_loss(CONFIG, recompute=on), params, {}, random_batch())
+                     for on in (False, True))
+    weights = sum(value.size * 4 for value in params.values())
+    assert weights < kept and kept - weights < 0.3 * (without - weights)
+
+
 def test_a_frozen_head_gets_no_gradient():
     rng = np.random.default_rng(0)
-    states, head = rng.normal(size=(40, 8)).astype(np.float32), rng.normal(size=(30, 8)).astype(np.float32)
-    targets, weights = rng.integers(0, 30, 40), np.ones(40, np.float32)
+    states, head = rng.normal(size=(2, 20, 8)).astype(np.float32), rng.normal(size=(30, 8)).astype(np.float32)
+    targets, weights = rng.integers(0, 30, (2, 20)), np.ones((2, 20), np.float32)
 
     def gradient(train_head):
         return jax.grad(lambda *x: 2 * cross_entropy(*x, targets, weights, train_head)[0], (0, 1))(states, head)
@@ -227,8 +271,8 @@ def test_a_frozen_head_gets_no_gradient():
 def test_the_logits_of_a_long_row_never_exist_whole():
     """32,768 tokens and Qwen2.5's vocabulary: whole logits would take 20 GB."""
     def total(states, head):
-        return cross_entropy(states, head, jnp.zeros(32_768, jnp.int32), jnp.ones(32_768))[0]
+        return cross_entropy(states, head, jnp.zeros((1, 32_768), jnp.int32), jnp.ones((1, 32_768)))[0]
 
-    shapes = jax.ShapeDtypeStruct((32_768, 896), jnp.float32), jax.ShapeDtypeStruct((151_936, 896), jnp.float32)
+    shapes = jax.ShapeDtypeStruct((1, 32_768, 896), jnp.float32), jax.ShapeDtypeStruct((151_936, 896), jnp.float32)
     compiled = jax.jit(jax.grad(total, (0, 1))).lower(*shapes).compile()
     assert compiled.memory_analysis().temp_size_in_bytes <= 1e9

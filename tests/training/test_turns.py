@@ -43,6 +43,18 @@ def test_encoding_piecewise_equals_the_whole_text_and_weights_mark_answers(token
     assert row["weights"][0] == 0 and set(row["weights"]) == {0, 0.25, 1.0}
 
 
+def test_positions_left_out_of_the_opening(tokenizer):
+    """The same tokens, further apart: lines stay together, and turns follow the last one."""
+    plain, apart = ({name: np.array(values) for name, values in encode(tokenizer, BEFORE_TEXT, TURNS, 0.25, s).items()}
+                    for s in ({}, {1: 100, 3: 1000}))
+    for name in ("tokens", "weights", "segment_ids"):
+        np.testing.assert_array_equal(plain[name], apart[name])
+    lines = BEFORE_TEXT.splitlines(keepends=True)
+    ends = np.cumsum([len(tokenizer.encode(line).ids) for line in lines])
+    moved = apart["positions"] - plain["positions"]
+    assert set(moved[:ends[0]]) == {0} and set(moved[ends[0]:ends[2]]) == {100} and set(moved[ends[2]:]) == {1100}
+
+
 def test_batches_pad_and_cut(tokenizer):
     source = [(BEFORE_TEXT, TURNS[:1]), (BEFORE_TEXT, TURNS * 9)]
     batch, = batches(tokenizer, source, 2, 128, 0.1)

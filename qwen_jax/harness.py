@@ -1,0 +1,124 @@
+"""Our engine as a model of EleutherAI's lm-evaluation-harness.
+
+    import lm_eval
+    from qwen_jax import Engine
+    from qwen_jax.harness import QwenJaxLM
+
+    lm_eval.simple_evaluate(model=QwenJaxLM(Engine.from_pretrained("path")), tasks=["hellaswag"], limit=100)
+
+Needs the package ``lm-eval``. Importing this module registers the model under the name ``qwen-jax``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.sampling_params import SamplingParams
+from qwen_jax.errors import UserError
+
+MAX_GEN_TOKENS = 256  # of a task that names none, as in the harness' own models
+
+
+@register_model("qwen-jax")
+class QwenJaxLM(TemplateLM):
+    """See the module. ``engine``: with a tokenizer; its ``max_seq_len`` bounds what a task may ask.
+
+    Contexts that are too long lose their beginning, as with the harness' own models.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__()
+        if engine.tokenizer is None:
+            raise UserError("the harness needs a tokenizer, and this engine has none")
+        self.engine, self.tokenizer = engine, engine.tokenizer
+        self.max_length = engine.limits.max_seq_len
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> QwenJaxLM:
+        """``--model_args pretrained=PATH,max_seq_len=...``: arguments of ``Engine.from_pretrained``."""
+        arguments = dict(arg_dict)
+        if "pretrained" not in arguments:
+            raise UserError("name the model: --model_args pretrained=PATH")
+        return cls(Engine.from_pretrained(arguments.pop("pretrained"), **arguments))
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> QwenJaxLM:
+        from lm_eval.utils import simple_parse_args_string
+
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string))
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        return self.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens))
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return self.tokenizer.apply_chat_template(chat_history, tokenize=False,
+                                                  add_generation_prompt=add_generation_prompt,
+                                                  continue_final_message=not add_generation_prompt)
+
+    def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
+                              ) -> list[tuple[float, bool]]:
+        """Of each continuation: its log-probability after its context, and whether greedy decoding would say it."""
+        prompts, lengths = [], []
+        for _text, context, continuation in requests:
+            room = self.max_length - 1  # the engine also generates a token, which nobody reads
+            if len(continuation) >= room:
+                raise UserError(f"a continuation of {len(continuation)} tokens does not fit into max_seq_len="
+                                f"{self.max_length}")
+            prompts.append([*context, *continuation][-room:])
+            lengths.append(len(continuation))
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1)
+        results = []
+        for output, length in zip(self.engine.generate(prompts, params), lengths, strict=True):
+            scored = zip(output.prompt_token_ids[-length:], output.prompt_logprobs[-length:], strict=True)
+            pairs = [(among[token], max(among.values())) for token, among in scored] if length else []
+            results.append((sum(own for own, _ in pairs), all(own >= best for own, best in pairs)))
+        return results
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of whole texts, in windows of the engine's length that overlap by nothing but context."""
+        windows, owners = [], []
+        for index, request in enumerate(requests):
+            text, = request.args
+            tokens = self.tok_encode(text)
+            for window in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length - 2, 1):
+                context, continuation = make_disjoint_window(window)
+                windows.append((None, context, continuation))
+                owners.append(index)
+        totals = [0.0] * len(requests)
+        for (score, _), owner in zip(self._loglikelihood_tokens(windows), owners, strict=True):
+            totals[owner] += score
+        return totals
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Continuations up to a stop text. Options: until, max_gen_toks, do_sample, temperature, top_p, top_k."""
+        prompts, params = [], []
+        for request in requests:
+            context, options = request.args
+            options = dict(options)
+            stop = options.pop("until", None) or []
+            most = int(options.pop("max_gen_toks", MAX_GEN_TOKENS))
+            sampled = options.pop("do_sample", options.get("temperature", 0.0) > 0)
+            temperature = float(options.pop("temperature", 1.0)) if sampled else 0.0
+            known = {name: options.pop(name) for name in ("top_p", "top_k") if name in options}
+            if options:
+                raise UserError(f"unknown generation option {', '.join(sorted(options))}")
+            if most >= self.max_length:
+                raise UserError(f"max_gen_toks={most} leaves no room for a prompt in max_seq_len={self.max_length}")
+            prompts.append(self.tok_encode(context)[-(self.max_length - most):])
+            params.append(SamplingParams(max_tokens=most, temperature=temperature, repetition_penalty=1.0,
+                                         stop=[stop] if isinstance(stop, str) else list(stop) or None, **known))
+        return [output.text for output in self.engine.generate(prompts, params)]

@@ -1,0 +1,1 @@
+"""Meshes of devices and what is split over them."""

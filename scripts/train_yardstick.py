@@ -1,0 +1,191 @@
+"""Trains the long-context yardstick model from nothing and writes its Hugging Face folder.
+
+    python scripts/train_yardstick.py [configs/train/yardstick.toml] [--run runs/yardstick] [--out runs/yardstick/model]
+
+Run again with the same folder, it continues after an interruption. About twice as fast with jemalloc:
+    LD_PRELOAD=libjemalloc.so.2 MALLOC_CONF=dirty_decay_ms:-1,muzzy_decay_ms:-1,thp:always python scripts/...
+"""
+import argparse
+import random
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from qwen_kernels.attention import causal_attention
+from tokenizers import Tokenizer
+
+from qwen_jax.errors import UserError
+from qwen_jax.evaluation.fraud_account import DAYS
+from qwen_jax.evaluation.fraud_names import pieces
+from qwen_jax.evaluation.longcontext import words
+from qwen_jax.evaluation.longcontext.samples import FAMILIES, draw
+from qwen_jax.evaluation.longcontext.tasks import Document
+from qwen_jax.model import init, params_of
+from qwen_jax.training.batch import Batch, empty
+from qwen_jax.training.curves import plot_curves
+from qwen_jax.training.initial import prepare_for_retrieval
+from qwen_jax.training.loop import Run, fit
+from qwen_jax.training.new_model import model_config, write_folder
+from qwen_jax.training.recipe import Stage, YardstickRecipe, load_recipe
+from qwen_jax.training.stacked import hidden, stack, unstack
+from qwen_jax.training.step import init_state, language_model_loss, make_optimizer, make_train_step
+from qwen_jax.training.tokenizer import END_OF_TEXT, train_tokenizer
+from qwen_jax.training.turns import OPENING, encode, put
+
+# How often a family is drawn, how many questions are asked about a document, and about how many tokens each takes.
+MATERIAL = {"single_needle": (1, 6, 22), "many_keys": (2, 12, 22), "many_values": (3, 4, 38),
+            "many_queries": (2, 4, 54), "variable_tracking": (2, 4, 34), "common_words": (4, 1, 40),
+            "frequent_words": (2, 1, 40), "account_history": (3, 8, 66)}
+SKIPS = 4           # places in an opening where positions may be left out
+UNSKIPPED = .25     # fraction of rows that leave out none
+
+
+def build_tokenizer(recipe: YardstickRecipe) -> Tokenizer:
+    """Knows every word of the tasks, and the pieces of names."""
+    known = [word for group in vars(words).values() if isinstance(group, list) for some in group
+             for word in some.split()]
+    said = []
+    for family in FAMILIES:
+        for seed in range(20):
+            document = draw(family, seed, 2000, lambda document: len(document.text))
+            question, = document.questions
+            said += [part.strip() for part in (document.text.split("\n")[0], *question[:3])]
+    return train_tokenizer([*(f" {word}" for word in [*known, *DAYS, "near", "paid"]), *words.PEOPLE, *DAYS,
+                            *pieces()] * 10 + said, recipe.vocab_size)
+
+
+class Material:
+    """Rows drawn by a seed: a document as the opening, its questions as turns."""
+
+    def __init__(self, recipe: YardstickRecipe, tokenizer: Tokenizer):
+        self.recipe, self.tokenizer = recipe, tokenizer
+
+    def count(self, document: Document) -> int:
+        return len(self.tokenizer.encode(document.text).ids)
+
+    def row(self, rng: random.Random, family: str, length: int, reach: int) -> dict[str, list]:
+        _, most, per_question = MATERIAL[family]
+        questions = max(1, min(most, length // 2 // per_question))
+        if family == "single_needle":
+            questions = rng.randint(1, questions)
+        room = length - 16 - questions * per_question
+        try:
+            document = draw(family, rng.random(), room, self.count, questions)
+        except UserError:  # too short a row for this family
+            return self.row(rng, "common_words", length, reach)
+        lines, skips = document.text.count("\n") + 1, {}
+        if rng.random() >= UNSKIPPED and reach > length:
+            left_out = rng.randrange(reach - length)
+            cuts = sorted(rng.randint(0, left_out) for _ in range(SKIPS - 1))
+            for start, stop in zip([0, *cuts], [*cuts, left_out]):
+                line = rng.randint(1, lines)
+                skips[line] = skips.get(line, 0) + stop - start
+        return encode(self.tokenizer, f"<|im_start|>user\n{document.text}\n", turns(document), self.recipe.lm_weight,
+                      skips)
+
+    def batch(self, seed: str, families: Sequence[str], length: int, reach: int) -> Batch:
+        rng = random.Random(seed)
+        batch = empty(len(families), length, self.tokenizer.token_to_id(END_OF_TEXT))
+        for index, family in enumerate(families):
+            put(batch, index, self.row(rng, family, length, reach))
+        return batch
+
+
+def turns(document: Document) -> list[tuple[str, str]]:
+    return [(question.text, question.prefix + question.answer) for question in document.questions]
+
+
+def stage_of(stages: Sequence[Stage], step: int) -> Stage:
+    for stage in stages:
+        if step <= stage.steps:
+            return stage
+        step -= stage.steps
+    raise ValueError("past the last stage")
+
+
+def right_answers(batch: Batch, predicted: np.ndarray, first: int) -> list[bool]:
+    """For each turn of one row, whether each token of its answer was predicted, or one that only comes later in it.
+
+    first: segment id of the first turn. What a model sees before a token is the right answer up to it.
+    """
+    result = []
+    for segment in range(first, int(batch.segment_ids.max()) + 1):
+        places = np.flatnonzero((batch.segment_ids == segment) & (batch.weights == 1))
+        rest = Counter(batch.tokens[places].tolist())
+        right = len(places) > 0
+        for place in places:
+            right &= rest[int(predicted[place - 1])] > 0
+            rest[int(batch.tokens[place])] -= 1
+        result.append(bool(right))
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", nargs="?", default="configs/train/yardstick.toml")
+    parser.add_argument("--run", type=Path, default=Path("runs/yardstick"), help="checkpoints and metrics")
+    parser.add_argument("--out", type=Path, help="the finished Hugging Face folder; default: model in the run's folder")
+    args = parser.parse_args()
+    out = args.out or args.run / "model"
+    if out.exists():
+        raise UserError(f"{out} exists: move it away, or name another folder with --out")
+    recipe = load_recipe(args.recipe, YardstickRecipe)
+    kept = args.run / "tokenizer.json"  # a run that goes on keeps its own, whatever the tasks have become
+    if kept.exists():
+        tokenizer = Tokenizer.from_file(str(kept))
+    else:
+        tokenizer = build_tokenizer(recipe)
+        args.run.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(str(kept))
+    config = model_config(recipe.model, tokenizer)
+    initial = prepare_for_retrieval(params_of(init(config, recipe.seed, "float32")), config, recipe.seed, recipe.reach)
+    print(f"{config.num_parameters:,} parameters, vocabulary {config.vocab_size}")
+    material = Material(recipe, tokenizer)
+
+    def batch_of(step: int) -> Batch:
+        stage = stage_of(recipe.stages, step)
+        families = random.Random(f"{recipe.seed} families {step}").choices(
+            list(MATERIAL), [often for often, _, _ in MATERIAL.values()], k=stage.rows)
+        return material.batch(f"{recipe.seed} train {step}", families, stage.length, recipe.reach)
+
+    held_out = {length: [material.batch(f"held out {length} {family} {i}", [family], length, length)
+                         for family in FAMILIES for i in range(2)] for length in recipe.evaluate_lengths}
+
+    @jax.jit
+    def predict(trainable, batch):
+        states, model = hidden(config, trainable, batch.tokens, batch.positions, lambda q, k, v: causal_attention(
+            q, k, v, segment_ids=batch.segment_ids, shared_segment=OPENING))
+        return jnp.argmax(jnp.einsum("btd,vd->btv", states, model.head_weight), axis=-1)
+
+    def evaluate(state) -> dict[str, float]:
+        scores = {}
+        for length, batches in held_out.items():
+            for index, family in enumerate(FAMILIES):
+                rights = []
+                for batch in batches[2 * index:2 * index + 2]:
+                    row = Batch(*(field[0] for field in batch))
+                    rights += right_answers(row, np.asarray(predict(state.trainable, batch))[0], OPENING + 1)
+                scores[f"{family}@{length}"] = sum(rights) / len(rights)
+        return {"accuracy": float(np.mean(list(scores.values()))), **scores}
+
+    steps = sum(stage.steps for stage in recipe.stages)
+    optimizer = make_optimizer(recipe.optimizer, steps)
+    step = make_train_step(language_model_loss(config, shared_segment=OPENING), optimizer)
+    state = init_state(stack({path: jnp.asarray(value) for path, value in initial.items()}), optimizer)
+    run = Run(args.run, steps, recipe.evaluate_every, keep=1, max_skipped=10, facts=asdict(recipe))
+    trained = unstack(fit(state, step, {}, batch_of, run, evaluate).trainable)
+    plot_curves(args.run / "metrics.jsonl", args.run / "curves.png")
+    write_folder({path: value.astype(jnp.bfloat16) for path, value in trained.items()}, config, tokenizer, out)
+    print(out)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
