@@ -39,6 +39,7 @@ class AdapterTable:
         self._config, self._max_rank = config, max_rank
         self._slots: dict[str, int] = {}
         self._free = list(range(max_adapters, NO_ADAPTER, -1))
+        self._loads, self._identities = 0, {}
         self._users = dict.fromkeys(self._free, 0)
         self._values: Adapters | None = None
         if max_adapters:
@@ -73,6 +74,8 @@ class AdapterTable:
             raise UserError(f"the adapter in {folder} has rank {lora.rank}, this engine takes {self._max_rank}: raise "
                             "max_adapter_rank")
         self._slots[name] = slot = self._free.pop()
+        self._loads += 1
+        self._identities[slot] = self._loads
         self._fill(slot, adapter, lora.rank, lora.scale)
 
     def unload(self, name: str) -> None:
@@ -91,6 +94,10 @@ class AdapterTable:
         slot = self._slot(name)
         self._users[slot] += 1
         return slot
+
+    def identity(self, slot: int) -> int:
+        """A number that no other adapter of this engine has or had: a name and a slot may be used again."""
+        return self._identities.get(slot, 0)
 
     def release(self, slot: int) -> None:
         if slot != NO_ADAPTER:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+from qwen_kernels.attention import PAGE
 
 from qwen_jax.engine.adapters import NO_ADAPTER
 from qwen_jax.engine.request import Request
@@ -25,6 +26,8 @@ def padding_batch(bucket: Bucket, slots: int, sampling: SamplingRows) -> StepBat
         slots=np.full(row, slots, np.int32),
         samples=np.zeros(row, bool),
         prompt_length=np.zeros(row, np.int32),
+        first=np.zeros(row, bool),
+        reused=np.zeros((bucket.rows, bucket.pages * PAGE if bucket.phase == "prefill" else 0), np.int32),
         targets=np.full(grid, -1, np.int32),
         adapters=np.full(row, NO_ADAPTER, np.int32),
         sampling=sampling,
@@ -50,7 +53,11 @@ def build_batch(plan: StepPlan, requests: Mapping[int | str, Request], slots: in
         if bucket.phase == "decode":
             batch.tokens[row, 0] = seq.last_token
         else:
-            batch.tokens[row, : planned.count] = seq.tokens[planned.start : end]
+            tokens = seq.tokens
+            batch.tokens[row, : planned.count] = tokens[planned.start : end]
+            batch.first[row] = planned.start == seq.num_reused
+            if batch.first[row]:
+                batch.reused[row, : planned.start] = tokens[: planned.start]
             if request.score_from is not None:
                 batch.targets[row, : planned.count] = [request.target_at(p) for p in range(planned.start, end)]
         batch.start[row], batch.length[row] = planned.start, end

@@ -54,6 +54,7 @@ class Engine:
       kv_cache_bytes: memory for KV pages; by default what ``max_batch_size`` full sequences need, at most a share of
         the free memory.
       limits, policy: the bucket shapes and the schedule's thresholds, as data.
+      prefix_cache: keep computed pages for prompts that begin alike (same weights, adapter and attention).
       max_adapters: LoRA adapters that may be loaded at once (`load_adapter`); max_adapter_rank: their largest rank.
       cache_dir: where executables are kept; None keeps none.
       warmup: compile and run every bucket now; else call ``warmup()`` before the first request.
@@ -65,9 +66,9 @@ class Engine:
     def __init__(self, model: Any, *, tokenizer: Any = None, generation_config: Any = None, tp_size: int = 1,
                  pp_size: int = 1, fp8_enabled: bool = False, max_batch_size: int = 64, max_seq_len: int | None = None,
                  dtype: Any = None, kv_cache_bytes: int | None = None, limits: Limits | None = None,
-                 policy: SchedulePolicy = DEFAULT_POLICY, max_adapters: int = 0, max_adapter_rank: int = 16,
-                 cache_dir: str | Path | None | type(...) = ...,
-                 warmup: bool = True, progress: bool = True) -> None:
+                 policy: SchedulePolicy = DEFAULT_POLICY, prefix_cache: bool = True, max_adapters: int = 0,
+                 max_adapter_rank: int = 16, cache_dir: str | Path | None | type(...) = ..., warmup: bool = True,
+                 progress: bool = True) -> None:
         settings.check_parallelism(tp_size, pp_size, fp8_enabled)
         self.model, defaults = settings.as_module(model, dtype)
         self.config = self.model.config
@@ -80,7 +81,7 @@ class Engine:
         self.table = bucket_table(self.limits, policy, "f32" if self._dtype == np.float32 else "bf16")
         num_pages = settings.num_pages(self.config, self.limits, self._dtype, kv_cache_bytes)
         self.pool = PagePool(num_pages)
-        self.scheduler = Scheduler(self.table, self.limits, self.pool, policy)
+        self.scheduler = Scheduler(self.table, self.limits, self.pool, policy, prefix_cache)
         self._slots = self.limits.max_batch_size
         self._new_state = partial(new_state, self.config, num_pages, self._slots, self._dtype)
 
@@ -316,7 +317,12 @@ class Engine:
             raise UserError("the engine is not warmed up: call warmup() first")
         for request in requests:
             request.adapter = self.adapters.acquire(request.adapter_name)
-            self.scheduler.add(request.sequence)
+            sequence = request.sequence
+            sequence.salt = repr((self.weight_version, self.adapters.identity(request.adapter),
+                                  self.scheduler.attention(sequence))).encode()
+            if request.score_from is not None:  # logits are needed from the position before on
+                sequence.reusable = request.score_from - 1
+            self.scheduler.add(sequence)
             self._requests[request.sequence.request_id] = request
             self._prompt_tokens += len(request.sequence.prompt)
 
@@ -361,6 +367,7 @@ class Engine:
             executables=len(self.executables.programs), pages_used=self.pool.capacity - self.pool.num_free,
             pages_total=self.pool.capacity, running=len(self.scheduler.running), waiting=len(self.scheduler.waiting),
             prompt_tokens=self._prompt_tokens, generated_tokens=self._generated_tokens,
+            prefix_queries=self.scheduler.prefix_queries, prefix_hits=self.scheduler.prefix_hits,
             weight_version=self.weight_version, buckets=tuple(buckets),
         )
 

@@ -60,7 +60,8 @@ class BucketStats:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """A snapshot of the engine's counters."""
+    """A snapshot of the engine's counters. ``prefix_queries`` and ``prefix_hits`` are pages that admitted requests could
+    have shared, and those they found."""
 
     compiles_after_warmup: int
     warmup_seconds: float
@@ -71,5 +72,7 @@ class EngineStats:
     waiting: int
     prompt_tokens: int
     generated_tokens: int
+    prefix_queries: int
+    prefix_hits: int
     weight_version: int
     buckets: tuple[BucketStats, ...]

@@ -93,7 +93,12 @@ def pack_rows(requests: Sequence[tuple[SamplingParams, int, Sequence[int]]], num
     )  # fmt: skip
 
 
-def count_prompt(counts, slots, tokens, valid, is_output, reset) -> jax.Array:
+def clear_counts(counts, slots, first) -> jax.Array:
+    """Forgets what other sequences left: counts i32[S, V], slots i32[R], first bool[R]."""
+    return counts.at[jnp.where(first, slots, counts.shape[0])].set(0, mode="drop")
+
+
+def count_prompt(counts, slots, tokens, valid, is_output) -> jax.Array:
     """Enters a prefill chunk into ``token_counts``.
 
     Args:
@@ -101,10 +106,8 @@ def count_prompt(counts, slots, tokens, valid, is_output, reset) -> jax.Array:
       slots: i32[R], the row's place in counts.
       tokens, valid, is_output: i32/bool[R, T]; is_output marks tokens that were generated before (a request prefilled
         again after preemption). Invalid positions are ignored.
-      reset: bool[R]; the slot is cleared first (a request's first chunk).
     """
     nowhere = counts.shape[0]
-    counts = counts.at[jnp.where(reset, slots, nowhere)].set(0, mode="drop")
     prompt_slot = jnp.where(valid & ~is_output, slots[:, None], nowhere)
     output_slot = jnp.where(valid & is_output, slots[:, None], nowhere)
     # max, because a token that occurs twice must not add its bit twice; there is no scatter-or.

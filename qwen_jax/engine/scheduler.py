@@ -3,13 +3,16 @@
 First come, first served: running sequences always arrived before every waiting one. Steps alternate between prefill
 and decode while both have work. When pages run out, the sequence that arrived last gives its pages back and starts
 again later; the one that arrived first is never preempted, so every sequence finishes.
+
+Full pages are offered to the pool's prefix cache once computed, and admission starts after the pages found there. A
+sequence whose next page another one is about to compute waits for it, so a prefix that many share is computed once.
 """
 
 import heapq
 from collections import deque
 from dataclasses import dataclass
 
-from qwen_jax.engine.pages import PagePool, pages_for
+from qwen_jax.engine.pages import PAGE, PagePool, pages_for
 from qwen_jax.engine.schedule import (
     DEFAULT_POLICY,
     Bucket,
@@ -45,12 +48,14 @@ class Scheduler:
     """Call `plan`, run it, `commit` what was sampled; `add`, `abort` and `finish` come in between, not during."""
 
     def __init__(self, table: tuple[Bucket, ...], limits: Limits, pool: PagePool,
-                 policy: SchedulePolicy = DEFAULT_POLICY):
-        self.limits, self.pool, self.policy = limits, pool, policy
+                 policy: SchedulePolicy = DEFAULT_POLICY, prefix_cache: bool = True):
+        self.limits, self.pool, self.policy, self.prefix_cache = limits, pool, policy, prefix_cache
+        self.prefix_queries = self.prefix_hits = 0  # pages looked up at admissions, and found
         self.waiting: deque[Sequence] = deque()  # by arrival; preempted sequences are at the front
         self.running: list[Sequence] = []  # by arrival
         self._sequences: dict[str | int, Sequence] = {}
         self._free_slots = list(range(limits.max_batch_size))  # a heap: low slots first
+        self._computing: dict[bytes, Sequence] = {}  # keys of pages that running sequences have yet to prefill
         self._table = table
         self._arrivals = 0
         self._steps = 0
@@ -137,6 +142,7 @@ class Scheduler:
             seq = row.seq
             seq.num_computed += row.count
             seq.last_step = self._steps
+            self._keep_full_pages(seq)
             if row.samples:
                 seq.output.append(token)
                 if len(seq.output) >= seq.max_new_tokens or seq.num_tokens >= self.limits.max_seq_len:
@@ -152,43 +158,88 @@ class Scheduler:
         if not started and not self.waiting:
             return None
         # Those in prefill all have the head's attention, because nobody of another is admitted meanwhile.
-        line = started + self._admissible(self._attention(started[0] if started else self.waiting[0]))
+        line = [(seq, []) for seq in started]
+        line += self._admissible(self.attention(started[0] if started else self.waiting[0]))
         if not line:
             return None
-        schedule = dynamic_schedule(len(line), len(line[0].prompt), self.policy)
-        bucket = pick_prefill(self._buckets("prefill", schedule), [seq.prefill_end - seq.num_computed for seq in line])
+        schedule = dynamic_schedule(len(line), len(line[0][0].prompt), self.policy)
+        bucket = pick_prefill(self._buckets("prefill", schedule), [
+            seq.prefill_end - max(seq.num_computed, len(found) * PAGE) for seq, found in line])
+        chosen = line[:bucket.rows]
+        for _, found in chosen:  # all before the first allocation, which could evict them
+            self.pool.share(found)
         rows = []
-        for seq in line[:bucket.rows]:
+        for seq, found in chosen:
             if seq.state is State.WAITING:
-                self._admit(seq, len(line[:bucket.rows]))
+                self._admit(seq, found, len(chosen))
             start, count = seq.num_computed, min(seq.prefill_end - seq.num_computed, bucket.tokens)
             rows.append(PlannedRow(seq, start, count, samples=start + count == seq.prefill_end))
         return StepPlan(bucket, rows)
 
-    def _admissible(self, attention: str) -> list[Sequence]:
-        """The waiting sequences that could start now: stops at the first that cannot, so nobody is overtaken.
+    def _admissible(self, attention: str) -> list[tuple[Sequence, list[int]]]:
+        """The waiting sequences that could start now, each with the kept pages it would start after.
 
-        Admission never preempts. It leaves a page for each sequence ahead that may still grow: otherwise a long
-        prompt would be prefilled only to be preempted a few steps later.
+        Stops at the first that cannot, so nobody is overtaken. Admission never preempts. It leaves a page for each
+        sequence ahead that may still grow: otherwise a long prompt would be prefilled only to be preempted a few steps
+        later.
         """
-        admissible = []
+        admissible, reused, claimed = [], set(), set()
         free = self.pool.num_free - sum(map(self._may_grow, self.running))
         for seq in self.waiting:
-            pages = pages_for(seq.prefill_end)
-            if len(admissible) == len(self._free_slots) or pages > free or self._attention(seq) != attention:
+            keys = self._reusable_keys(seq)
+            found = self.pool.match(keys)
+            missing = keys[len(found):]
+            if missing and (missing[0] in self._computing or missing[0] in claimed):
                 break
-            admissible.append(seq)
-            free -= pages + (pages_for(self._most_computed(seq)) > pages)
+            pages, idle = pages_for(seq.prefill_end), {page for page in found if self.pool.is_idle(page)} - reused
+            cost = pages - len(found) + len(idle)
+            if len(admissible) == len(self._free_slots) or cost > free or self.attention(seq) != attention:
+                break
+            admissible.append((seq, found))
+            reused |= idle
+            claimed.update(missing)
+            free -= cost + (pages_for(self._most_computed(seq)) > pages)
         return admissible
 
-    def _admit(self, seq: Sequence, batch_size: int) -> None:
+    def _admit(self, seq: Sequence, found: list[int], batch_size: int) -> None:
+        """`found`: kept pages, shared already."""
         self.waiting.remove(seq)  # the first: the line keeps the order of arrival
         self.running.append(seq)
         seq.state = State.RUNNING
         seq.slot = heapq.heappop(self._free_slots)
-        seq.pages = self.pool.allocate(pages_for(seq.prefill_end))
+        seq.pages = found + self.pool.allocate(pages_for(seq.prefill_end) - len(found))
+        seq.num_kept = len(found)
+        seq.num_computed = seq.num_reused = len(found) * PAGE
         if seq.schedule is None:
             seq.schedule = dynamic_schedule(batch_size, len(seq.prompt), self.policy)
+        keys = self._reusable_keys(seq)
+        self.prefix_queries += len(keys)
+        self.prefix_hits += len(found)
+        for key in keys[len(found):]:
+            self._computing.setdefault(key, seq)
+
+    # --- the prefix cache
+
+    def _reusable_keys(self, seq: Sequence) -> list[bytes]:
+        """Keys of the pages that `seq` could find instead of computing: one token at least is computed."""
+        if not self.prefix_cache:
+            return []
+        most = seq.prefill_end - 1 if seq.reusable is None else min(seq.prefill_end - 1, seq.reusable)
+        return seq.page_keys(most // PAGE)
+
+    def _keep_full_pages(self, seq: Sequence) -> None:
+        """Offers the pages that this step filled to the cache; those who waited for them find them there."""
+        full = seq.num_computed // PAGE if self.prefix_cache else 0
+        if full > seq.num_kept:
+            keys = seq.page_keys(full)
+            for index in range(seq.num_kept, full):
+                self.pool.keep(keys[index], seq.pages[index])
+                self._forget(seq, keys[index])
+            seq.num_kept = full
+
+    def _forget(self, seq: Sequence, key: bytes) -> None:
+        if self._computing.get(key) is seq:
+            del self._computing[key]
 
     # --- decode
 
@@ -197,9 +248,9 @@ class Scheduler:
         decoding = [seq for seq in self.running if not seq.in_prefill]
         decoding.sort(key=lambda seq: (seq.last_step, seq.arrival))
         # A second attention is tried only when growing has preempted every row of the first.
-        for attention in dict.fromkeys(map(self._attention, decoding)):
+        for attention in dict.fromkeys(map(self.attention, decoding)):
             buckets = sorted(self._buckets("decode", attention), key=lambda bucket: bucket.rows)
-            chosen = [seq for seq in decoding if self._attention(seq) == attention][:buckets[-1].rows]
+            chosen = [seq for seq in decoding if self.attention(seq) == attention][:buckets[-1].rows]
             # Earliest first: a row can then only preempt rows that are not planned yet.
             chosen.sort(key=lambda seq: seq.arrival)
             rows = [PlannedRow(seq, seq.num_computed, 1, samples=True) for seq in chosen if self._grow(seq)]
@@ -224,7 +275,8 @@ class Scheduler:
     def _preempt(self, seq: Sequence) -> None:
         """Back to the front of the line; all its known tokens are prefilled again, the sampled ones included."""
         self._release(seq)
-        seq.num_computed, seq.prefill_end = 0, seq.num_tokens
+        seq.num_computed = seq.num_reused = 0
+        seq.prefill_end = seq.num_tokens
         seq.state = State.WAITING
         self.waiting.appendleft(seq)  # the latest arrival running is still earlier than any waiting
 
@@ -232,6 +284,8 @@ class Scheduler:
 
     def _release(self, seq: Sequence) -> None:
         self.running.remove(seq)
+        for key in seq.keys[seq.num_kept:]:
+            self._forget(seq, key)
         self.pool.free(seq.pages)
         heapq.heappush(self._free_slots, seq.slot)
         seq.pages, seq.slot = [], None
@@ -243,7 +297,8 @@ class Scheduler:
     def _may_grow(self, seq: Sequence) -> bool:
         return pages_for(self._most_computed(seq)) > len(seq.pages)
 
-    def _attention(self, seq: Sequence) -> str:
+    def attention(self, seq: Sequence) -> str:
+        """The attention that computes this sequence, all its life."""
         return attention_of(seq.schedule or dynamic_schedule(1, len(seq.prompt), self.policy))
 
     def _buckets(self, phase: str, schedule: str) -> tuple[Bucket, ...]:

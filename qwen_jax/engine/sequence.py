@@ -4,6 +4,8 @@ import enum
 from dataclasses import dataclass, field
 from typing import Any
 
+from qwen_jax.engine.pages import PAGE, chain
+
 
 class State(enum.Enum):
     WAITING = "waiting"  # holds no pages and no slot
@@ -25,6 +27,11 @@ class Sequence:
     pages: list[int] = field(default_factory=list)  # position p lives in pages[p // PAGE] at offset p % PAGE
     slot: int | None = None  # row of the per-sequence device state while running, 0 .. max_batch_size - 1
     num_computed: int = 0  # tokens whose K and V are in `pages`
+    num_reused: int = 0  # of them, those that were there at the last admission
+    num_kept: int = 0  # pages offered to the prefix cache so far
+    salt: bytes = b""  # what besides the tokens decides K and V: only sequences of the same salt share pages
+    reusable: int | None = None  # tokens that may be reused; None for all (one is always computed)
+    keys: list[bytes] = field(default_factory=list)  # of the first full pages of `tokens`
     prefill_end: int = field(init=False)  # tokens the prefill must cover; grows when a preempted one starts again
     last_step: int = -1  # the step this sequence took part in last, for fair rotation
     state: State = State.WAITING
@@ -37,6 +44,15 @@ class Sequence:
     def tokens(self) -> list[int]:
         """All known tokens: the prompt and what was sampled so far (a new list)."""
         return self.prompt + self.output
+
+    def page_keys(self, count: int) -> list[bytes]:
+        """Keys of the first `count` pages, which known tokens fill."""
+        if len(self.keys) < count:
+            tokens = self.tokens
+            while len(self.keys) < count:
+                here = len(self.keys) * PAGE
+                self.keys.append(chain(self.keys[-1] if self.keys else self.salt, tokens[here:here + PAGE]))
+        return self.keys[:count]
 
     @property
     def last_token(self) -> int:

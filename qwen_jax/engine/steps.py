@@ -14,11 +14,20 @@ from qwen_kernels.attention import PAGE, page_dtype, paged_attention, write_page
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.adapters import Adapters, adapt_rows
-from qwen_jax.engine.sampler import Sampled, SamplingRows, count_output, count_prompt, sample, top_logprobs
+from qwen_jax.engine.sampler import (
+    Sampled,
+    SamplingRows,
+    clear_counts,
+    count_output,
+    count_prompt,
+    sample,
+    top_logprobs,
+)
 from qwen_jax.engine.schedule import Bucket
 from qwen_jax.model import Qwen2
 
 SCORED_TOKENS = 64  # prompt positions whose logits [SCORED_TOKENS, V] exist at once
+REUSED_TOKENS = 512  # entered into the counts at once
 SAMPLED_ROWS = 32  # rows whose logits [SAMPLED_ROWS, V] exist at once
 
 
@@ -40,6 +49,8 @@ class StepBatch(NamedTuple):
     slots: jax.Array  # i32[R]
     samples: jax.Array  # bool[R]: the last position yields a token
     prompt_length: jax.Array  # i32[R]; later tokens were generated (before a preemption)
+    first: jax.Array  # bool[R]: the first step since admission, whose slot still counts another sequence's tokens
+    reused: jax.Array  # i32[R, N * PAGE]: tokens at positions before `start` of a first step, found in the prefix cache
     targets: jax.Array  # i32[R, T]: the token after each position whose log-probability is wanted, else -1
     adapters: jax.Array  # i32[R]: slot of each row's LoRA adapter, 0 for none
     sampling: SamplingRows
@@ -94,13 +105,30 @@ def _rows(model: Qwen2, phase: str, state: EngineState, batch: StepBatch, vocab_
     scores = None
     if phase == "prefill":
         generated = positions >= batch.prompt_length[:, None]
-        counts = count_prompt(counts, batch.slots, batch.tokens, valid, generated, reset=batch.start == 0)
+        counts = _count_reused(clear_counts(counts, batch.slots, batch.first), batch)
+        counts = count_prompt(counts, batch.slots, batch.tokens, valid, generated)
         scores = _score(model, hidden, batch.targets, vocab_limit)
     last = jnp.maximum(batch.length - batch.start - 1, 0)
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     sampled = _sample(model, hidden, batch, counts, vocab_limit)
     counts = count_output(counts, batch.slots, sampled.tokens, batch.samples)
     return EngineState(tuple(k_pages), tuple(v_pages), counts), StepOutput(sampled, scores)
+
+
+def _count_reused(counts, batch: StepBatch):
+    """Enters the tokens that no step of this sequence computes: as many turns as the longest reused prefix needs."""
+    width = batch.reused.shape[1]
+    size = min(REUSED_TOKENS, width)
+    most = jnp.max(jnp.where(batch.first, batch.start, 0))
+
+    def body(index, counts):
+        begin = jnp.minimum(index * size, width - size)  # the last turn may repeat some: those are left out
+        positions = begin + jnp.arange(size)[None]
+        tokens = jax.lax.dynamic_slice_in_dim(batch.reused, begin, size, axis=1)
+        valid = batch.first[:, None] & (positions < batch.start[:, None]) & (positions >= index * size)
+        return count_prompt(counts, batch.slots, tokens, valid, positions >= batch.prompt_length[:, None])
+
+    return jax.lax.fori_loop(0, (most + size - 1) // size, body, counts)
 
 
 def _sample(model: Qwen2, hidden, batch: StepBatch, counts, vocab_limit) -> Sampled:

@@ -138,8 +138,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class YardstickRecipe:
-    """The long-context yardstick model, from nothing: ``scripts/train_yardstick.py``."""
-    seed: int
+    """The long-context yardstick model: ``scripts/train_yardstick.py``."""
+    seed: int                  # of the material, and of initial values
     vocab_size: int            # at most
     reach: int                 # tokens: short rows skip positions so that distances up to it occur
     lm_weight: float           # weight of a token outside the answers; answers weigh 1
@@ -148,6 +148,8 @@ class YardstickRecipe:
     stages: tuple[Stage, ...]  # one after another
     optimizer: Optimizer
     model: ModelShape
+    start: str | None = None   # folder of a run to go on from, with its tokenizer, instead of initial values
+    row_weight: float | None = None  # what all answers of a row weigh together, instead of 1 for each token
 
 
 def load_recipe(path: str | Path, kind: type[Kind] = Recipe) -> Kind:

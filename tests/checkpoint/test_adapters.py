@@ -107,14 +107,17 @@ def test_rows_with_adapters_of_their_own(params):
     rng = np.random.default_rng(3)
     adapters = [random_adapter(), {name: value * 2 for name, value in random_adapter().items()}]
     scales = np.array([1.5, 0.5], np.float32)
-    for site, inputs, outputs in (("qkv", 32, 2 * 5 * 8), ("o", 48, 32), ("gate_up", 32, 96), ("down", 48, 32)):
-        x, y = rng.normal(size=(2, 3, inputs)).astype(np.float32), rng.normal(size=(2, 3, outputs)).astype(np.float32)
+    sizes = {"qkv": (32, (2, 3, 2, 5, 8)), "o": (48, (2, 3, 32)), "gate_up": (32, (2, 2, 3, 48)),
+             "down": (48, (2, 3, 32))}
+    for site, (inputs, outputs) in sizes.items():
+        x, y = rng.normal(size=(2, 3, inputs)).astype(np.float32), rng.normal(size=outputs).astype(np.float32)
+        rows = (slice(None),) if site == "gate_up" else ()  # axes of y before that of the rows
         both = {name: jnp.stack([adapter[name][1] for adapter in adapters]) for name in adapters[0]}
         found = adapt_site(CONFIG, both, scales, site, x, y)
         for row, (adapter, scale) in enumerate(zip(adapters, scales, strict=True)):
-            own = {name: value[1] for name, value in adapter.items()}
-            np.testing.assert_allclose(found[row:row + 1], adapt_site(CONFIG, own, scale, site, x[row:row + 1],
-                                                                      y[row:row + 1]), atol=1e-5)
+            own, mine = {name: value[1] for name, value in adapter.items()}, (*rows, slice(row, row + 1))
+            np.testing.assert_allclose(found[mine], adapt_site(CONFIG, own, scale, site, x[row:row + 1], y[mine]),
+                                       atol=1e-5)
 
 
 def broken(folder, settings=None, tensors=None):

@@ -30,21 +30,25 @@ def alone(prompt: list[int], max_new_tokens: int, max_seq_len: int = LIMITS.max_
 class Bench:
     """A scheduler and its pretended device; every step is checked against the rules of a plan."""
 
-    def __init__(self, capacity: int, limits: Limits = LIMITS, policy: SchedulePolicy = POLICY):
+    def __init__(self, capacity: int, limits: Limits = LIMITS, policy: SchedulePolicy = POLICY, prefix_cache=True):
         self.pool = PagePool(capacity + 1)
         self.limits, self.policy = limits, policy
         self.table = bucket_table(limits, policy)
-        self.scheduler = Scheduler(self.table, limits, self.pool, policy)
+        self.scheduler = Scheduler(self.table, limits, self.pool, policy, prefix_cache)
         self.cache = [[None] * PAGE for _ in range(self.pool.num_pages)]
         self.sequences: list[Sequence] = []
         self.schedules: dict[Sequence, str] = {}
         self.admitted: list[Sequence] = []
         self.phases: list[str] = []
         self.preemptions = 0
+        self.computed = 0  # positions
 
-    def add(self, length: int, max_new_tokens: int = 4) -> Sequence:
+    def add(self, length: int, max_new_tokens: int = 4, alike: int = 0, salt: bytes = b"",
+            reusable: int | None = None) -> Sequence:
+        """The first `alike` tokens are those of every other prompt that asks for it."""
         n = len(self.sequences)
-        seq = Sequence(n, [(n * 7919 + i) % 1000 for i in range(length)], max_new_tokens)
+        prompt = [i % 1000 if i < alike else (n * 7919 + i) % 1000 for i in range(length)]
+        seq = Sequence(n, prompt, max_new_tokens, salt=salt, reusable=reusable)
         self.scheduler.add(seq)
         self.sequences.append(seq)
         return seq
@@ -90,6 +94,9 @@ class Bench:
 
     def run(self, row) -> int | None:
         seq = row.seq
+        self.computed += row.count
+        for page in seq.pages[row.start // PAGE:pages_for(row.start + row.count)]:
+            assert not [other for other in self.sequences if other is not seq and page in other.pages], "read-only"
         for position in range(row.start, row.start + row.count):
             self.cache[seq.pages[position // PAGE]][position % PAGE] = (seq.prompt + seq.output)[position]
         if row.samples:
@@ -99,8 +106,14 @@ class Bench:
 
     def check_invariants(self):
         scheduler, running = self.scheduler, self.scheduler.running
-        held = [page for seq in self.sequences for page in seq.pages]
-        assert len(set(held)) == len(held), "two sequences share a page"
+        held = {}  # page -> its place in the first sequence that has it
+        for seq in self.sequences:
+            assert len(set(seq.pages)) == len(seq.pages)
+            for index, page in enumerate(seq.pages):
+                other, place = held.setdefault(page, (seq, index))
+                end = (index + 1) * PAGE
+                assert other is seq or (place == index and other.tokens[:end] == seq.tokens[:end] and end <= min(
+                    other.num_computed, seq.num_computed) and other.salt == seq.salt), "shared, but not alike and full"
         assert NULL_PAGE not in held
         assert self.pool.num_free == self.pool.capacity - len(held), "pages have leaked"
         slots = [seq.slot for seq in running]

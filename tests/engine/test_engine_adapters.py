@@ -76,6 +76,9 @@ def test_every_row_runs_with_its_own_adapter(engine, folders, expected):
     assert np.abs(with_a - without).max() > 1e-3
     engine.unload_adapter("a")
     engine.unload_adapter("b")
+    engine.load_adapter("a", folders / "b")  # another adapter under a name, and in a slot, that had cached pages
+    assert texts(engine.generate(PROMPTS, GREEDY, adapter="a")) == texts(expected["b"])
+    engine.unload_adapter("a")
 
 
 def test_swapping_under_load_compiles_nothing_and_fails_nobody(engine, folders, expected):

@@ -442,14 +442,15 @@ def test_counts_follow_a_counter_through_chunks_preemption_and_slot_reuse():
                     outputs[r][int(tokens[r, t])] += 1
                 elif valid[r, t]:
                     prompts[r].add(int(tokens[r, t]))
-        counts = count_prompt(counts, slots, tokens, valid, is_output, np.full(rows, chunk == 0))
+        counts = sampler.clear_counts(counts, slots, np.full(rows, chunk == 0))
+        counts = count_prompt(counts, slots, tokens, valid, is_output)
     for step in range(6):
         tokens, valid = np.int32([7, step % 2, 9]), np.array([True, True, step < 3])
         for r in range(rows):
             outputs[r].update([int(tokens[r])] if valid[r] else [])
         counts = count_output(counts, slots, tokens, valid)
     everywhere = np.ones((rows, 1), bool)
-    counts = count_prompt(counts, slots, np.full((rows, 1), 7, np.int32), everywhere, ~everywhere, np.zeros(rows, bool))
+    counts = count_prompt(counts, slots, np.full((rows, 1), 7, np.int32), everywhere, ~everywhere)
     for seen in prompts:
         seen.add(7)  # also generated above: the mark must not wipe out the count
     counts = np.asarray(counts)
@@ -464,7 +465,8 @@ def test_padding_rows_change_no_counts():
     counts = jnp.arange(20, dtype=jnp.int32).reshape(2, 10)
     slots, none = np.zeros(3, np.int32), np.zeros(3, bool)
     tokens = np.zeros((3, 4), np.int32)
-    after = sampler.count_prompt(counts, slots, tokens, tokens > 0, tokens > 0, none)
+    after = sampler.clear_counts(counts, slots, none)
+    after = sampler.count_prompt(after, slots, tokens, tokens > 0, tokens > 0)
     after = sampler.count_output(after, slots, tokens[:, 0], none)
     np.testing.assert_array_equal(after, counts)
 

@@ -294,3 +294,78 @@ def test_rows_beyond_the_bucket_and_groups_of_attention_take_turns(lengths):
     gained = [len(seq.output) - start[seq] for seq in sequences]
     assert min(gained) >= 8, gained  # at most three kinds of step here: two attentions, or one bucket and a half
     bench.drain()
+
+
+# --- the prefix cache
+
+
+def test_a_prefix_that_many_share_is_computed_once():
+    bench = Bench(capacity=40)
+    for _ in range(5):
+        bench.add(length=140, max_new_tokens=2, alike=128)
+    first = bench.step()
+    assert len(first.rows) == 1, "the others wait for the pages that the first is about to fill"
+    bench.drain()
+    assert bench.computed == 140 + 4 * 12 + 5 * 1
+    assert (bench.scheduler.prefix_queries, bench.scheduler.prefix_hits) == (5 * 2, 4 * 2)
+
+
+def test_without_the_cache_everything_is_computed():
+    bench = Bench(capacity=40, prefix_cache=False)
+    for _ in range(3):
+        bench.add(length=140, max_new_tokens=1, alike=128)
+    bench.drain()
+    assert bench.computed == 3 * 140 and bench.scheduler.prefix_queries == 0
+
+
+def test_a_finished_answer_is_found_by_the_next_turn():
+    """The pages of an answer are kept too: a conversation goes on where it was."""
+    bench = Bench(capacity=40)
+    seq = bench.add(length=100, max_new_tokens=40)
+    bench.drain()
+    computed = bench.computed
+    longer = Sequence("next", seq.prompt + seq.output + [5], 1)
+    bench.sequences.append(longer)
+    bench.scheduler.add(longer)
+    bench.drain()
+    assert bench.computed - computed == 141 - 128
+
+
+@pytest.mark.parametrize("other", [{"salt": b"x"}, {"reusable": 63}, {"alike": 63}])
+def test_what_must_not_be_shared(other):
+    bench = Bench(capacity=40)
+    bench.add(length=140, max_new_tokens=1, alike=128)
+    bench.drain()
+    bench.add(**{"length": 140, "max_new_tokens": 1, "alike": 128} | other)
+    bench.drain()
+    assert bench.computed == 2 * 140
+
+
+def test_one_token_at_least_is_computed():
+    bench = Bench(capacity=40)
+    for _ in range(2):
+        bench.add(length=128, max_new_tokens=1, alike=128)
+        bench.drain()
+    assert bench.computed == 128 + 64
+
+
+def test_whoever_waits_goes_on_when_the_leader_is_aborted():
+    bench = Bench(capacity=40)
+    leader, follower = bench.add(length=290, alike=256), bench.add(length=290, alike=256)
+    bench.step()
+    assert follower.state is State.WAITING
+    bench.scheduler.abort(leader.request_id)
+    assert bench.step().rows[0].seq is follower
+    bench.drain()
+
+
+def test_pages_that_were_kept_give_way_to_new_ones():
+    bench = Bench(capacity=5)
+    bench.add(length=200, max_new_tokens=1)
+    bench.drain()
+    assert bench.pool.num_free == 5
+    bench.add(length=290, max_new_tokens=1)  # needs all five
+    bench.drain()
+    bench.add(length=200, max_new_tokens=1)
+    bench.drain()
+    assert bench.scheduler.prefix_hits == 0

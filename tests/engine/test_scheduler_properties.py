@@ -14,16 +14,17 @@ from qwen_jax.engine.sequence import State
 # Mostly short prompts with long answers: those outgrow the pool.
 prompt_lengths = st.one_of(st.integers(1, 70), st.integers(1, 299))
 output_lengths = st.one_of(st.integers(1, 10), st.integers(100, 290))
-requests = st.lists(st.tuples(prompt_lengths, output_lengths), min_size=1, max_size=12)
+alike = st.sampled_from([0, 0, 64, 100, 200, 299])  # tokens that prompts have in common
+requests = st.lists(st.tuples(prompt_lengths, output_lengths, alike), min_size=1, max_size=12)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(requests=requests, spare=st.integers(0, 6))
 def test_everything_finishes_in_every_pool_that_admits_it(requests, spare):
-    needed = max(pages_for(min(length + new, LIMITS.max_seq_len) - 1) for length, new in requests)
+    needed = max(pages_for(min(length + new, LIMITS.max_seq_len) - 1) for length, new, _ in requests)
     bench = Bench(needed + spare)
-    for length, new in requests:
-        bench.add(length, new)
+    for length, new, alike in requests:
+        bench.add(length, new, alike)
     bench.drain()
     assert bench.admitted == bench.sequences
 
@@ -35,9 +36,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         super().__init__()
         self.bench = Bench(capacity=7)
 
-    @rule(length=prompt_lengths, new=output_lengths)
-    def add(self, length, new):
-        self.bench.add(length, new)
+    @rule(length=prompt_lengths, new=output_lengths, alike=alike, salt=st.sampled_from([b"a", b"b"]),
+          reusable=st.sampled_from([None, None, 0, 130]))
+    def add(self, length, new, alike, salt, reusable):
+        self.bench.add(length, new, alike, salt, reusable)
 
     @rule(steps=st.integers(1, 80))
     def run(self, steps):
