@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from qwen_jax.checkpoint import convert, export, load_model
     from qwen_jax.config import ModelConfig
+    from qwen_jax.engine.async_engine import AsyncEngine
     from qwen_jax.engine.engine import DeepSeekEngine, Engine
     from qwen_jax.engine.sampling_params import SamplingParams
     from qwen_jax.engine.schedule import dynamic_schedule
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 # Where each public name lives. Resolved on first use, so that `qwen-jax --help` does not import JAX.
 _HOME = {
+    "AsyncEngine": "qwen_jax.engine.async_engine",
     "DeepSeekEngine": "qwen_jax.engine.engine",
     "Engine": "qwen_jax.engine.engine",
     "ModelConfig": "qwen_jax.config",
@@ -23,8 +25,8 @@ _HOME = {
     "export": "qwen_jax.checkpoint",
     "load_model": "qwen_jax.checkpoint",
 }
-__all__ = ["DeepSeekEngine", "Engine", "ModelConfig", "SamplingParams", "UserError", "convert", "dynamic_schedule",
-           "export", "load_model"]
+__all__ = ["AsyncEngine", "DeepSeekEngine", "Engine", "ModelConfig", "SamplingParams", "UserError", "convert",
+           "dynamic_schedule", "export", "load_model"]
 
 
 def __getattr__(name: str):

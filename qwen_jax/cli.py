@@ -103,7 +103,7 @@ def _train(args: argparse.Namespace) -> None:
 def _eval(args: argparse.Namespace) -> None:
     from qwen_jax.evaluation.longcontext.report import heat_map, table
     from qwen_jax.evaluation.longcontext.samples import FAMILIES
-    from qwen_jax.evaluation.longcontext.suite import evaluate
+    from qwen_jax.evaluation.longcontext.suite import check, evaluate
 
     try:
         lengths = sorted({int(length) for length in args.lengths.split(",")})
@@ -111,10 +111,11 @@ def _eval(args: argparse.Namespace) -> None:
         raise UserError(f"--lengths takes numbers of tokens, such as 4096,8192, not {args.lengths!r}") from None
     if args.picture and not args.picture.endswith(".png"):
         raise UserError(f"--picture writes a PNG: name a file that ends in .png, not {args.picture}")
+    families = args.families.split(",") if args.families else tuple(FAMILIES)
+    check(lengths, families, args.samples)
     engine = _engine(args, max_seq_len=lengths[-1], max_batch_size=args.batch_size)
     if engine.tokenizer is None:
         raise UserError(f"{args.model} has no tokenizer, and the tasks are text")
-    families = args.families.split(",") if args.families else tuple(FAMILIES)
     cells = []
     for cell in evaluate(_answers(engine), engine.tokenizer, lengths, families, args.samples, args.seed):
         cells.append(cell)
@@ -156,11 +157,11 @@ def _facts(ref: str) -> dict:
     """What ``info`` says of a model or a preset. Reads the configuration only."""
     from pathlib import Path
 
-    from qwen_jax.checkpoint.source import resolve
+    from qwen_jax.checkpoint.source import SHIPPED, resolve
     from qwen_jax.config import PRESETS, ModelConfig
 
     looks_like_preset = "/" not in ref or ref.lower().removeprefix("qwen/") in PRESETS
-    if looks_like_preset and ref != "bundled" and not Path(ref).exists():
+    if looks_like_preset and ref not in SHIPPED and not Path(ref).exists():
         config, where = ModelConfig.preset(ref), "preset"
     else:
         source = resolve(ref)
@@ -180,7 +181,7 @@ def _facts(ref: str) -> dict:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="qwen-jax", description="Qwen2.5 in JAX. MODEL is a Hugging Face folder, a "
-                                     "converted checkpoint, a hub id, or 'bundled'.")
+                                     "converted checkpoint, a hub id, 'bundled' or 'yardstick'.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name, run, text):

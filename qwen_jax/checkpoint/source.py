@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 MANIFEST, PARAMS = "qwen_jax.json", "params"
 FORMAT_VERSION = 1
-BUNDLED = Path(__file__).resolve().parent.parent / "bundled"
+SHIPPED = {name: Path(__file__).resolve().parent.parent / name for name in ("bundled", "yardstick")}
 
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
@@ -46,7 +46,7 @@ class Source(NamedTuple):
 
 
 def resolve(ref: str | Path | Source) -> Source:
-    """Find a model: a local folder first, then ``bundled``, then a hub id, which is downloaded.
+    """Find a model: a local folder first, then ``bundled`` or ``yardstick``, then a hub id, which is downloaded.
 
     Raises UserError for anything else, for GGUF and other quantised weights, and for another architecture (a hub
     model's config is looked at before its weights are fetched).
@@ -55,8 +55,8 @@ def resolve(ref: str | Path | Source) -> Source:
         return ref
     path = Path(ref).expanduser()
     if not path.exists():
-        if str(ref) == "bundled":
-            path = BUNDLED
+        if str(ref) in SHIPPED:
+            path = SHIPPED[str(ref)]
         elif _HUB_ID.fullmatch(str(ref)):
             path = _download(str(ref))
         if not path.exists():

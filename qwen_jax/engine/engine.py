@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-import secrets
+import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,20 +21,18 @@ from qwen_jax.engine import settings
 from qwen_jax.engine.adapters import AdapterTable
 from qwen_jax.engine.batch import build_batch, dry_run_batch
 from qwen_jax.engine.executables import Executables, default_cache_dir, planned, unplanned_compiles
+from qwen_jax.engine.intake import Intake, Messages, Prompt, is_single
 from qwen_jax.engine.outputs import BucketStats, Delta, EngineStats, RequestOutput
 from qwen_jax.engine.pages import PagePool
 from qwen_jax.engine.request import Request
 from qwen_jax.engine.sampling_params import SamplingParams
 from qwen_jax.engine.schedule import DEFAULT_POLICY, FULL, SPARSE, Bucket, Limits, SchedulePolicy, bucket_table
-from qwen_jax.engine.scheduler import Scheduler, StepPlan
-from qwen_jax.engine.sequence import Sequence as TokenSequence
+from qwen_jax.engine.scheduler import PlannedRow, Scheduler, StepPlan
 from qwen_jax.engine.sequence import State
-from qwen_jax.engine.steps import new_state, run_bucket
+from qwen_jax.engine.steps import StepOutput, new_state, run_bucket
 from qwen_jax.errors import UserError
 
-Prompt = str | Sequence[int]
-Messages = Sequence[Mapping[str, Any]]
-
+logger = logging.getLogger(__name__)
 SPARSE_NOTE = "computed with full attention: sparse attention is not implemented yet"
 
 
@@ -91,12 +88,12 @@ class Engine:
         self._state = None
         directory = default_cache_dir() if cache_dir is ... else cache_dir and Path(cache_dir)
         self.adapters = AdapterTable(self.config, max_adapters, max_adapter_rank, self._dtype)
+        self.intake = Intake(tokenizer, self.generation_config, int(self._vocab_limit), self.scheduler, self.adapters)
         identity = [repr(self.config), str(self._dtype), num_pages, self._slots, max_adapters, max_adapter_rank]
         self.executables = Executables(self._lower, _program_of, identity, directory or None)
 
         self.weight_version = 0
         self._requests: dict[int, Request] = {}
-        self._ids = itertools.count()
         self._failure: Exception | None = None
         self._progress = progress
         self._usage = {bucket: [0, 0, 0, 0.0] for bucket in self.table}  # steps, rows, tokens, seconds
@@ -176,7 +173,7 @@ class Engine:
         adapter, or None): for all, or one for each.
         Every request is checked before any runs. Raises UserError for a bad one.
         """
-        prompts = [prompts] if _is_single(prompts) else list(prompts)
+        prompts = [prompts] if is_single(prompts) else list(prompts)
         each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
         if len(each) != len(prompts):
             raise UserError(f"{len(each)} SamplingParams for {len(prompts)} prompts: give one, or one for each prompt")
@@ -184,28 +181,25 @@ class Engine:
         if len(names) != len(prompts):
             raise UserError(f"{len(names)} adapters for {len(prompts)} prompts: give one, or one for each prompt")
         requests = [r for prompt, one, name in zip(prompts, each, names, strict=True)
-                    for r in self._requests_for(prompt, one, adapter=name)]
+                    for r in self.intake.requests(prompt, one, adapter=name)]
         return self._complete(requests)
 
     def chat(self, messages: Messages | Sequence[Messages], params: SamplingParams | None = None,
              adapter: str | Sequence[str | None] | None = None) -> list[RequestOutput]:
         """Answer a conversation, or each of several, through the checkpoint's chat template."""
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
-        return self.generate([self.chat_tokens(conversation) for conversation in conversations], params, adapter)
+        return self.generate([self.intake.tokens(conversation) for conversation in conversations], params, adapter)
 
     def stream(self, prompt: Prompt | Messages, params: SamplingParams | None = None,
                adapter: str | None = None) -> Iterator[Delta]:
         """Answer a prompt or a conversation piece by piece. Closing the iterator aborts the request."""
-        if not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], Mapping):
-            prompt = self.chat_tokens(prompt)
         params = params or SamplingParams()
         if params.n != 1:
             raise UserError(f"stream gives one answer: n must be 1, not {params.n}")
-        requests = self._requests_for(prompt, params, adapter=adapter)
-        return self._stream(requests[0])
+        return self._stream(self.intake.requests(prompt, params, adapter=adapter)[0])
 
     def _stream(self, request: Request) -> Iterator[Delta]:
-        self._submit([request])
+        self.submit([request])
         try:
             while True:
                 while request.deltas:
@@ -224,51 +218,19 @@ class Engine:
         """
         if len(labels) < 2:
             raise UserError("classify needs at least two labels")
-        prompts = [prompts] if _is_single(prompts) else list(prompts)
-        endings = [self._tokens(label) for label in labels]
+        prompts = [prompts] if is_single(prompts) else list(prompts)
+        endings = [self.intake.tokens(label) for label in labels]
         params = SamplingParams(max_tokens=1, temperature=0.0)
         requests = []
-        for prompt in map(self._tokens, prompts):
+        for prompt in map(self.intake.tokens, prompts):
             for ending in endings:
-                requests += self._requests_for([*prompt, *ending], params, len(prompt), adapter)
+                requests += self.intake.requests([*prompt, *ending], params, len(prompt), adapter)
         outputs = self._complete(requests)
         scores = [sum(p[t] for t, p in zip(out.prompt_token_ids, out.prompt_logprobs, strict=True) if p)
                   for out in outputs]
         scores = np.array(scores, np.float64).reshape(len(prompts), len(labels))
         weights = np.exp(scores - scores.max(axis=1, keepdims=True))
         return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
-
-    def chat_tokens(self, messages: Messages) -> list[int]:
-        """The prompt of a conversation, up to where the assistant begins to answer."""
-        if self.tokenizer is None or not self.tokenizer.chat_template:
-            raise UserError("this checkpoint has no chat template: use generate with a text or token ids")
-        text = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-        return self._tokens(text)
-
-    def _tokens(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise UserError("this engine has no tokenizer: give token ids, or a checkpoint with tokenizer.json")
-            return self.tokenizer.encode(prompt, add_special_tokens=False)
-        return settings.check_token_ids(prompt, int(self._vocab_limit))
-
-    def _requests_for(self, prompt: Prompt, params: SamplingParams, score_from: int | None = None,
-                      adapter: str | None = None) -> list[Request]:
-        tokens = self._tokens(prompt)
-        self.adapters.check(adapter)
-        params = params.resolved(self.generation_config).check(int(self._vocab_limit))
-        if params.prompt_logprobs is not None:
-            score_from = 1
-        if params.seed is None:
-            params = replace(params, seed=secrets.randbits(32))
-        requests = []
-        for index in range(params.n):
-            own = replace(params, seed=(params.seed + index) % 2**64) if index else params
-            sequence = TokenSequence(next(self._ids), tokens, own.max_tokens, own)
-            self.scheduler.check(sequence)
-            requests.append(Request(sequence, self.tokenizer, self.generation_config.eos_token_ids, index, score_from,
-                                    adapter))
-        return requests
 
     # --- the loop
 
@@ -286,23 +248,33 @@ class Engine:
             self._failure = error
             raise
         self._account(plan, time.perf_counter() - began)
-        sampled = output.sampled
-        ended = self.scheduler.commit(plan, sampled.tokens[: len(plan.rows)].tolist())
+        ended = self.scheduler.commit(plan, output.sampled.tokens[: len(plan.rows)].tolist())
         for index, row in enumerate(plan.rows):
             request = self._requests[row.seq.request_id]
-            if output.prompt is not None and request.score_from is not None:
-                scores = (array[index, : row.count] for array in output.prompt)
-                request.add_prompt_scores(row.start, *scores)
-            if row.samples:
-                token = int(sampled.tokens[index])
-                text, stop = request.add_token(token, sampled.logprobs[index], sampled.top_ids[index],
-                                               sampled.top_logprobs[index])
-                request.deltas.append(Delta(text, [token]))
-                if stop:
-                    self.scheduler.finish(row.seq, "stop")
-                if stop or row.seq in ended:
-                    self._close(request)
+            try:
+                stop = self._deliver(request, row, output, index)
+            except Exception as error:  # what one request's text does to us is that request's affair alone
+                logger.exception("request %s failed", row.seq.request_id)
+                request.output.error = f"{type(error).__name__}: {error}"
+                stop = True
+            if stop:
+                self.scheduler.finish(row.seq, "error" if request.output.error else "stop")
+            if stop or row.seq in ended:
+                self._close(request)
         return True
+
+    def _deliver(self, request: Request, row: PlannedRow, output: StepOutput, index: int) -> bool:
+        """Hands row `index` of a step's output to its request. Returns whether its answer ends here."""
+        if output.prompt is not None and request.score_from is not None:
+            request.add_prompt_scores(row.start, *(array[index, : row.count] for array in output.prompt))
+        if not row.samples:
+            return False
+        sampled = output.sampled
+        token = int(sampled.tokens[index])
+        text, stop = request.add_token(token, sampled.logprobs[index], sampled.top_ids[index],
+                                       sampled.top_logprobs[index])
+        request.deltas.append(Delta(text, [token]))
+        return stop
 
     def abort(self, request_id: int) -> bool:
         """End a request and free its pages at once; False when it is not there any more."""
@@ -312,7 +284,8 @@ class Engine:
         self._close(request)
         return True
 
-    def _submit(self, requests: Sequence[Request]) -> None:
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue what `intake` made; `step` works on it."""
         if not self._prepared:
             raise UserError("the engine is not warmed up: call warmup() first")
         for request in requests:
@@ -329,7 +302,7 @@ class Engine:
     def _complete(self, requests: Sequence[Request]) -> list[RequestOutput]:
         """Run until all of ``requests`` are finished; whatever interrupts takes them out again."""
         try:
-            self._submit(requests)
+            self.submit(requests)
             while any(request.sequence.state is not State.FINISHED for request in requests):
                 self.step()
         finally:
@@ -378,7 +351,3 @@ DeepSeekEngine = Engine  # the name under which the engine was first described
 def _program_of(bucket: Bucket) -> Bucket:
     """Until sparse attention has its own implementation, its buckets run full attention's programs."""
     return replace(bucket, schedule=FULL) if bucket.schedule == SPARSE else bucket
-
-
-def _is_single(prompts: Any) -> bool:
-    return isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(p, int | np.integer) for p in prompts))

@@ -17,6 +17,7 @@ class RequestOutput:
       schedule_note: how the schedule was carried out, where that is not what its name says.
       logprobs: per generated token, {id: log-probability} of the token and of the most likely ones asked for.
       prompt_logprobs: the same for the prompt; None for its first token, which nothing precedes.
+      error: what went wrong where ``finish_reason`` is "error".
       index: which of the ``n`` answers to its prompt this is.
     """
 
@@ -28,6 +29,7 @@ class RequestOutput:
     schedule_note: str = ""
     logprobs: list[dict[int, float]] | None = None
     prompt_logprobs: list[dict[int, float] | None] | None = None
+    error: str | None = None
     index: int = 0
     weight_version: int = 0
 
@@ -60,8 +62,10 @@ class BucketStats:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """A snapshot of the engine's counters. ``prefix_queries`` and ``prefix_hits`` are pages that admitted requests could
-    have shared, and those they found."""
+    """A snapshot of the engine's counters.
+
+    ``prefix_queries`` and ``prefix_hits`` are pages that admitted requests could have shared, and those they found.
+    """
 
     compiles_after_warmup: int
     warmup_seconds: float

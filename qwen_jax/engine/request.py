@@ -70,8 +70,8 @@ class Request:
 
     def close(self, weight_version: int, note: str) -> Delta:
         """The last piece of text; fills in the output."""
-        rest = self._text.finish()
         out = self.output
+        rest = "" if out.error else self._text.finish()
         out.text, out.finish_reason, out.schedule = self._text.text, self.sequence.finish_reason, self.sequence.schedule
         out.schedule_note, out.weight_version = note, weight_version
         if self._text.stopped and out.finish_reason == "length":

@@ -99,9 +99,9 @@ class Scheduler:
 
     def finish(self, seq: Sequence, reason: str) -> None:
         """Ends `seq` and frees what it holds. A sequence that just ended by length may still be said to have ended by
-        "stop" (its last token was the stop token): only the reason changes."""
+        "stop" (its last token was the stop token) or "error": only the reason changes."""
         if seq.state is State.FINISHED:
-            if (seq.finish_reason, reason) == ("length", "stop"):
+            if seq.finish_reason == "length" and reason in ("stop", "error"):
                 seq.finish_reason = reason
             return
         if seq.state is State.WAITING:

@@ -2,8 +2,8 @@
 
     python scripts/bench/prefix.py [--prompts 16] [--rounds 3]
 
-0.5B shape, random weights, bf16, 512 shared tokens and tails of 32, two labels of one token. Every round has tails and an
-instruction of its own, so nothing is found from the round before.
+0.5B shape, random weights, bf16, 512 shared tokens and tails of 32, two labels of one token. Every round has tails and
+an instruction of its own, so nothing is found from the round before.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import statistics
 import sys
 import time
+from dataclasses import replace
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -29,7 +30,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=24)
     args = parser.parse_args()
     config = ModelConfig.preset("qwen2.5-0.5b")
-    config = type(config)(**{**vars(config), "num_layers": args.layers})
+    config = replace(config, num_layers=args.layers)
     model = init(config, 0, "bfloat16")
     engines = {on: Engine(model, max_batch_size=args.prompts, max_seq_len=640, prefix_cache=on)
                for on in (True, False)}

@@ -75,10 +75,10 @@ def test_references_that_are_not_models(folder, tmp_path, monkeypatch):
             resolve(ref)
     with pytest.raises(UserError, match="is a file: give the folder"):
         resolve(folder / "model.safetensors")
-    monkeypatch.setattr(source_module, "BUNDLED", tmp_path / "absent")
+    monkeypatch.setitem(source_module.SHIPPED, "bundled", tmp_path / "absent")
     with pytest.raises(UserError, match="no model at bundled"):
         resolve("bundled")
-    monkeypatch.setattr(source_module, "BUNDLED", folder)
+    monkeypatch.setitem(source_module.SHIPPED, "bundled", folder)
     assert resolve("bundled") == ("hf", folder)
 
 

@@ -80,13 +80,20 @@ def sample(family: str, seed: str, length: int, tokenizer: Any) -> Sample:
     return Sample(prompt, room, question.expected)
 
 
+def check(lengths: Sequence[int], families: Sequence[str], samples: int) -> None:
+    """UserError for what `evaluate` cannot run."""
+    unknown = [family for family in families if family not in FAMILIES]
+    if unknown:
+        raise UserError(f"unknown family {', '.join(unknown)}: use {', '.join(FAMILIES)}")
+    if samples < 1 or not lengths or min(lengths) < 1:
+        raise UserError("give at least one sample and one length, of at least one token")
+
+
 def evaluate(generate: Generate, tokenizer: Any, lengths: Sequence[int], families: Sequence[str] = tuple(FAMILIES),
              samples: int = 50, seed: int = 0) -> Iterator[Cell]:
-    """Scores of every family at every length, one after another. UserError for an unknown family."""
-    unknown = [family for family in families if family not in FAMILIES]
-    if unknown or samples < 1 or not lengths:
-        raise UserError(f"unknown family {', '.join(unknown)}: use {', '.join(FAMILIES)}" if unknown else
-                        "give at least one sample and one length")
+    """Scores of every family at every length, one after another. UserError for what `check` refuses, and for a length
+    that is too short for a family."""
+    check(lengths, families, samples)
     for length in lengths:
         for family in families:
             asked = [sample(family, f"{seed}.{index}", length, tokenizer) for index in range(samples)]

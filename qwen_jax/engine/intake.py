@@ -1,0 +1,78 @@
+"""From what a caller gives to requests: tokenised, checked, with every option resolved."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from qwen_jax.config import GenerationDefaults
+from qwen_jax.engine import settings
+from qwen_jax.engine.adapters import AdapterTable
+from qwen_jax.engine.request import Request
+from qwen_jax.engine.sampling_params import SamplingParams
+from qwen_jax.engine.scheduler import Scheduler
+from qwen_jax.engine.sequence import Sequence as TokenSequence
+from qwen_jax.errors import UserError
+
+Messages = Sequence[Mapping[str, Any]]
+Prompt = str | Sequence[int]
+
+
+class Intake:
+    """Reads the engine and changes nothing in it, so it may run on other threads than the steps.
+
+    Args:
+      vocab_limit: how many token ids exist.
+      scheduler, adapters: asked whether a request could run at all.
+    """
+
+    def __init__(self, tokenizer: Any, defaults: GenerationDefaults, vocab_limit: int, scheduler: Scheduler,
+                 adapters: AdapterTable) -> None:
+        self._tokenizer, self._defaults, self._vocab_limit = tokenizer, defaults, vocab_limit
+        self._scheduler, self._adapters = scheduler, adapters
+        self._ids = itertools.count()
+
+    def tokens(self, prompt: Prompt | Messages) -> list[int]:
+        """Token ids of a text, of a conversation up to where the assistant begins to answer, or of token ids."""
+        if not isinstance(prompt, str):
+            if len(prompt) and isinstance(prompt[0], Mapping):
+                return self._chat(prompt)
+            return settings.check_token_ids(prompt, self._vocab_limit)
+        if self._tokenizer is None:
+            raise UserError("this engine has no tokenizer: give token ids, or a checkpoint with tokenizer.json")
+        return self._tokenizer.encode(prompt, add_special_tokens=False)
+
+    def _chat(self, messages: Messages) -> list[int]:
+        if self._tokenizer is None or not self._tokenizer.chat_template:
+            raise UserError("this checkpoint has no chat template: use generate with a text or token ids")
+        return self.tokens(self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True,
+                                                               tokenize=False))
+
+    def requests(self, prompt: Prompt | Messages, params: SamplingParams, score_from: int | None = None,
+                 adapter: str | None = None) -> list[Request]:
+        """``params.n`` requests, not yet submitted. UserError for what could not run."""
+        tokens = self.tokens(prompt)
+        self._adapters.check(adapter)
+        params = params.resolved(self._defaults).check(self._vocab_limit)
+        if params.prompt_logprobs is not None:
+            score_from = 1
+        if params.seed is None:
+            params = replace(params, seed=secrets.randbits(32))
+        requests = []
+        for index in range(params.n):
+            own = replace(params, seed=(params.seed + index) % 2**64) if index else params
+            sequence = TokenSequence(next(self._ids), tokens, own.max_tokens, own)
+            self._scheduler.check(sequence)
+            requests.append(Request(sequence, self._tokenizer, self._defaults.eos_token_ids, index, score_from,
+                                    adapter))
+        return requests
+
+
+def is_single(prompts: Any) -> bool:
+    """Whether this is one prompt, and not several."""
+    return isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(p, int | np.integer) for p in prompts))
