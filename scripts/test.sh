@@ -3,4 +3,4 @@
 EXTRAS=test
 source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
 .venv/bin/python -m ruff check .
-exec .venv/bin/python -m pytest --durations=10 "$@"
+exec .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --durations=10 "$@"

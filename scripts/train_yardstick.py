@@ -7,7 +7,6 @@ Run again with the same folder, it continues after an interruption. About twice 
 """
 import argparse
 import random
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -27,7 +26,6 @@ from qwen_jax.evaluation.longcontext import words
 from qwen_jax.evaluation.longcontext.samples import FAMILIES, draw
 from qwen_jax.evaluation.longcontext.tasks import Document
 from qwen_jax.model import init, params_of
-from qwen_jax.training import checkpoints
 from qwen_jax.training.batch import Batch, empty
 from qwen_jax.training.curves import plot_curves
 from qwen_jax.training.initial import prepare_for_retrieval
@@ -62,11 +60,9 @@ def build_tokenizer(recipe: YardstickRecipe) -> Tokenizer:
 
 
 def run_tokenizer(recipe: YardstickRecipe, run: Path) -> Tokenizer:
-    """A run that goes on, or starts from another, keeps the tokenizer it had, whatever the tasks have become."""
+    """A run that goes on keeps the tokenizer it had, whatever the tasks have become."""
     run.mkdir(parents=True, exist_ok=True)
     kept = run / "tokenizer.json"
-    if recipe.start and not kept.exists():
-        shutil.copy(Path(recipe.start) / kept.name, kept)
     if not kept.exists():
         build_tokenizer(recipe).save(str(kept))
     return Tokenizer.from_file(str(kept))
@@ -98,12 +94,8 @@ class Material:
             for start, stop in zip([0, *cuts], [*cuts, left_out]):
                 line = rng.randint(1, lines)
                 skips[line] = skips.get(line, 0) + stop - start
-        row = encode(self.tokenizer, f"<|im_start|>user\n{document.text}\n", turns(document), self.recipe.lm_weight,
-                     skips)
-        if self.recipe.row_weight:
-            share = self.recipe.row_weight / row["weights"].count(1.0)
-            row["weights"] = [share if weight == 1.0 else weight for weight in row["weights"]]
-        return row
+        return encode(self.tokenizer, f"<|im_start|>user\n{document.text}\n", turns(document), self.recipe.lm_weight,
+                      skips)
 
     def batch(self, seed: str, families: Sequence[str], length: int, reach: int) -> Batch:
         rng = random.Random(seed)
@@ -125,15 +117,14 @@ def stage_of(stages: Sequence[Stage], step: int) -> Stage:
     raise ValueError("past the last stage")
 
 
-def right_answers(batch: Batch, predicted: np.ndarray, first: int, lm_weight: float) -> list[bool]:
+def right_answers(batch: Batch, predicted: np.ndarray) -> list[bool]:
     """For each turn of one row, whether each token of its answer was predicted, or one that only comes later in it.
 
-    first: segment id of the first turn. lm_weight: tokens of answers weigh more. What a model sees before a token is
-    the right answer up to it.
+    What a model sees before a token is the right answer up to it. Tokens of answers weigh 1.
     """
     result = []
-    for segment in range(first, int(batch.segment_ids.max()) + 1):
-        places = np.flatnonzero((batch.segment_ids == segment) & (batch.weights > lm_weight))
+    for segment in range(OPENING + 1, int(batch.segment_ids.max()) + 1):
+        places = np.flatnonzero((batch.segment_ids == segment) & (batch.weights == 1))
         rest = Counter(batch.tokens[places].tolist())
         right = len(places) > 0
         for place in places:
@@ -156,9 +147,6 @@ def main():
     tokenizer = run_tokenizer(recipe, args.run)
     config = model_config(recipe.model, tokenizer)
     initial = prepare_for_retrieval(params_of(init(config, recipe.seed, "float32")), config, recipe.seed, recipe.reach)
-    initial = stack({path: jnp.asarray(value) for path, value in initial.items()})
-    if recipe.start:
-        initial = checkpoints.last_arrays(Path(recipe.start), {"trainable": initial})["trainable"]
     print(f"{config.num_parameters:,} parameters, vocabulary {config.vocab_size}")
     material = Material(recipe, tokenizer)
 
@@ -184,15 +172,14 @@ def main():
                 rights = []
                 for batch in batches[2 * index:2 * index + 2]:
                     row = Batch(*(field[0] for field in batch))
-                    rights += right_answers(row, np.asarray(predict(state.trainable, batch))[0], OPENING + 1,
-                                            recipe.lm_weight)
+                    rights += right_answers(row, np.asarray(predict(state.trainable, batch))[0])
                 scores[f"{family}@{length}"] = sum(rights) / len(rights)
         return {"accuracy": float(np.mean(list(scores.values()))), **scores}
 
     steps = sum(stage.steps for stage in recipe.stages)
     optimizer = make_optimizer(recipe.optimizer, steps)
     step = make_train_step(language_model_loss(config, shared_segment=OPENING), optimizer)
-    state = init_state(initial, optimizer)
+    state = init_state(stack({path: jnp.asarray(value) for path, value in initial.items()}), optimizer)
     run = Run(args.run, steps, recipe.evaluate_every, keep=1, max_skipped=10, facts=asdict(recipe))
     trained = unstack(fit(state, step, {}, batch_of, run, evaluate).trainable)
     plot_curves(args.run / "metrics.jsonl", args.run / "curves.png")

@@ -52,21 +52,6 @@ def restore(folder: Path, like: Any, run: dict) -> tuple[int, Any] | None:
     return facts["step"], jax.tree.unflatten(tree, [found[name] for name in wanted])
 
 
-def last_arrays(folder: Path, wanted: Any) -> Any:
-    """Part of the last state saved in `folder`, whatever its run: a pytree of arrays like `wanted`, found by name.
-
-    UserError when there is no checkpoint.
-    """
-    folders = _folders(folder)
-    if not folders:
-        raise UserError(f"{folder} holds no checkpoint to start from")
-    leaves, tree = jax.tree.flatten(wanted)
-    shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-              for name, leaf in zip(_named(wanted), leaves, strict=True)}
-    found = orbax_store.read(folders[-1] / ARRAYS, shapes)
-    return jax.tree.unflatten(tree, [found[name] for name in shapes])
-
-
 def _named(state: Any) -> dict[str, Any]:
     """Leaves by a flat name that is also a file's."""
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf

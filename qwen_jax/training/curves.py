@@ -2,7 +2,7 @@
 import json
 from pathlib import Path
 
-LABELS = {"accuracy": "label", "reason": "label and reason code"}
+LABELS = {"accuracy": "accuracy", "reason": "label and reason code"}
 
 
 def plot_curves(metrics: str | Path, picture: str | Path) -> None:
@@ -21,9 +21,11 @@ def plot_curves(metrics: str | Path, picture: str | Path) -> None:
     left.set(xlabel="step", ylabel="nats per token", yscale="log", title="training loss")
     if held_out:
         for name, line in (("accuracy", "-o"), ("reason", "--o")):
-            points = [(x["step"], x[name]) for x in held_out]
-            right.plot(*zip(*points, strict=True), line, ms=3, label=LABELS[name])
-        right.axhline(.5, color="grey", lw=.8, ls=":", label="majority class")
+            points = [(x["step"], x[name]) for x in held_out if name in x]
+            if points:
+                right.plot(*zip(*points, strict=True), line, ms=3, label=LABELS[name])
+        if "reason" in held_out[0]:
+            right.axhline(.5, color="grey", lw=.8, ls=":", label="majority class")
         right.set(title="held-out accuracy")
         right.legend(loc="lower right")
     else:

@@ -148,8 +148,6 @@ class YardstickRecipe:
     stages: tuple[Stage, ...]  # one after another
     optimizer: Optimizer
     model: ModelShape
-    start: str | None = None   # folder of a run to go on from, with its tokenizer, instead of initial values
-    row_weight: float | None = None  # what all answers of a row weigh together, instead of 1 for each token
 
 
 def load_recipe(path: str | Path, kind: type[Kind] = Recipe) -> Kind:

@@ -117,7 +117,8 @@ def test_more_than_the_limit_are_refused_and_a_drained_engine_takes_nobody(check
 
 @pytest.mark.parametrize("request_, message", [
     (([], None), "the prompt is empty"), (([1] * 300, None), "leaves no room"),
-    (([999], None), "not in the vocabulary"), (("a text", None), "no tokenizer"), (([1], SamplingParams(n=2, temperature=1.0)), "n must be 1")])
+    (([999], None), "not in the vocabulary"), (("a text", None), "no tokenizer"),
+    (([1], SamplingParams(n=2, temperature=1.0)), "n must be 1")])
 def test_bad_requests_raise_where_they_are_made(check, request_, message):
     async def work(engine):
         with pytest.raises(UserError, match=message):
