@@ -18,6 +18,7 @@ from qwen_jax.engine.intake import Messages, Prompt
 from qwen_jax.engine.outputs import Delta, EngineStats, RequestOutput
 from qwen_jax.engine.request import Request
 from qwen_jax.engine.sampling_params import SamplingParams
+from qwen_jax.engine.schedule import check_positive
 from qwen_jax.engine.sequence import State
 from qwen_jax.errors import UserError
 
@@ -55,8 +56,7 @@ class AsyncEngine:
     """
 
     def __init__(self, engine: Engine, max_requests: int = 1024) -> None:
-        if isinstance(max_requests, bool) or not isinstance(max_requests, int) or max_requests < 1:
-            raise UserError(f"max_requests must be a positive integer, not {max_requests!r}")
+        check_positive(max_requests=max_requests)
         self._engine, self._max_requests = engine, max_requests
         self._lock = threading.Condition()  # guards the four below; the engine's thread waits on it
         self._calls: deque[tuple[Callable[[], Any], Future]] = deque()

@@ -11,7 +11,8 @@ MAX_BUCKETS = 64
 STEP_OVERHEAD_TOKENS = 64  # the fixed cost of a step (dispatch, reading the weights once), in prefill tokens
 
 
-def _positive(**values) -> None:
+def check_positive(**values) -> None:
+    """UserError, naming the first argument that is not a positive integer."""
     for name, value in values.items():
         try:
             valid = not isinstance(value, bool) and operator.index(value) >= 1
@@ -29,7 +30,7 @@ class SchedulePolicy:
     recompute_above_rows: int = 32
 
     def __post_init__(self):
-        _positive(sparse_above_tokens=self.sparse_above_tokens, recompute_above_rows=self.recompute_above_rows)
+        check_positive(sparse_above_tokens=self.sparse_above_tokens, recompute_above_rows=self.recompute_above_rows)
 
 
 DEFAULT_POLICY = SchedulePolicy()
@@ -41,7 +42,7 @@ def dynamic_schedule(batch_size: int, seq_len: int, policy: SchedulePolicy = DEF
     Long prompts are "sparse_attention"; else large batches are "recompute" (prefilled in micro-batches); else
     "full_attention". Both thresholds are exclusive.
     """
-    _positive(batch_size=batch_size, seq_len=seq_len)
+    check_positive(batch_size=batch_size, seq_len=seq_len)
     if seq_len > policy.sparse_above_tokens:
         return SPARSE
     if batch_size > policy.recompute_above_rows:
@@ -88,7 +89,7 @@ class Limits:
     decode_rows: tuple[int, ...]
 
     def __post_init__(self):
-        _positive(max_batch_size=self.max_batch_size, max_seq_len=self.max_seq_len)
+        check_positive(max_batch_size=self.max_batch_size, max_seq_len=self.max_seq_len)
         if not self.prefill_shapes or not self.decode_rows:
             raise UserError("limits need at least one prefill shape and one number of decode rows")
         for _, tokens, *_ in (*self.prefill_shapes, *self.recompute_shapes):
@@ -111,7 +112,7 @@ _DECODE_ROWS = (2, *(2**n for n in range(3, 20)))
 def default_limits(max_batch_size: int = 64, max_seq_len: int = 4096, platform: str = "cpu",
                    policy: SchedulePolicy = DEFAULT_POLICY) -> Limits:
     """The shapes for a platform ("cpu", "gpu" or "tpu"), cut down to what the two sizes and the policy can use."""
-    _positive(max_batch_size=max_batch_size, max_seq_len=max_seq_len)
+    check_positive(max_batch_size=max_batch_size, max_seq_len=max_seq_len)
     if platform not in ("cpu", "gpu", "tpu"):
         raise UserError(f"unknown platform {platform!r}: use 'cpu', 'gpu' or 'tpu'")
     on_cpu = platform == "cpu"

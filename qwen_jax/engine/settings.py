@@ -13,7 +13,7 @@ from qwen_kernels.attention import PAGE
 
 from qwen_jax.config import GenerationDefaults, ModelConfig
 from qwen_jax.engine.pages import pages_for
-from qwen_jax.engine.schedule import Limits, SchedulePolicy, default_limits
+from qwen_jax.engine.schedule import Limits, SchedulePolicy, check_positive, default_limits
 from qwen_jax.errors import UserError
 from qwen_jax.model import Qwen2, build, params_of
 
@@ -27,9 +27,7 @@ _KV_MOST_ON_CPU = 2 << 30
 def check_parallelism(tp_size: int, pp_size: int, fp8_enabled: bool) -> None:
     """UserError for what does not exist on this machine or is not implemented."""
     devices = len(jax.devices())
-    for name, size in (("tp_size", tp_size), ("pp_size", pp_size)):
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise UserError(f"{name} must be a positive integer, not {size!r}")
+    check_positive(tp_size=tp_size, pp_size=pp_size)
     if tp_size * pp_size > devices:
         raise UserError(f"tp_size={tp_size} and pp_size={pp_size} need {tp_size * pp_size} devices and there "
                         f"{'is' if devices == 1 else 'are'} {devices}: lower them")
