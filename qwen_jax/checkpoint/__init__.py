@@ -1,8 +1,9 @@
 """Weights in and out: Hugging Face folders, Orbax checkpoints, and what lies beside them."""
 
-from qwen_jax.checkpoint.conversion import convert, export, save_hf
-from qwen_jax.checkpoint.load import from_transformers, load_model, load_params
+from qwen_jax.checkpoint.conversion import convert, export, save_hf, verify
+from qwen_jax.checkpoint.load import from_transformers, iter_params, load_model, load_params
+from qwen_jax.checkpoint.safetensors_io import check_finite
 from qwen_jax.checkpoint.source import Source, load_generation_config, load_tokenizer, resolve
 
-__all__ = ["Source", "convert", "export", "from_transformers", "load_generation_config", "load_model", "load_params",
-           "load_tokenizer", "resolve", "save_hf"]
+__all__ = ["Source", "check_finite", "convert", "export", "from_transformers", "iter_params", "load_generation_config",
+           "load_model", "load_params", "load_tokenizer", "resolve", "save_hf", "verify"]

@@ -96,25 +96,47 @@ def export(src: str | Path, dst: str | Path, max_shard_bytes: int = 5_000_000_00
     source = resolve(src)
     if source.kind != "orbax":
         raise UserError(f"{source.path} is already a Hugging Face folder: export reads converted checkpoints")
-    manifest = read_manifest(source)
-    config = source.config
-    dtypes = stored_dtypes(config, manifest)
-    sizes = {path: entry.size * dtypes[path].itemsize for path, entry in layout(config).items()}
+    manifest, config = read_manifest(source), source.config
+    hf_config = read_json(source.path / "config.json")
+    _write_hf(config, hf_config, stored_dtypes(config, manifest), _stored_arrays(source, manifest), Path(dst),
+              max_shard_bytes, source.path, _checksums(source, manifest))
+    return Path(dst)
 
-    def arrays() -> Iterator[tuple[str, np.ndarray]]:
-        for group in orbax_store.groups(sizes):
-            loaded = orbax_store.read(source.params, dict.fromkeys(group, np.ndarray))
-            for path in group:
-                yield path, loaded.pop(path)
 
-    def verify(name: str, tensor: np.ndarray) -> None:
+def verify(src: str | Path | Source) -> None:
+    """Compare every tensor of a converted checkpoint with its SHA-256; UserError names one that differs.
+
+    A Hugging Face folder has no checksums: nothing is done.
+    """
+    source = resolve(src)
+    if source.kind == "orbax":
+        manifest, table = read_manifest(source), layout(source.config)
+        check = _checksums(source, manifest)
+        with progress(sum(entry.size for entry in table.values()), "verifying") as bar:
+            for path, array in _stored_arrays(source, manifest):
+                for name, tensor in split(table[path], array):
+                    check_finite(name, tensor)
+                    check(name, tensor)
+                bar.update(array.size)
+
+
+def _stored_arrays(source: Source, manifest: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """Canonical paths and arrays as they are stored, a group in memory at a time."""
+    dtypes = stored_dtypes(source.config, manifest)
+    sizes = {path: entry.size * dtypes[path].itemsize for path, entry in layout(source.config).items()}
+    for group in orbax_store.groups(sizes):
+        loaded = orbax_store.read(source.params, dict.fromkeys(group, np.ndarray))
+        for path in group:
+            yield path, loaded.pop(path)
+
+
+def _checksums(source: Source, manifest: Mapping[str, Any]) -> Callable[[str, np.ndarray], None]:
+    def check(name: str, tensor: np.ndarray) -> None:
         if manifest["tensors"].get(name, {}).get("sha256") != sha256(tensor):
             raise UserError(f"{name} in {source.path} differs from its SHA-256 in the manifest: the checkpoint is "
                             "damaged, convert it again")
 
-    hf_config = read_json(source.path / "config.json")
-    _write_hf(config, hf_config, dtypes, arrays(), Path(dst), max_shard_bytes, source.path, verify)
-    return Path(dst)
+    return check
 
 
 def save_hf(model_or_params: Any, config: ModelConfig, dst: str | Path, tokenizer_files_from: str | Path | None = None,

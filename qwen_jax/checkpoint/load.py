@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,18 +46,25 @@ def load_params(source: Source, config: ModelConfig, dtype: Any = None,
     Host memory beyond the result stays within one group of tensors (256 MB, or the largest tensor).
     Raises UserError for damaged or mismatched weights, and for NaN or Inf in a Hugging Face folder's.
     """
+    params = dict(iter_params(source, config, dtype, shardings))
+    return {path: params[path] for path in layout(config)}
+
+
+def iter_params(source: Source, config: ModelConfig, dtype: Any = None,
+                shardings: Mapping[str, jax.sharding.Sharding] | None = None) -> Iterator[tuple[str, jax.Array]]:
+    """What `load_params` loads, one after another, so that the caller can let go of something for each."""
     target = None if dtype is None else as_dtype(dtype)
     table = layout(config)
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     placed = {path: (shardings or {}).get(path, default) for path in table}
     if source.kind == "orbax":
-        return _from_orbax(source, config, target, placed)
-    tensors, params = open_tensors(source), {}
+        yield from _from_orbax(source, config, target, placed)
+        return
+    tensors = open_tensors(source)
     with progress(sum(entry.size for entry in table.values()), "loading") as bar:
         for path, entry in table.items():
-            params[path] = _place(assemble(entry, tensors.read), target, placed[path])
+            yield path, _place(assemble(entry, tensors.read), target, placed[path])
             bar.update(entry.size)
-    return params
 
 
 def from_transformers(model: Any, dtype: Any = None,
@@ -100,17 +107,15 @@ def from_transformers(model: Any, dtype: Any = None,
 
 
 def _from_orbax(source: Source, config: ModelConfig, target: np.dtype | None,
-                placed: Mapping[str, jax.sharding.Sharding]) -> dict[str, jax.Array]:
+                placed: Mapping[str, jax.sharding.Sharding]) -> Iterator[tuple[str, jax.Array]]:
     table, stored = layout(config), stored_dtypes(config, read_manifest(source))
     wanted = {path: jax.ShapeDtypeStruct(entry.shape, target or stored[path], sharding=placed[path])
               for path, entry in table.items()}
     sizes = {path: entry.size * stored[path].itemsize for path, entry in table.items()}
-    params: dict[str, jax.Array] = {}
     with progress(sum(sizes.values()), "loading") as bar:
         for group in orbax_store.groups(sizes):
-            params |= orbax_store.read(source.params, {path: wanted[path] for path in group})
+            yield from orbax_store.read(source.params, {path: wanted[path] for path in group}).items()
             bar.update(sum(sizes[path] for path in group))
-    return {path: params[path] for path in table}
 
 
 def _place(array: np.ndarray, target: np.dtype | None, sharding: jax.sharding.Sharding) -> jax.Array:

@@ -56,6 +56,11 @@ class AdapterTable:
         return self._values
 
     @property
+    def identity_of_shapes(self) -> tuple[int, int]:
+        """What programs depend on."""
+        return len(self._users), self._max_rank
+
+    @property
     def names(self) -> list[str]:
         return sorted(self._slots)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import heapq
 import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from qwen_jax.engine.outputs import Delta, EngineStats, RequestOutput
 from qwen_jax.engine.request import Request
 from qwen_jax.engine.sampling_params import SamplingParams
 from qwen_jax.engine.schedule import check_positive
-from qwen_jax.engine.sequence import State
+from qwen_jax.engine.updates import Golden, check_golden, check_policy, golden_requests, switch
 from qwen_jax.errors import UserError
 
 
@@ -34,8 +34,8 @@ class EngineDead(RuntimeError):
 class _Listener:
     """Where the engine's thread puts the deltas of one request."""
 
-    def __init__(self, request: Request, deadline: float | None) -> None:
-        self.request, self.deadline = request, deadline
+    def __init__(self, request: Request, version: int | None = None) -> None:
+        self.request, self.version = request, version
         self._loop, self.queue = asyncio.get_running_loop(), asyncio.Queue()
 
     def put(self, item: Delta | Exception) -> None:
@@ -58,13 +58,13 @@ class AsyncEngine:
     def __init__(self, engine: Engine, max_requests: int = 1024) -> None:
         check_positive(max_requests=max_requests)
         self._engine, self._max_requests = engine, max_requests
-        self._lock = threading.Condition()  # guards the four below; the engine's thread waits on it
+        self._lock = threading.Condition()  # guards the five below; the engine's thread waits on it
         self._calls: deque[tuple[Callable[[], Any], Future]] = deque()
         self._accepted = 0
         self._draining = self._closing = False
         self._failure: BaseException | None = None
-        self._listeners: dict[int, _Listener] = {}  # by request id; the engine's thread only, as the next one
-        self._deadlines: list[tuple[float, int]] = []
+        self._listeners: dict[int, _Listener] = {}  # by request id; the engine's thread only
+        self._updating = asyncio.Lock()
         self._thread = threading.Thread(target=self._run, name="qwen-jax-engine", daemon=True)
         self._thread.start()
 
@@ -76,22 +76,48 @@ class AsyncEngine:
     # --- for coroutines
 
     async def stream(self, prompt: Prompt | Messages, params: SamplingParams | None = None, *,
-                     adapter: str | None = None, timeout: float | None = None) -> AsyncIterator[Delta]:
+                     adapter: str | None = None, priority: int = 0,
+                     timeout: float | None = None) -> AsyncIterator[Delta]:
         """The answer piece by piece. Leaving the loop, or cancelling the task, aborts the request at the next step.
 
-        timeout: seconds from now, waiting included; an answer that is not finished then ends as "abort".
+        priority: requests with the lowest run first. timeout: seconds from now, waiting included; an answer that is not
+        finished then ends as "abort".
         Raises UserError for a bad request, `EngineBusy` and `EngineDead`.
         """
-        async with aclosing(self._follow(prompt, params, adapter, timeout)) as items:
+        async with aclosing(self._follow(prompt, params, adapter, priority, timeout, True)) as items:
             async for delta, _ in items:
                 yield delta
 
     async def generate(self, prompt: Prompt | Messages, params: SamplingParams | None = None, *,
-                       adapter: str | None = None, timeout: float | None = None) -> RequestOutput:
+                       adapter: str | None = None, priority: int = 0, timeout: float | None = None) -> RequestOutput:
         """The whole answer; arguments as for `stream`. Cancelling the task aborts the request."""
-        async with aclosing(self._follow(prompt, params, adapter, timeout)) as items:
+        async with aclosing(self._follow(prompt, params, adapter, priority, timeout, False)) as items:
             requests = [request async for _, request in items]
         return requests[-1].output
+
+    async def update_weights(self, source: Any, policy: str = "finish_old", golden: Golden | None = None) -> int:
+        """`Engine.update_weights` while the engine goes on: another thread loads and checks, golden prompts run beside
+        other requests, and the switch is made between two steps."""
+        check_policy(policy)
+        engine = self._engine
+        tried = golden_requests(engine.intake, golden)
+        async with self._updating:
+            add = partial(engine.runner.weights.add, await asyncio.to_thread(engine.runner.weights.load, source))
+            version = await self._on_engine(add)
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    for request, _ in tried:
+                        tasks.create_task(self._finish(_Listener(request, version)))
+                check_golden(tried)
+            except BaseException:
+                await asyncio.shield(self._on_engine(lambda: engine.runner.weights.forget(version)))
+                raise
+            await self._on_engine(lambda: switch(engine.loop, version, policy))
+        return version
+
+    async def rollback(self) -> int:
+        """`Engine.rollback`, between two steps."""
+        return await self._on_engine(self._engine.rollback)
 
     async def load_adapter(self, name: str, folder: str | Path) -> None:
         await self._on_engine(lambda: self._engine.load_adapter(name, folder))
@@ -116,31 +142,46 @@ class AsyncEngine:
             self._lock.notify()
         await asyncio.to_thread(self._thread.join)
 
-    async def _follow(self, prompt, params, adapter, timeout) -> AsyncIterator[tuple[Delta, Request]]:
+    async def _follow(self, prompt, params, adapter, priority, timeout, streams
+                      ) -> AsyncIterator[tuple[Delta, Request]]:
         params = params or SamplingParams()
         if params.n != 1:
             raise UserError(f"this gives one answer: n must be 1, not {params.n}")
         if timeout is not None and not timeout > 0:
             raise UserError(f"timeout must be a positive number of seconds, not {timeout!r}")
+        if isinstance(priority, bool) or not isinstance(priority, int):
+            raise UserError(f"priority must be an integer, not {priority!r}")
         deadline = None if timeout is None else time.monotonic() + timeout
         self._accept()
-        listener = None
         try:
-            request = await asyncio.to_thread(self._request, prompt, params, adapter)
-            listener = _Listener(request, deadline)
+            request, = await asyncio.to_thread(self._engine.intake.requests, prompt, params, None, adapter, priority,
+                                               deadline)
+            request.streams = streams
+            async with aclosing(self._listen(_Listener(request))) as deltas:
+                async for delta in deltas:
+                    yield delta, request
+        finally:
+            with self._lock:
+                self._accepted -= 1
+
+    async def _listen(self, listener: _Listener) -> AsyncIterator[Delta]:
+        """Runs a request; leaving aborts it."""
+        try:
             await self._on_engine(lambda: self._add(listener))
             while True:
                 item = await listener.queue.get()
                 if isinstance(item, Exception):
                     raise item
-                yield item, request
+                yield item
                 if item.finish_reason:
                     return
         finally:
-            if listener:
-                self._post(lambda: self._engine.abort(listener.request.sequence.request_id))
-            with self._lock:
-                self._accepted -= 1
+            self._post(lambda: self._engine.loop.abort(listener.request.sequence.request_id))
+
+    async def _finish(self, listener: _Listener) -> None:
+        async with aclosing(self._listen(listener)) as deltas:
+            async for _ in deltas:
+                pass
 
     def _accept(self) -> None:
         with self._lock:
@@ -150,10 +191,6 @@ class AsyncEngine:
             if self._accepted >= self._max_requests:
                 raise EngineBusy(f"{self._accepted} requests are queued or running (max_requests): try again later")
             self._accepted += 1
-
-    def _request(self, prompt, params, adapter) -> Request:
-        request, = self._engine.intake.requests(prompt, params, adapter=adapter)
-        return request
 
     def _check_alive(self) -> None:
         if self._failure or self._closing:
@@ -177,18 +214,15 @@ class AsyncEngine:
     # --- on the engine's thread
 
     def _add(self, listener: _Listener) -> None:
-        self._engine.submit([listener.request])
-        number = listener.request.sequence.request_id
-        self._listeners[number] = listener
-        if listener.deadline is not None:
-            heapq.heappush(self._deadlines, (listener.deadline, number))
+        self._engine.loop.submit([listener.request], listener.version)
+        self._listeners[listener.request.sequence.request_id] = listener
 
     def _run(self) -> None:
         try:
             while self._work():
                 pass
             for number in self._listeners:
-                self._engine.abort(number)
+                self._engine.loop.abort(number)
             failure: BaseException = EngineDead("the engine was closed")
         except BaseException as error:  # a step failed: the device's state is gone, and with it what was running
             failure = error
@@ -216,9 +250,7 @@ class AsyncEngine:
                 future.set_result(call())
             except Exception as error:
                 future.set_exception(error)
-        while self._deadlines and self._deadlines[0][0] <= time.monotonic():
-            self._engine.abort(heapq.heappop(self._deadlines)[1])
-        self._engine.step()
+        self._engine.loop.step()
         self._publish()
         return True
 
@@ -228,7 +260,7 @@ class AsyncEngine:
             deltas = listener.request.deltas
             while deltas:
                 listener.put(deltas.popleft())
-            if listener.request.sequence.state is State.FINISHED:
+            if listener.request.closed:
                 ended.append(number)
         for number in ended:
             del self._listeners[number]

@@ -8,10 +8,10 @@ import numpy as np
 from qwen_kernels.attention import PAGE
 
 from qwen_jax.engine.adapters import NO_ADAPTER
+from qwen_jax.engine.plan import StepPlan
 from qwen_jax.engine.request import Request
 from qwen_jax.engine.sampler import SamplingRows, neutral_rows, pack_rows
 from qwen_jax.engine.schedule import Bucket
-from qwen_jax.engine.scheduler import StepPlan
 from qwen_jax.engine.steps import StepBatch
 
 
@@ -25,6 +25,7 @@ def padding_batch(bucket: Bucket, slots: int, sampling: SamplingRows) -> StepBat
         page_table=np.zeros((bucket.rows, bucket.pages), np.int32),
         slots=np.full(row, slots, np.int32),
         samples=np.zeros(row, bool),
+        counts=np.zeros(row, np.int32),
         prompt_length=np.zeros(row, np.int32),
         first=np.zeros(row, bool),
         reused=np.zeros((bucket.rows, bucket.pages * PAGE if bucket.phase == "prefill" else 0), np.int32),
@@ -38,6 +39,7 @@ def dry_run_batch(bucket: Bucket, slots: int, rows: int = 1) -> StepBatch:
     """Full rows that compute on the null page, so that a warm-up step does what a real one does; or no row at all."""
     batch = padding_batch(bucket, slots, neutral_rows(bucket.rows))
     batch.length[:rows] = bucket.tokens
+    batch.counts[:rows] = bucket.tokens
     return batch
 
 
@@ -52,6 +54,8 @@ def build_batch(plan: StepPlan, requests: Mapping[int | str, Request], slots: in
         request = requests[seq.request_id]
         if bucket.phase == "decode":
             batch.tokens[row, 0] = seq.last_token
+            batch.tokens[row, 1 : len(planned.drafts) + 1] = planned.drafts
+            batch.counts[row] = planned.count
         else:
             tokens = seq.tokens
             batch.tokens[row, : planned.count] = tokens[planned.start : end]

@@ -1,39 +1,28 @@
-"""The engine: the loop that joins scheduler, executables and text."""
+"""The engine: what a caller sees of it."""
 
 from __future__ import annotations
 
-import logging
-import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from flax import nnx
-from tqdm import tqdm
 
 from qwen_jax.config import GenerationDefaults
 from qwen_jax.engine import settings
 from qwen_jax.engine.adapters import AdapterTable
-from qwen_jax.engine.batch import build_batch, dry_run_batch
-from qwen_jax.engine.executables import Executables, default_cache_dir, planned, unplanned_compiles
+from qwen_jax.engine.executables import default_cache_dir
 from qwen_jax.engine.intake import Intake, Messages, Prompt, is_single
-from qwen_jax.engine.outputs import BucketStats, Delta, EngineStats, RequestOutput
+from qwen_jax.engine.loop import Loop
+from qwen_jax.engine.outputs import BucketStats, Delta, EngineStats, RequestOutput, Score
 from qwen_jax.engine.pages import PagePool
 from qwen_jax.engine.request import Request
+from qwen_jax.engine.runner import Runner
 from qwen_jax.engine.sampling_params import SamplingParams
-from qwen_jax.engine.schedule import DEFAULT_POLICY, FULL, SPARSE, Bucket, Limits, SchedulePolicy, bucket_table
-from qwen_jax.engine.scheduler import PlannedRow, Scheduler, StepPlan
-from qwen_jax.engine.sequence import State
-from qwen_jax.engine.steps import StepOutput, new_state, run_bucket
+from qwen_jax.engine.schedule import DEFAULT_POLICY, Limits, SchedulePolicy, bucket_table
+from qwen_jax.engine.scheduler import Scheduler
+from qwen_jax.engine.updates import Golden, check_golden, check_policy, golden_requests, replace_in_place, switch
 from qwen_jax.errors import UserError
-
-logger = logging.getLogger(__name__)
-SPARSE_NOTE = "computed with full attention: sparse attention is not implemented yet"
 
 
 class Engine:
@@ -57,6 +46,11 @@ class Engine:
       warmup: compile and run every bucket now; else call ``warmup()`` before the first request.
       progress: show progress bars on stderr.
 
+      strict_compiles: fail a step rather than run after a compilation that came after the warm-up.
+      batch_invariant: a request's tokens do not depend on what runs beside it, to the last bit (see docs/engine.md).
+      warmup: compile and run every bucket now; else call ``warmup()`` before the first request.
+      progress: show progress bars on stderr.
+
     Raises UserError for settings that cannot work here. One thread at a time may use an engine.
     """
 
@@ -64,43 +58,32 @@ class Engine:
                  pp_size: int = 1, fp8_enabled: bool = False, max_batch_size: int = 64, max_seq_len: int | None = None,
                  dtype: Any = None, kv_cache_bytes: int | None = None, limits: Limits | None = None,
                  policy: SchedulePolicy = DEFAULT_POLICY, prefix_cache: bool = True, max_adapters: int = 0,
-                 max_adapter_rank: int = 16, cache_dir: str | Path | None | type(...) = ..., warmup: bool = True,
+                 max_adapter_rank: int = 16, cache_dir: str | Path | None | type(...) = ...,
+                 strict_compiles: bool = False, batch_invariant: bool = False, warmup: bool = True,
                  progress: bool = True) -> None:
         settings.check_parallelism(tp_size, pp_size, fp8_enabled)
-        self.model, defaults = settings.as_module(model, dtype)
-        self.config = self.model.config
+        module, defaults = settings.as_module(model, dtype)
+        self.config = module.config
         self.tokenizer = tokenizer
         self.generation_config: GenerationDefaults = generation_config or defaults
-        self._dtype = self.model.embed.weight.dtype
-        self.limits = limits or settings.limits_for(self.config, max_batch_size, max_seq_len, policy)
-        self._vocab_limit = np.int32(min(len(tokenizer), self.config.vocab_size) if tokenizer else
-                                     self.config.vocab_size)
-        self.table = bucket_table(self.limits, policy, "f32" if self._dtype == np.float32 else "bf16")
-        num_pages = settings.num_pages(self.config, self.limits, self._dtype, kv_cache_bytes)
+        dtype = module.embed.weight.dtype
+        if batch_invariant:
+            if limits is not None:
+                raise UserError("batch_invariant decides the shapes: do not give limits as well")
+            policy = settings.invariant_policy(policy, max_batch_size)
+        self.limits = limits or settings.limits_for(self.config, max_batch_size, max_seq_len, policy, batch_invariant)
+        vocab_limit = min(len(tokenizer), self.config.vocab_size) if tokenizer else self.config.vocab_size
+        table = bucket_table(self.limits, policy, "f32" if dtype == np.float32 else "bf16")
+        num_pages = settings.num_pages(self.config, self.limits, dtype, kv_cache_bytes)
         self.pool = PagePool(num_pages)
-        self.scheduler = Scheduler(self.table, self.limits, self.pool, policy, prefix_cache)
-        self._slots = self.limits.max_batch_size
-        self._new_state = partial(new_state, self.config, num_pages, self._slots, self._dtype)
-
-        graph, params = nnx.split(self.model)
-        leaves, self._treedef = jax.tree.flatten(params)
-        self._graph, self._leaves = graph, tuple(leaves)
-        self._state = None
+        self.scheduler = Scheduler(table, self.limits, self.pool, policy, prefix_cache, batch_invariant)
+        self.adapters = AdapterTable(self.config, max_adapters, max_adapter_rank, dtype)
+        self.intake = Intake(tokenizer, self.generation_config, vocab_limit, self.scheduler, self.adapters)
         directory = default_cache_dir() if cache_dir is ... else cache_dir and Path(cache_dir)
-        self.adapters = AdapterTable(self.config, max_adapters, max_adapter_rank, self._dtype)
-        self.intake = Intake(tokenizer, self.generation_config, int(self._vocab_limit), self.scheduler, self.adapters)
-        identity = [repr(self.config), str(self._dtype), num_pages, self._slots, max_adapters, max_adapter_rank]
-        self.executables = Executables(self._lower, _program_of, identity, directory or None)
-
-        self.weight_version = 0
-        self._requests: dict[int, Request] = {}
-        self._failure: Exception | None = None
+        self.runner = Runner(module, table, num_pages, self.limits.max_batch_size, vocab_limit, self.adapters,
+                             directory or None, strict_compiles)
+        self.loop = Loop(self.scheduler, self.runner)
         self._progress = progress
-        self._usage = {bucket: [0, 0, 0, 0.0] for bucket in self.table}  # steps, rows, tokens, seconds
-        self._prepared: dict[Bucket, float] = {}
-        self._prompt_tokens = self._generated_tokens = 0
-        self._warmup_seconds = 0.0
-        self._compiles_at_warmup: int | None = None
         if warmup:
             self.warmup()
 
@@ -117,42 +100,9 @@ class Engine:
                 options[name] = load(source)
         return cls(load_model(source, dtype), **options)
 
-    # --- getting ready
-
     def warmup(self) -> None:
-        """Compile (or load from disk) and run every program once; nothing compiles afterwards.
-
-        A new program runs on a full row. One from disk has done so before: it runs on none, which a prefill skips.
-        """
-        began = time.perf_counter()
-        with planned():
-            if self._state is None:
-                self._state = jax.jit(self._new_state)()
-            programs = {_program_of(bucket) for bucket in self.table}
-            with tqdm(total=len(programs), desc="warm-up", unit="executable", file=sys.stderr,
-                      disable=not self._progress) as bar:
-                for bucket, program in self.executables.prepare(self.table):
-                    self._prepared[bucket] = program.seconds
-                    self._run(bucket, dry_run_batch(bucket, self._slots, rows=0 if program.from_disk else 1))
-                    how = "loaded" if program.from_disk else "compiled"
-                    bar.set_postfix_str(f"{bucket} {how} in {program.seconds:.1f} s")
-                    bar.update()
-        self._warmup_seconds = time.perf_counter() - began
-        self._compiles_at_warmup = unplanned_compiles()
-
-    def _lower(self, bucket: Bucket) -> jax.stages.Lowered:
-        def step(leaves, state, batch, vocab_limit, adapters):
-            model = nnx.merge(self._graph, jax.tree.unflatten(self._treedef, leaves))
-            return run_bucket(model, bucket, state, batch, vocab_limit, adapters)
-
-        batch = dry_run_batch(bucket, self._slots)
-        return jax.jit(step, donate_argnums=1).lower(self._leaves, self._state, batch, self._vocab_limit,
-                                                     self.adapters.values)
-
-    def _run(self, bucket: Bucket, batch):
-        run = self.executables[bucket].run
-        self._state, output = run(self._leaves, self._state, batch, self._vocab_limit, self.adapters.values)
-        return jax.device_get(output)
+        """Compile (or load from disk) and run every program once; nothing compiles afterwards."""
+        self.runner.warmup(self._progress)
 
     # --- requests
 
@@ -182,7 +132,8 @@ class Engine:
             raise UserError(f"{len(names)} adapters for {len(prompts)} prompts: give one, or one for each prompt")
         requests = [r for prompt, one, name in zip(prompts, each, names, strict=True)
                     for r in self.intake.requests(prompt, one, adapter=name)]
-        return self._complete(requests)
+        self.loop.complete(requests)
+        return [request.output for request in requests]
 
     def chat(self, messages: Messages | Sequence[Messages], params: SamplingParams | None = None,
              adapter: str | Sequence[str | None] | None = None) -> list[RequestOutput]:
@@ -199,16 +150,17 @@ class Engine:
         return self._stream(self.intake.requests(prompt, params, adapter=adapter)[0])
 
     def _stream(self, request: Request) -> Iterator[Delta]:
-        self.submit([request])
+        request.streams = True
+        self.loop.submit([request])
         try:
             while True:
                 while request.deltas:
                     yield request.deltas.popleft()
-                if request.sequence.state is State.FINISHED:
+                if request.closed:
                     return
-                self.step()
+                self.loop.step()
         finally:
-            self._withdraw([request])
+            self.loop.abort(request.sequence.request_id)
 
     def classify(self, prompts: Prompt | Sequence[Prompt], labels: Sequence[str | Sequence[int]],
                  adapter: str | None = None) -> np.ndarray:
@@ -218,136 +170,96 @@ class Engine:
         """
         if len(labels) < 2:
             raise UserError("classify needs at least two labels")
-        prompts = [prompts] if is_single(prompts) else list(prompts)
+        prompts = [self.intake.tokens(prompt) for prompt in ([prompts] if is_single(prompts) else prompts)]
         endings = [self.intake.tokens(label) for label in labels]
-        params = SamplingParams(max_tokens=1, temperature=0.0)
-        requests = []
-        for prompt in map(self.intake.tokens, prompts):
-            for ending in endings:
-                requests += self.intake.requests([*prompt, *ending], params, len(prompt), adapter)
-        outputs = self._complete(requests)
-        scores = [sum(p[t] for t, p in zip(out.prompt_token_ids, out.prompt_logprobs, strict=True) if p)
-                  for out in outputs]
-        scores = np.array(scores, np.float64).reshape(len(prompts), len(labels))
-        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+        scores = self.score([prompt for prompt in prompts for _ in endings], endings * len(prompts), adapter)
+        logits = np.array([score.logprob for score in scores], np.float64).reshape(len(prompts), len(labels))
+        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
         return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
-    # --- the loop
+    def score(self, prompts: Sequence[Prompt], continuations: Sequence[Prompt],
+              adapter: str | None = None) -> list[Score]:
+        """Log-probability of each continuation after its prompt. Only the continuations' logits are computed.
 
-    def step(self) -> bool:
-        """Run one step for whatever is queued. Returns whether there was work."""
-        if self._failure:
-            raise RuntimeError("the engine stopped after a failed step; make a new one") from self._failure
-        plan = self.scheduler.plan()
-        if plan is None:
-            return False
-        began = time.perf_counter()
+        A prompt and its continuation are encoded apart and must fit into ``max_seq_len`` - 1 tokens together.
+        """
+        if len(prompts) != len(continuations):
+            raise UserError(f"{len(prompts)} prompts and {len(continuations)} continuations: give one for each")
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1)
+        requests = []
+        for prompt, continuation in zip(map(self.intake.tokens, prompts), map(self.intake.tokens, continuations),
+                                        strict=True):
+            if not prompt or not continuation:
+                raise UserError("a score needs at least one token of prompt and one of continuation")
+            requests += self.intake.requests([*prompt, *continuation], params, len(prompt), adapter)
+        self.loop.complete(requests)
+        return [Score.of(request.output, request.score_from) for request in requests]
+
+    # --- weights
+
+    @property
+    def weight_version(self) -> int:
+        """Number of the weights that new requests run with; the first has 0."""
+        return self.runner.weights.current
+
+    def update_weights(self, source: Any, policy: str = "finish_old", golden: Golden | None = None,
+                       in_place: bool = False) -> int:
+        """Other weights of the same architecture, without compiling anything. Returns their version's number.
+
+        They are loaded and checked (names, shapes, NaN and Inf, checksums), tried on golden prompts, and then new
+        requests run with them. The version before stays for `rollback`. No request ever mixes versions.
+
+        Args:
+          source: a folder, a hub id, ``bundled``, a ``Qwen2`` module or parameters by canonical path.
+          policy: "finish_old" lets requests that have begun end with the old weights; "restart" begins them again,
+            except those whose answers are being streamed.
+          golden: pairs of a prompt and the beginning of its greedy answer; by default any finite answer will do.
+          in_place: needs no memory for a second copy. The engine runs dry and pauses meanwhile, golden prompts are not
+            tried, and there is no way back.
+
+        Raises UserError, and the old weights stay, when they cannot be used or do not fit into memory.
+        """
+        check_policy(policy)
+        if in_place:
+            if golden is not None or not isinstance(source, str | Path):
+                raise UserError("in_place=True takes a checkpoint's folder and no golden prompts")
+            return replace_in_place(self.loop, source, policy)
+        weights, tried = self.runner.weights, golden_requests(self.intake, golden)
+        version = weights.add(weights.load(source))
         try:
-            output = self._run(plan.bucket, build_batch(plan, self._requests, self._slots))
-        except BaseException as error:  # the state was given away to the step: nothing can continue from here
-            self._failure = error
+            self.loop.complete([request for request, _ in tried], version)
+            check_golden(tried)
+        except BaseException:
+            weights.forget(version)
             raise
-        self._account(plan, time.perf_counter() - began)
-        ended = self.scheduler.commit(plan, output.sampled.tokens[: len(plan.rows)].tolist())
-        for index, row in enumerate(plan.rows):
-            request = self._requests[row.seq.request_id]
-            try:
-                stop = self._deliver(request, row, output, index)
-            except Exception as error:  # what one request's text does to us is that request's affair alone
-                logger.exception("request %s failed", row.seq.request_id)
-                request.output.error = f"{type(error).__name__}: {error}"
-                stop = True
-            if stop:
-                self.scheduler.finish(row.seq, "error" if request.output.error else "stop")
-            if stop or row.seq in ended:
-                self._close(request)
-        return True
+        switch(self.loop, version, policy)
+        return version
 
-    def _deliver(self, request: Request, row: PlannedRow, output: StepOutput, index: int) -> bool:
-        """Hands row `index` of a step's output to its request. Returns whether its answer ends here."""
-        if output.prompt is not None and request.score_from is not None:
-            request.add_prompt_scores(row.start, *(array[index, : row.count] for array in output.prompt))
-        if not row.samples:
-            return False
-        sampled = output.sampled
-        token = int(sampled.tokens[index])
-        text, stop = request.add_token(token, sampled.logprobs[index], sampled.top_ids[index],
-                                       sampled.top_logprobs[index])
-        request.deltas.append(Delta(text, [token]))
-        return stop
-
-    def abort(self, request_id: int) -> bool:
-        """End a request and free its pages at once; False when it is not there any more."""
-        request = self._requests.get(request_id)
-        if request is None or not self.scheduler.abort(request_id):
-            return False
-        self._close(request)
-        return True
-
-    def submit(self, requests: Sequence[Request]) -> None:
-        """Queue what `intake` made; `step` works on it."""
-        if not self._prepared:
-            raise UserError("the engine is not warmed up: call warmup() first")
-        for request in requests:
-            request.adapter = self.adapters.acquire(request.adapter_name)
-            sequence = request.sequence
-            sequence.salt = repr((self.weight_version, self.adapters.identity(request.adapter),
-                                  self.scheduler.attention(sequence))).encode()
-            if request.score_from is not None:  # logits are needed from the position before on
-                sequence.reusable = request.score_from - 1
-            self.scheduler.add(sequence)
-            self._requests[request.sequence.request_id] = request
-            self._prompt_tokens += len(request.sequence.prompt)
-
-    def _complete(self, requests: Sequence[Request]) -> list[RequestOutput]:
-        """Run until all of ``requests`` are finished; whatever interrupts takes them out again."""
-        try:
-            self.submit(requests)
-            while any(request.sequence.state is not State.FINISHED for request in requests):
-                self.step()
-        finally:
-            self._withdraw(requests)
-        return [request.output for request in requests]
-
-    def _withdraw(self, requests: Sequence[Request]) -> None:
-        for request in requests:
-            self.abort(request.sequence.request_id)
-
-    def _close(self, request: Request) -> None:
-        note = SPARSE_NOTE if request.sequence.schedule == SPARSE else ""
-        request.deltas.append(request.close(self.weight_version, note))
-        self.adapters.release(request.adapter)
-        del self._requests[request.sequence.request_id]
+    def rollback(self) -> int:
+        """Back to the weights before the last update, as with "finish_old"; returns their version's number."""
+        version = self.runner.weights.other()
+        switch(self.loop, version, "finish_old")
+        return version
 
     # --- figures
 
-    def _account(self, plan: StepPlan, seconds: float) -> None:
-        usage = self._usage[plan.bucket]
-        for index, amount in enumerate((1, len(plan.rows), sum(row.count for row in plan.rows), seconds)):
-            usage[index] += amount
-        self._generated_tokens += sum(row.samples for row in plan.rows)
-
     def stats(self) -> EngineStats:
         """Counters since the engine was made."""
+        figures, runner, scheduler = self.loop.figures, self.runner, self.scheduler
         buckets = []
-        for bucket in self.table if self._prepared else ():
-            program = self.executables[bucket]
-            buckets.append(BucketStats(str(bucket), *self._usage[bucket], self._prepared.get(bucket, 0.0),
-                                       program.from_disk, program.temp_bytes))
-        compiles = 0 if self._compiles_at_warmup is None else unplanned_compiles() - self._compiles_at_warmup
+        for bucket, usage in figures.usage.items() if runner.ready else ():
+            program = runner.executables[bucket]
+            buckets.append(BucketStats(str(bucket), usage.steps, usage.rows, usage.tokens, usage.seconds,
+                                       runner.prepare_seconds.get(bucket, 0.0), program.from_disk, program.temp_bytes))
         return EngineStats(
-            compiles_after_warmup=compiles, warmup_seconds=self._warmup_seconds,
-            executables=len(self.executables.programs), pages_used=self.pool.capacity - self.pool.num_free,
-            pages_total=self.pool.capacity, running=len(self.scheduler.running), waiting=len(self.scheduler.waiting),
-            prompt_tokens=self._prompt_tokens, generated_tokens=self._generated_tokens,
-            prefix_queries=self.scheduler.prefix_queries, prefix_hits=self.scheduler.prefix_hits,
-            weight_version=self.weight_version, buckets=tuple(buckets),
+            compiles_after_warmup=runner.compiles_after_warmup, warmup_seconds=runner.warmup_seconds,
+            executables=len(runner.executables.programs), pages_used=self.pool.capacity - self.pool.num_free,
+            pages_total=self.pool.capacity, running=len(scheduler.running), waiting=len(scheduler.waiting),
+            prompt_tokens=figures.prompt_tokens, generated_tokens=figures.generated_tokens,
+            finished=dict(figures.finished), preemptions=scheduler.preemptions, prefix_queries=scheduler.prefix_queries,
+            prefix_hits=scheduler.prefix_hits, weight_version=self.weight_version,
+            device_seconds=figures.device_seconds, host_seconds=figures.host_seconds, buckets=tuple(buckets),
         )
 
 
 DeepSeekEngine = Engine  # the name under which the engine was first described
-
-
-def _program_of(bucket: Bucket) -> Bucket:
-    """Until sparse attention has its own implementation, its buckets run full attention's programs."""
-    return replace(bucket, schedule=FULL) if bucket.schedule == SPARSE else bucket

@@ -33,7 +33,7 @@ class Intake:
 
     def __init__(self, tokenizer: Any, defaults: GenerationDefaults, vocab_limit: int, scheduler: Scheduler,
                  adapters: AdapterTable) -> None:
-        self._tokenizer, self._defaults, self._vocab_limit = tokenizer, defaults, vocab_limit
+        self._tokenizer, self._defaults, self.vocab_limit = tokenizer, defaults, vocab_limit
         self._scheduler, self._adapters = scheduler, adapters
         self._ids = itertools.count()
 
@@ -42,7 +42,7 @@ class Intake:
         if not isinstance(prompt, str):
             if len(prompt) and isinstance(prompt[0], Mapping):
                 return self._chat(prompt)
-            return settings.check_token_ids(prompt, self._vocab_limit)
+            return settings.check_token_ids(prompt, self.vocab_limit)
         if self._tokenizer is None:
             raise UserError("this engine has no tokenizer: give token ids, or a checkpoint with tokenizer.json")
         return self._tokenizer.encode(prompt, add_special_tokens=False)
@@ -54,19 +54,24 @@ class Intake:
                                                                tokenize=False))
 
     def requests(self, prompt: Prompt | Messages, params: SamplingParams, score_from: int | None = None,
-                 adapter: str | None = None) -> list[Request]:
-        """``params.n`` requests, not yet submitted. UserError for what could not run."""
+                 adapter: str | None = None, priority: int = 0, deadline: float | None = None) -> list[Request]:
+        """``params.n`` requests, not yet submitted. UserError for what could not run.
+
+        score_from: the first prompt position whose log-probability is wanted. priority: the lowest runs first.
+        deadline: in seconds of ``time.monotonic``.
+        """
         tokens = self.tokens(prompt)
         self._adapters.check(adapter)
-        params = params.resolved(self._defaults).check(self._vocab_limit)
-        if params.prompt_logprobs is not None:
+        params = params.resolved(self._defaults).check(self.vocab_limit)
+        if params.prompt_logprobs is not None and score_from is None:
             score_from = 1
         if params.seed is None:
             params = replace(params, seed=secrets.randbits(32))
         requests = []
         for index in range(params.n):
             own = replace(params, seed=(params.seed + index) % 2**64) if index else params
-            sequence = TokenSequence(next(self._ids), tokens, own.max_tokens, own)
+            sequence = TokenSequence(next(self._ids), tokens, own.max_tokens, own, priority, deadline)
+            sequence.min_new_tokens = own.min_tokens
             self._scheduler.check(sequence)
             requests.append(Request(sequence, self._tokenizer, self._defaults.eos_token_ids, index, score_from,
                                     adapter))

@@ -35,6 +35,30 @@ class RequestOutput:
 
 
 @dataclass(frozen=True)
+class Score:
+    """A continuation's log-probabilities after its prompt.
+
+    Attributes:
+      token_logprobs: of each of its tokens, given the prompt and the tokens before.
+      greedy: whether greedy decoding would say it.
+    """
+
+    token_logprobs: tuple[float, ...]
+    greedy: bool
+
+    @property
+    def logprob(self) -> float:
+        return sum(self.token_logprobs)
+
+    @classmethod
+    def of(cls, output: RequestOutput, start: int) -> Score:
+        """From a scored prompt whose continuation begins at position ``start``."""
+        scored = list(zip(output.prompt_token_ids[start:], output.prompt_logprobs[start:], strict=True))
+        return cls(tuple(among[token] for token, among in scored),
+                   all(among[token] >= max(among.values()) for token, among in scored))
+
+
+@dataclass(frozen=True)
 class Delta:
     """One piece of a streamed answer. ``text`` may be empty while a character or a stop string is undecided."""
 
@@ -65,6 +89,8 @@ class EngineStats:
     """A snapshot of the engine's counters.
 
     ``prefix_queries`` and ``prefix_hits`` are pages that admitted requests could have shared, and those they found.
+    ``device_seconds`` is wall time from the start of a step until its result was there, ``host_seconds`` what the
+    device waited for between steps while there was work. ``finished`` counts requests by finish_reason.
     """
 
     compiles_after_warmup: int
@@ -76,7 +102,11 @@ class EngineStats:
     waiting: int
     prompt_tokens: int
     generated_tokens: int
+    finished: dict[str, int]
+    preemptions: int
     prefix_queries: int
     prefix_hits: int
     weight_version: int
+    device_seconds: float
+    host_seconds: float
     buckets: tuple[BucketStats, ...]

@@ -32,13 +32,25 @@ class Request:
         self.adapter_name = adapter_name
         self.adapter = NO_ADAPTER  # its slot, while the engine has the request
         self.deltas: deque[Delta] = deque()  # not yet streamed
-        self._text = Detokenizer(tokenizer, params.stop)
+        self.closed = False  # the output is complete
+        self.streams = False  # somebody reads `deltas` before the end
+        self._tokenizer = tokenizer
         self._stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(eos_ids))
         self.banned = tuple(self._stop_ids)  # before min_tokens
-        if params.logprobs is not None:
-            self.output.logprobs = []
-        if score_from is not None:
-            self.output.prompt_logprobs = [None] * len(sequence.prompt)
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin again, as if nothing had been generated."""
+        self.output.token_ids = []
+        self.output.logprobs = None if self.params.logprobs is None else []
+        self.output.prompt_logprobs = None if self.score_from is None else [None] * len(self.sequence.prompt)
+        self.deltas.clear()
+        self._text = Detokenizer(self._tokenizer, self.params.stop)
+
+    @property
+    def stops_at_text(self) -> bool:
+        """Whether the text of each step decides if the answer goes on."""
+        return bool(self.params.stop) and self._tokenizer is not None
 
     @property
     def banned_now(self) -> tuple[int, ...]:
@@ -51,13 +63,25 @@ class Request:
         wanted = self.score_from is not None and self.score_from <= after < len(self.sequence.prompt)
         return self.sequence.prompt[after] if wanted else -1
 
-    def add_token(self, token: int, logprob: float, top_ids, top_logprobs) -> tuple[str, bool]:
-        """Take a sampled token. Returns the new text and whether the answer ends here."""
-        self.output.token_ids.append(token)
-        if self.params.logprobs is not None:
-            self.output.logprobs.append(_top(token, logprob, top_ids, top_logprobs, self.params.logprobs))
-        text = self._text.add(token)
-        return text, self._text.stopped or token in self._stop_ids
+    def ends_at(self, tokens: list[int]) -> int | None:
+        """How many of these new tokens there are up to the first that ends the answer; None when none does."""
+        return next((place for place, token in enumerate(tokens, 1) if token in self._stop_ids), None)
+
+    def add_tokens(self, tokens: list[int], logprobs, top_ids, top_logprobs) -> bool:
+        """Take sampled tokens (log-probabilities ``[C]``, ``[C, 20]``, ``[C, 20]``) up to the one with which a stop
+        string appears. Returns whether one did. What is new goes to ``deltas``."""
+        text, taken = "", 0
+        for token in tokens:
+            if self.params.logprobs is not None:
+                self.output.logprobs.append(_top(token, logprobs[taken], top_ids[taken], top_logprobs[taken],
+                                                 self.params.logprobs))
+            taken += 1
+            text += self._text.add(token)
+            if self._text.stopped:
+                break
+        self.output.token_ids += tokens[:taken]
+        self.deltas.append(Delta(text, tokens[:taken]))
+        return self._text.stopped
 
     def add_prompt_scores(self, start: int, logprobs, top_ids, top_logprobs) -> None:
         """Take a prefill chunk's log-probabilities (``[T]``, ``[T, 20]``), whose first position is ``start``."""
@@ -68,12 +92,13 @@ class Request:
                               self.params.prompt_logprobs or 0)
                 self.output.prompt_logprobs[start + offset + 1] = scores
 
-    def close(self, weight_version: int, note: str) -> Delta:
+    def close(self, note: str) -> Delta:
         """The last piece of text; fills in the output."""
         out = self.output
+        self.closed = True
         rest = "" if out.error else self._text.finish()
         out.text, out.finish_reason, out.schedule = self._text.text, self.sequence.finish_reason, self.sequence.schedule
-        out.schedule_note, out.weight_version = note, weight_version
+        out.schedule_note, out.weight_version = note, self.sequence.version
         if self._text.stopped and out.finish_reason == "length":
             out.finish_reason = "stop"  # the stop string was completed by the held-back end of the text
         return Delta(rest, [], out.finish_reason)

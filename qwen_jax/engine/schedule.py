@@ -63,10 +63,11 @@ class Bucket:
     phase: str  # "prefill" | "decode"
     schedule: str  # FULL | SPARSE | RECOMPUTE
     rows: int
-    tokens: int  # per row; 1 for decode
+    tokens: int  # per row; in decode 1, or more to check that many less one drafts
     pages: int  # width of the page table
     precision: str = "bf16"  # "bf16" | "f32"
     micro_rows: int = 0  # rows per micro-batch inside the executable; 0 means all rows at once
+    steps: int = 1  # decode: tokens per row that one dispatch can generate one after another
 
     def __post_init__(self):
         if self.micro_rows == 0:
@@ -87,9 +88,15 @@ class Limits:
     prefill_shapes: tuple[tuple[int, int], ...]  # (rows, tokens)
     recompute_shapes: tuple[tuple[int, int, int], ...]  # (rows, tokens, micro_rows)
     decode_rows: tuple[int, ...]
+    decode_steps: int = 1  # most tokens per row and dispatch
+    draft_tokens: int = 0  # drafts that a decode step can check; 0 for no speculation
+    draft_rows: int = 8  # no speculation with more rows
 
     def __post_init__(self):
-        check_positive(max_batch_size=self.max_batch_size, max_seq_len=self.max_seq_len)
+        check_positive(max_batch_size=self.max_batch_size, max_seq_len=self.max_seq_len, decode_steps=self.decode_steps,
+                       draft_rows=self.draft_rows)
+        if self.draft_tokens:
+            check_positive(draft_tokens=self.draft_tokens)
         if not self.prefill_shapes or not self.decode_rows:
             raise UserError("limits need at least one prefill shape and one number of decode rows")
         for _, tokens, *_ in (*self.prefill_shapes, *self.recompute_shapes):
@@ -107,10 +114,11 @@ _ACCELERATOR_RECOMPUTE = ((64, 32), (256, 32))
 # XLA:CPU's bf16 dot with one row is 10 times slower than with two, and elsewhere a padding row costs nothing. Eight
 # rows cost little more than four: one program less to compile.
 _DECODE_ROWS = (2, *(2**n for n in range(3, 20)))
+_DECODE_STEPS = 8  # how many of them a dispatch takes is decided when it starts
 
 
 def default_limits(max_batch_size: int = 64, max_seq_len: int = 4096, platform: str = "cpu",
-                   policy: SchedulePolicy = DEFAULT_POLICY) -> Limits:
+                   policy: SchedulePolicy = DEFAULT_POLICY, draft_tokens: int = 0) -> Limits:
     """The shapes for a platform ("cpu", "gpu" or "tpu"), cut down to what the two sizes and the policy can use."""
     check_positive(max_batch_size=max_batch_size, max_seq_len=max_seq_len)
     if platform not in ("cpu", "gpu", "tpu"):
@@ -130,7 +138,15 @@ def default_limits(max_batch_size: int = 64, max_seq_len: int = 4096, platform: 
             micro_rows = min(micro_rows, policy.recompute_above_rows)
             if rows > policy.recompute_above_rows and tokens <= longest:
                 recompute.append((_round_up(rows, micro_rows), tokens, micro_rows))
-    return Limits(max_batch_size, max_seq_len, _unique(prefill), _unique(recompute), tuple(decode_rows))
+    return Limits(max_batch_size, max_seq_len, _unique(prefill), _unique(recompute), tuple(decode_rows), _DECODE_STEPS,
+                  draft_tokens)
+
+
+def invariant_limits(max_batch_size: int, max_seq_len: int, tokens: int = 256) -> Limits:
+    """One shape for each phase, so that what shares a step with a sequence cannot change how it is computed."""
+    check_positive(max_batch_size=max_batch_size, max_seq_len=max_seq_len)
+    return Limits(max_batch_size, max_seq_len, ((1, min(tokens, pages_for(max_seq_len) * PAGE)),), (),
+                  (_round_up(max_batch_size, _DECODE_ROWS[0]),), _DECODE_STEPS)
 
 
 def bucket_table(limits: Limits, policy: SchedulePolicy = DEFAULT_POLICY,
@@ -159,7 +175,11 @@ def bucket_table(limits: Limits, policy: SchedulePolicy = DEFAULT_POLICY,
                for rows, tokens, micro in recompute_shapes]
     for attention in attentions:
         buckets += [Bucket("prefill", attention, *shape, pages, precision) for shape in limits.prefill_shapes]
-        buckets += [Bucket("decode", attention, rows, 1, pages, precision) for rows in limits.decode_rows]
+        buckets += [Bucket("decode", attention, rows, 1, pages, precision, steps=limits.decode_steps)
+                    for rows in limits.decode_rows]
+        if limits.draft_tokens:
+            buckets += [Bucket("decode", attention, rows, limits.draft_tokens + 1, pages, precision)
+                        for rows in limits.decode_rows if rows <= limits.draft_rows]
     order = ("prefill", "decode", FULL, RECOMPUTE, SPARSE)
     buckets.sort(key=lambda b: (order.index(b.phase), order.index(b.schedule), b.rows * b.tokens, b.rows))
     table = _unique(buckets)

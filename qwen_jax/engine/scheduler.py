@@ -1,18 +1,23 @@
 """Which sequences run in the next step, in which bucket.
 
-First come, first served: running sequences always arrived before every waiting one. Steps alternate between prefill
-and decode while both have work. When pages run out, the sequence that arrived last gives its pages back and starts
-again later; the one that arrived first is never preempted, so every sequence finishes.
+Sequences have a rank: priority, then order of arrival. Steps alternate between prefill and decode while both have work.
+A step runs sequences of one group: one attention, one version of the weights. Among prefills, whoever has the least
+left goes first, so that a short prompt does not wait for a long one; every fourth prefill step goes by rank, so that a
+long one does not wait for ever. When pages run out, the last by rank gives its pages back and starts again later; the
+first by rank is never preempted, so every sequence finishes. Memory is never overtaken: a sequence is not admitted into
+pages that one before it waits for.
 
 Full pages are offered to the pool's prefix cache once computed, and admission starts after the pages found there. A
 sequence whose next page another one is about to compute waits for it, so a prefix that many share is computed once.
 """
 
+import bisect
 import heapq
-from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable
+from collections.abc import Sequence as Sized
 
 from qwen_jax.engine.pages import PAGE, PagePool, pages_for
+from qwen_jax.engine.plan import PlannedRow, StepPlan
 from qwen_jax.engine.schedule import (
     DEFAULT_POLICY,
     Bucket,
@@ -25,40 +30,32 @@ from qwen_jax.engine.schedule import (
 from qwen_jax.engine.sequence import Sequence, State
 from qwen_jax.errors import UserError
 
-
-@dataclass(frozen=True)
-class PlannedRow:
-    """Computes positions start .. start + count - 1 of `seq`, whose pages are already there."""
-
-    seq: Sequence
-    start: int
-    count: int
-    samples: bool  # the last position yields the sequence's next token
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """One run of one executable. Row i of the batch is rows[i]; the bucket's other rows are padding."""
-
-    bucket: Bucket
-    rows: list[PlannedRow]
+RANK_EVERY = 4  # prefill steps, of which one goes by rank
 
 
 class Scheduler:
-    """Call `plan`, run it, `commit` what was sampled; `add`, `abort` and `finish` come in between, not during."""
+    """Call `plan`, run it, `commit` what was sampled; `add`, `abort` and `finish` come in between, not during.
+
+    invariant: what a sequence computes must not depend on the others: prefills reuse and restart at multiples of the
+      largest chunk, answers are not reused, and nobody is admitted who might be preempted.
+    """
 
     def __init__(self, table: tuple[Bucket, ...], limits: Limits, pool: PagePool,
-                 policy: SchedulePolicy = DEFAULT_POLICY, prefix_cache: bool = True):
+                 policy: SchedulePolicy = DEFAULT_POLICY, prefix_cache: bool = True, invariant: bool = False):
         self.limits, self.pool, self.policy, self.prefix_cache = limits, pool, policy, prefix_cache
+        self.invariant = invariant
         self.prefix_queries = self.prefix_hits = 0  # pages looked up at admissions, and found
-        self.waiting: deque[Sequence] = deque()  # by arrival; preempted sequences are at the front
-        self.running: list[Sequence] = []  # by arrival
+        self.preemptions = 0
+        self.paused = False  # nobody is admitted
+        self.waiting: list[Sequence] = []  # by rank
+        self.running: list[Sequence] = []  # by rank
         self._sequences: dict[str | int, Sequence] = {}
+        self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap
         self._free_slots = list(range(limits.max_batch_size))  # a heap: low slots first
         self._computing: dict[bytes, Sequence] = {}  # keys of pages that running sequences have yet to prefill
         self._table = table
-        self._arrivals = 0
-        self._steps = 0
+        self._chunk = max(bucket.tokens for bucket in table)
+        self._arrivals = self._steps = self._prefills = 0
         self._last_phase = "decode"
 
     @property
@@ -88,7 +85,18 @@ class Scheduler:
         seq.arrival = self._arrivals
         self._arrivals += 1
         self._sequences[seq.request_id] = seq
-        self.waiting.append(seq)
+        bisect.insort(self.waiting, seq, key=_rank)
+        if seq.deadline is not None:
+            heapq.heappush(self._deadlines, (seq.deadline, seq.arrival, seq))
+
+    def expired(self, now: float) -> list[Sequence]:
+        """Unfinished sequences whose deadline has come; each is returned once."""
+        late = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            seq = heapq.heappop(self._deadlines)[2]
+            if seq.state is not State.FINISHED:
+                late.append(seq)
+        return late
 
     def abort(self, request_id: str | int) -> bool:
         """Ends a request and frees what it holds; False if there is no such request any more."""
@@ -111,9 +119,22 @@ class Scheduler:
         del self._sequences[seq.request_id]
         seq.state, seq.finish_reason = State.FINISHED, reason
 
-    def plan(self) -> StepPlan | None:
-        """The next step; None only when there is no work. Its sequences own pages and slots when this returns."""
-        phases = [self._plan_prefill, self._plan_decode]
+    def restart(self, seq: Sequence) -> None:
+        """Back into the line as if it had just come, but with its rank: its answer so far is dropped."""
+        if seq.state is State.RUNNING:
+            self._preempt(seq)
+        seq.output.clear()
+        seq.keys.clear()
+        seq.prefill_end = seq.num_tokens
+
+    def plan(self, steps: int = 1, propose: Callable[[Sequence], Sized[int]] | None = None) -> StepPlan | None:
+        """The next step; None only when there is no work, or none but for those kept out by `paused`. Its sequences own
+        pages and slots when this returns.
+
+        steps: tokens per row that a decode step may sample; one while anybody could be prefilled instead.
+        propose: drafts of the tokens after the last one of a sequence, `DRAWN` for those that the step makes.
+        """
+        phases = [self._plan_prefill, lambda: self._plan_decode(steps, propose)]
         if self._last_phase == "prefill":
             phases.reverse()
         for plan_phase in phases:
@@ -122,49 +143,53 @@ class Scheduler:
                 return plan
         return None
 
-    def commit(self, plan: StepPlan, sampled: list[int | None]) -> list[Sequence]:
-        """Records that `plan` ran; `sampled[i]` is row i's token (ignored where the row does not sample).
+    def commit(self, plan: StepPlan, sampled: Sized[Sized[int]]) -> list[Sequence]:
+        """Records that `plan` ran; `sampled[i]` are the tokens of row i: those that count, one at least where the row
+        samples (ignored elsewhere).
 
         Returns the sequences that this ended, by length. Rows aborted since `plan` are skipped.
         """
         if len(sampled) != len(plan.rows):
-            raise ValueError(f"{len(sampled)} sampled tokens for {len(plan.rows)} rows")
+            raise ValueError(f"sampled tokens of {len(sampled)} rows for {len(plan.rows)} rows")
         results = zip(plan.rows, sampled, strict=True)
-        live = [(row, token) for row, token in results if row.seq.state is not State.FINISHED]
-        for row, token in live:
+        live = [(row, tokens) for row, tokens in results if row.seq.state is not State.FINISHED]
+        for row, tokens in live:
             if row.seq.state is State.WAITING or row.start != row.seq.num_computed:
                 raise ValueError(f"the plan is stale: request {row.seq.request_id!r} has moved on since")
-            if row.samples and token is None:
-                raise ValueError(f"request {row.seq.request_id!r} samples in this step, but its token is missing")
+            if row.samples and not 1 <= len(tokens) <= (row.count if plan.bucket.phase == "decode" else 1):
+                raise ValueError(f"request {row.seq.request_id!r} computed {row.count} positions in this "
+                                 f"{plan.bucket.phase} step, and {len(tokens)} tokens came back")
         self._steps += 1
         ended = []
-        for row, token in live:
+        for row, tokens in live:
             seq = row.seq
-            seq.num_computed += row.count
+            seq.num_computed += len(tokens) if plan.bucket.phase == "decode" else row.count
             seq.last_step = self._steps
-            self._keep_full_pages(seq)
             if row.samples:
-                seq.output.append(token)
-                if len(seq.output) >= seq.max_new_tokens or seq.num_tokens >= self.limits.max_seq_len:
-                    self.finish(seq, "length")
-                    ended.append(seq)
+                seq.output.extend(tokens)
+            self._keep_full_pages(seq)
+            if row.samples and (len(seq.output) >= seq.max_new_tokens or seq.num_tokens >= self.limits.max_seq_len):
+                self.finish(seq, "length")
+                ended.append(seq)
         return ended
 
     # --- prefill
 
     def _plan_prefill(self) -> StepPlan | None:
-        """The head of the line, and in its bucket as many others of the same attention as pay off."""
-        started = [seq for seq in self.running if seq.in_prefill]
-        if not started and not self.waiting:
-            return None
-        # Those in prefill all have the head's attention, because nobody of another is admitted meanwhile.
-        line = [(seq, []) for seq in started]
-        line += self._admissible(self.attention(started[0] if started else self.waiting[0]))
+        """The next in turn, and in its bucket as many others of its group as pay off."""
+        line = [(seq, []) for seq in self.running if seq.in_prefill] + self._admissible()
         if not line:
             return None
+
+        def left(item: tuple[Sequence, list[int]]) -> int:
+            seq, found = item
+            return seq.prefill_end - max(seq.num_computed, len(found) * PAGE)
+
+        by_rank = self._prefills % RANK_EVERY == RANK_EVERY - 1
+        line.sort(key=lambda item: (item[0].priority, 0 if by_rank else left(item), item[0].arrival))
+        line = [item for item in line if self.group(item[0]) == self.group(line[0][0])]
         schedule = dynamic_schedule(len(line), len(line[0][0].prompt), self.policy)
-        bucket = pick_prefill(self._buckets("prefill", schedule), [
-            seq.prefill_end - max(seq.num_computed, len(found) * PAGE) for seq, found in line])
+        bucket = pick_prefill(self._buckets("prefill", schedule), list(map(left, line)))
         chosen = line[:bucket.rows]
         for _, found in chosen:  # all before the first allocation, which could evict them
             self.pool.share(found)
@@ -174,37 +199,44 @@ class Scheduler:
                 self._admit(seq, found, len(chosen))
             start, count = seq.num_computed, min(seq.prefill_end - seq.num_computed, bucket.tokens)
             rows.append(PlannedRow(seq, start, count, samples=start + count == seq.prefill_end))
+        self._prefills += 1
         return StepPlan(bucket, rows)
 
-    def _admissible(self, attention: str) -> list[tuple[Sequence, list[int]]]:
-        """The waiting sequences that could start now, each with the kept pages it would start after.
+    def _admissible(self) -> list[tuple[Sequence, list[int]]]:
+        """The waiting sequences that could start now, all of them together, each with the kept pages it would start
+        after.
 
-        Stops at the first that cannot, so nobody is overtaken. Admission never preempts. It leaves a page for each
-        sequence ahead that may still grow: otherwise a long prompt would be prefilled only to be preempted a few steps
-        later.
+        Stops at the first that pages or slots do not suffice for, so nobody takes what it waits for. Admission never
+        preempts. It leaves a page for each sequence before that may still grow: otherwise a long prompt would be
+        prefilled only to be preempted a few steps later.
         """
         admissible, reused, claimed = [], set(), set()
-        free = self.pool.num_free - sum(map(self._may_grow, self.running))
+        if self.paused:
+            return admissible
+        free = self.pool.num_free - sum(map(self._growth, self.running))
+        slots = len(self._free_slots)
         for seq in self.waiting:
             keys = self._reusable_keys(seq)
             found = self.pool.match(keys)
+            if self.invariant:
+                found = found[:len(found) * PAGE // self._chunk * self._chunk // PAGE]
             missing = keys[len(found):]
-            if missing and (missing[0] in self._computing or missing[0] in claimed):
-                break
             pages, idle = pages_for(seq.prefill_end), {page for page in found if self.pool.is_idle(page)} - reused
             cost = pages - len(found) + len(idle)
-            if len(admissible) == len(self._free_slots) or cost > free or self.attention(seq) != attention:
+            if not slots or cost > free:
                 break
-            admissible.append((seq, found))
+            if not (missing and (missing[0] in self._computing or missing[0] in claimed)):
+                admissible.append((seq, found))
             reused |= idle
             claimed.update(missing)
-            free -= cost + (pages_for(self._most_computed(seq)) > pages)
+            free -= cost + self._growth(seq, pages)
+            slots -= 1
         return admissible
 
     def _admit(self, seq: Sequence, found: list[int], batch_size: int) -> None:
         """`found`: kept pages, shared already."""
-        self.waiting.remove(seq)  # the first: the line keeps the order of arrival
-        self.running.append(seq)
+        self.waiting.remove(seq)
+        bisect.insort(self.running, seq, key=_rank)
         seq.state = State.RUNNING
         seq.slot = heapq.heappop(self._free_slots)
         seq.pages = found + self.pool.allocate(pages_for(seq.prefill_end) - len(found))
@@ -230,6 +262,8 @@ class Scheduler:
     def _keep_full_pages(self, seq: Sequence) -> None:
         """Offers the pages that this step filled to the cache; those who waited for them find them there."""
         full = seq.num_computed // PAGE if self.prefix_cache else 0
+        if self.invariant:  # what decode steps compute is not to the last bit what a prefill would have
+            full = min(full, len(seq.prompt) // PAGE)
         if full > seq.num_kept:
             keys = seq.page_keys(full)
             for index in range(seq.num_kept, full):
@@ -243,42 +277,65 @@ class Scheduler:
 
     # --- decode
 
-    def _plan_decode(self) -> StepPlan | None:
-        """One token for the rows that have waited longest, all of one attention."""
+    def _plan_decode(self, steps: int, propose: Callable[[Sequence], Sized[int]] | None) -> StepPlan | None:
+        """The rows that have waited longest, all of one group."""
         decoding = [seq for seq in self.running if not seq.in_prefill]
-        decoding.sort(key=lambda seq: (seq.last_step, seq.arrival))
-        # A second attention is tried only when growing has preempted every row of the first.
-        for attention in dict.fromkeys(map(self.attention, decoding)):
-            buckets = sorted(self._buckets("decode", attention), key=lambda bucket: bucket.rows)
-            chosen = [seq for seq in decoding if self.attention(seq) == attention][:buckets[-1].rows]
-            # Earliest first: a row can then only preempt rows that are not planned yet.
-            chosen.sort(key=lambda seq: seq.arrival)
-            rows = [PlannedRow(seq, seq.num_computed, 1, samples=True) for seq in chosen if self._grow(seq)]
+        if not decoding:
+            return None
+        decoding.sort(key=lambda seq: (seq.last_step, seq.rank))
+        if steps > 1 and (len(decoding) < len(self.running) or self._admissible()):
+            steps = 1
+        # A second group is tried only when growing has preempted every row of the first.
+        for group in dict.fromkeys(map(self.group, decoding)):
+            buckets = sorted(self._buckets("decode", group[0]), key=lambda bucket: (bucket.rows, bucket.tokens))
+            chosen = [seq for seq in decoding if self.group(seq) == group][:buckets[-1].rows]
+            chosen.sort(key=_rank)  # a row can then only preempt rows that are not planned yet
+            drafts = self._drafts(chosen, buckets, propose) if propose else {}
+            rows = []
+            for seq in chosen:
+                guessed = drafts.get(seq, ())
+                count = self._grow(seq, seq.room(len(guessed) + 1 if drafts else steps, self.limits.max_seq_len))
+                if count:
+                    rows.append(PlannedRow(seq, seq.num_computed, count, True, tuple(guessed[:count - 1])))
             if rows:
-                return StepPlan(next(bucket for bucket in buckets if bucket.rows >= len(rows)), rows)
+                return StepPlan(next(bucket for bucket in buckets if bucket.rows >= len(rows)
+                                     and (bucket.tokens > 1) == bool(drafts)), rows)
         return None
 
-    def _grow(self, seq: Sequence) -> bool:
-        """Gives `seq` room for one more token, preempting later arrivals; False when it is preempted itself."""
+    def _drafts(self, chosen: list[Sequence], buckets: list[Bucket], propose) -> dict[Sequence, Sized[int]]:
+        """Drafts of those rows that have some; none for anybody where no bucket takes so many rows."""
+        widths = [bucket.tokens for bucket in buckets if bucket.rows >= len(chosen) and bucket.tokens > 1]
+        if not widths:
+            return {}
+        found = {seq: list(propose(seq))[:widths[0] - 1] for seq in chosen}
+        return {seq: drafts for seq, drafts in found.items() if drafts}
+
+    def _grow(self, seq: Sequence, count: int) -> int:
+        """Gives `seq` room for up to `count` more tokens and says for how many; 0 when it is preempted itself.
+
+        For the first it preempts those after it by rank, for the others it does not.
+        """
         if seq.state is not State.RUNNING:  # preempted by an earlier row
-            return False
-        missing = pages_for(seq.num_computed + 1) - len(seq.pages)
-        while not self.pool.can_allocate(missing):
+            return 0
+        while not self.pool.can_allocate(pages_for(seq.num_computed + 1) - len(seq.pages)):
             victim = self.running[-1]
             self._preempt(victim)
+            self.preemptions += 1
             if victim is seq:
-                return False
-        if missing:
+                return 0
+        count = min(count, (len(seq.pages) + self.pool.num_free) * PAGE - seq.num_computed)
+        missing = pages_for(seq.num_computed + count) - len(seq.pages)
+        if missing > 0:
             seq.pages += self.pool.allocate(missing)
-        return True
+        return count
 
     def _preempt(self, seq: Sequence) -> None:
-        """Back to the front of the line; all its known tokens are prefilled again, the sampled ones included."""
+        """Back into the line; all its known tokens are prefilled again, the sampled ones included."""
         self._release(seq)
         seq.num_computed = seq.num_reused = 0
         seq.prefill_end = seq.num_tokens
         seq.state = State.WAITING
-        self.waiting.appendleft(seq)  # the latest arrival running is still earlier than any waiting
+        bisect.insort(self.waiting, seq, key=_rank)
 
     # --- shared
 
@@ -294,8 +351,14 @@ class Scheduler:
         """Tokens that can ever be in the cache for `seq`: all but the last one sampled."""
         return min(len(seq.prompt) + seq.max_new_tokens, self.limits.max_seq_len) - 1
 
-    def _may_grow(self, seq: Sequence) -> bool:
-        return pages_for(self._most_computed(seq)) > len(seq.pages)
+    def _growth(self, seq: Sequence, pages: int | None = None) -> int:
+        """Pages that admission leaves for `seq`, which has or would have `pages`, to grow into."""
+        more = pages_for(self._most_computed(seq)) - (len(seq.pages) if pages is None else pages)
+        return more if self.invariant else min(more, 1)
+
+    def group(self, seq: Sequence) -> tuple[str, int]:
+        """What the sequences of one step have in common: the attention, and the version of the weights."""
+        return self.attention(seq), seq.version
 
     def attention(self, seq: Sequence) -> str:
         """The attention that computes this sequence, all its life."""
@@ -303,3 +366,7 @@ class Scheduler:
 
     def _buckets(self, phase: str, schedule: str) -> tuple[Bucket, ...]:
         return tuple(bucket for bucket in self._table if (bucket.phase, bucket.schedule) == (phase, schedule))
+
+
+def _rank(seq: Sequence) -> tuple[int, int]:
+    return seq.rank

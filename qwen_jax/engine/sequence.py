@@ -6,6 +6,8 @@ from typing import Any
 
 from qwen_jax.engine.pages import PAGE, chain
 
+MOST = 1 << 30
+
 
 class State(enum.Enum):
     WAITING = "waiting"  # holds no pages and no slot
@@ -15,12 +17,17 @@ class State(enum.Enum):
 
 @dataclass(eq=False)  # two sequences are never equal: identity is what `remove` and `in` must compare
 class Sequence:
-    """The engine fills the first four fields; the scheduler writes the others."""
+    """The engine fills the fields up to `burst`, `salt` and `reusable`; the scheduler writes the others."""
 
     request_id: str | int
     prompt: list[int]
     max_new_tokens: int
     params: Any = None  # sampling options, opaque here
+    priority: int = 0  # the lowest runs first
+    deadline: float | None = None  # when it is aborted, in seconds of the engine's clock
+    version: int = 0  # of the weights it runs with: one for life
+    min_new_tokens: int = 0  # no dispatch samples tokens on both sides of it
+    burst: int = MOST  # tokens that one dispatch may sample
     output: list[int] = field(default_factory=list)
     arrival: int = -1  # order of `Scheduler.add`
     schedule: str | None = None  # set at first admission and never changed
@@ -39,6 +46,11 @@ class Sequence:
 
     def __post_init__(self):
         self.prefill_end = self.num_tokens
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Order of precedence: the lowest is admitted first and preempted last."""
+        return self.priority, self.arrival
 
     @property
     def tokens(self) -> list[int]:
@@ -62,6 +74,12 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         return len(self.prompt) + len(self.output)
+
+    def room(self, most: int, max_seq_len: int) -> int:
+        """How many tokens one dispatch may sample, at most `most`."""
+        before_minimum = self.min_new_tokens - len(self.output)
+        return min(most, self.burst, self.max_new_tokens - len(self.output), max_seq_len - self.num_tokens,
+                   before_minimum if before_minimum > 0 else MOST)
 
     @property
     def in_prefill(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from qwen_kernels.attention import PAGE
 
 from qwen_jax.config import GenerationDefaults, ModelConfig
 from qwen_jax.engine.pages import pages_for
-from qwen_jax.engine.schedule import Limits, SchedulePolicy, check_positive, default_limits
+from qwen_jax.engine.schedule import Limits, SchedulePolicy, check_positive, default_limits, invariant_limits
 from qwen_jax.errors import UserError
 from qwen_jax.model import Qwen2, build, params_of
 
@@ -57,7 +58,14 @@ def as_module(model: Any, dtype: Any) -> tuple[Qwen2, GenerationDefaults]:
                     "for a path or a hub id use Engine.from_pretrained")
 
 
-def limits_for(config: ModelConfig, max_batch_size: int, max_seq_len: int | None, policy: SchedulePolicy) -> Limits:
+def invariant_policy(policy: SchedulePolicy, max_batch_size: int) -> SchedulePolicy:
+    """No recompute, which would be another shape for large batches."""
+    check_positive(max_batch_size=max_batch_size)
+    return replace(policy, recompute_above_rows=max(policy.recompute_above_rows, max_batch_size))
+
+
+def limits_for(config: ModelConfig, max_batch_size: int, max_seq_len: int | None, policy: SchedulePolicy,
+               invariant: bool = False) -> Limits:
     """Default shapes for this platform, within the model's context."""
     longest = config.max_context
     if max_seq_len is None:
@@ -65,6 +73,8 @@ def limits_for(config: ModelConfig, max_batch_size: int, max_seq_len: int | None
     elif max_seq_len > longest:
         raise UserError(f"max_seq_len={max_seq_len} exceeds the model's context of {longest} tokens: lower it, or "
                         "extend the context with YaRN in config.json")
+    if invariant:
+        return invariant_limits(max_batch_size, max_seq_len)
     return default_limits(max_batch_size, max_seq_len, platform(), policy)
 
 
@@ -84,7 +94,7 @@ def num_pages(config: ModelConfig, limits: Limits, dtype: Any, kv_cache_bytes: i
     one = page_bytes(config, dtype)
     most = limits.max_batch_size * pages_for(limits.max_seq_len)
     if kv_cache_bytes is None:
-        kv_cache_bytes = max(int(_free_memory() * _KV_SHARE[platform()]), pages_for(limits.max_seq_len) * one)
+        kv_cache_bytes = max(int(free_memory() * _KV_SHARE[platform()]), pages_for(limits.max_seq_len) * one)
         if platform() == "cpu":
             kv_cache_bytes = min(kv_cache_bytes, max(_KV_MOST_ON_CPU, pages_for(limits.max_seq_len) * one))
     pages = min(most, kv_cache_bytes // one)
@@ -93,11 +103,22 @@ def num_pages(config: ModelConfig, limits: Limits, dtype: Any, kv_cache_bytes: i
     return pages + 1
 
 
-def _free_memory() -> int:
+def free_memory() -> int:
+    """Bytes that the first device can still give."""
     stats = jax.devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        with open("/proc/meminfo") as file:  # what the page cache would give back counts as free
+            return next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def differences(config: ModelConfig, other: ModelConfig) -> list[str]:
+    """What makes another model's weights unfit for programs compiled for `config`, as field names."""
+    harmless = ("dtype", "bos_token_id", "eos_token_id", "max_position_embeddings", "dual_chunk_attention")
+    return [name for name in vars(config) if name not in harmless and getattr(config, name) != getattr(other, name)]
 
 
 def check_token_ids(tokens: Sequence[int], vocab_size: int) -> list[int]:

@@ -1,6 +1,11 @@
 """The functions that get compiled: one prefill or decode step from tokens to sampled tokens. Pure JAX.
 
-Axes: R rows of the bucket, T tokens per row, N pages per row, S slots, V vocabulary, L layers.
+A decode step generates several tokens one after another, or checks drafts: it samples after every draft as if the
+drafts before it were the answer, and its tokens count as far as they say the same as the drafts. Each token is drawn
+with the random number of its place in the answer, so an answer does not depend on drafts, only its speed does.
+
+Axes: R rows of the bucket, T tokens per row, N pages per row, S slots, V vocabulary, L layers, C tokens per row that a
+step can sample.
 """
 
 from __future__ import annotations
@@ -48,6 +53,7 @@ class StepBatch(NamedTuple):
     page_table: jax.Array  # i32[R, N]
     slots: jax.Array  # i32[R]
     samples: jax.Array  # bool[R]: the last position yields a token
+    counts: jax.Array  # i32[R]: in decode, tokens that each row samples at most
     prompt_length: jax.Array  # i32[R]; later tokens were generated (before a preemption)
     first: jax.Array  # bool[R]: the first step since admission, whose slot still counts another sequence's tokens
     reused: jax.Array  # i32[R, N * PAGE]: tokens at positions before `start` of a first step, found in the prefix cache
@@ -65,7 +71,8 @@ class PromptScores(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-    sampled: Sampled
+    sampled: Sampled  # with an axis more: [R, C] and [R, C, 20]
+    counts: jax.Array  # i32[R]: how many of the sampled tokens are part of the answer
     prompt: PromptScores | None  # None in a decode step
 
 
@@ -82,16 +89,17 @@ def new_state(config: ModelConfig, num_pages: int, slots: int, dtype) -> EngineS
 def run_bucket(model: Qwen2, bucket: Bucket, state: EngineState, batch: StepBatch, vocab_limit: jax.Array,
                adapters: Adapters | None = None) -> tuple[EngineState, StepOutput]:
     """One step of ``bucket``; ``vocab_limit`` (i32 scalar) is the number of ids that exist."""
-    if bucket.phase == "decode":
-        return _rows(model, bucket.phase, state, batch, vocab_limit, adapters)
-    return _micro_batches(model, bucket, state, batch, vocab_limit, adapters)
+    if bucket.phase == "prefill":
+        return _micro_batches(model, bucket, state, batch, vocab_limit, adapters)
+    if bucket.tokens > 1:
+        return _check_drafts(model, state, batch, vocab_limit, adapters)
+    return _generate(model, bucket, state, batch, vocab_limit, adapters)
 
 
-def _rows(model: Qwen2, phase: str, state: EngineState, batch: StepBatch, vocab_limit, adapters):
-    """All rows of ``batch`` at once."""
+def _hidden(model: Qwen2, state: EngineState, batch: StepBatch, adapters):
+    """Final hidden states ``[R, T, D]`` of a batch's tokens, whose keys and values are written to their pages."""
     k_pages, v_pages = list(state.k_pages), list(state.v_pages)
     positions = batch.start[:, None] + jnp.arange(batch.tokens.shape[1])
-    valid = positions < batch.length[:, None]
 
     def attend(layer, q, k, v):
         where = batch.page_table, batch.start, batch.length
@@ -101,18 +109,76 @@ def _rows(model: Qwen2, phase: str, state: EngineState, batch: StepBatch, vocab_
 
     adapt = adapt_rows(model.config, adapters, batch.adapters) if adapters else None
     hidden = model.hidden(batch.tokens, positions, attend, adapt)
-    counts = state.token_counts
-    scores = None
-    if phase == "prefill":
-        generated = positions >= batch.prompt_length[:, None]
-        counts = _count_reused(clear_counts(counts, batch.slots, batch.first), batch)
-        counts = count_prompt(counts, batch.slots, batch.tokens, valid, generated)
-        scores = _score(model, hidden, batch.targets, vocab_limit)
+    return hidden, state._replace(k_pages=tuple(k_pages), v_pages=tuple(v_pages))
+
+
+def _prefill(model: Qwen2, state: EngineState, batch: StepBatch, vocab_limit, adapters):
+    """All rows of ``batch`` at once."""
+    hidden, state = _hidden(model, state, batch, adapters)
+    positions = batch.start[:, None] + jnp.arange(batch.tokens.shape[1])
+    counts = _count_reused(clear_counts(state.token_counts, batch.slots, batch.first), batch)
+    counts = count_prompt(counts, batch.slots, batch.tokens, positions < batch.length[:, None],
+                          positions >= batch.prompt_length[:, None])
+    scores = _score(model, hidden, batch.targets, vocab_limit)
     last = jnp.maximum(batch.length - batch.start - 1, 0)
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-    sampled = _sample(model, hidden, batch, counts, vocab_limit)
+    sampled = _sample(model, hidden, batch.sampling, batch.slots, counts, vocab_limit)
     counts = count_output(counts, batch.slots, sampled.tokens, batch.samples)
-    return EngineState(tuple(k_pages), tuple(v_pages), counts), StepOutput(sampled, scores)
+    return state._replace(token_counts=counts), StepOutput(
+        jax.tree.map(lambda x: x[:, None], sampled), batch.samples.astype(jnp.int32), scores)
+
+
+def _generate(model: Qwen2, bucket: Bucket, state: EngineState, batch: StepBatch, vocab_limit, adapters):
+    """Tokens one after another, as many for each row as ``batch.counts`` says."""
+    slots = state.token_counts.shape[0] - 1  # that of padding rows
+    graph, params = nnx.split(model)
+
+    def one(state, tokens, index):
+        here, tied = jax.lax.optimization_barrier((params, index))  # see _micro_batches
+        active = tied < batch.counts
+        now = batch._replace(
+            tokens=tokens[:, None], start=jnp.where(active, batch.start + tied, 0),
+            length=jnp.where(active, batch.start + tied + 1, 0), slots=jnp.where(active, batch.slots, slots),
+            sampling=batch.sampling._replace(step=batch.sampling.step + tied))
+        model = nnx.merge(graph, here)
+        hidden, state = _hidden(model, state, now, adapters)
+        sampled = _sample(model, hidden[:, 0], now.sampling, now.slots, state.token_counts, vocab_limit)
+        counts = count_output(state.token_counts, now.slots, sampled.tokens, active)
+        return state._replace(token_counts=counts), sampled
+
+    def body(index, carry):
+        state, tokens, outputs = carry
+        state, sampled = one(state, tokens, index)
+        outputs = jax.tree.map(lambda whole, new: jax.lax.dynamic_update_slice_in_dim(whole, new[:, None], index, 1),
+                               outputs, sampled)
+        return state, sampled.tokens, outputs
+
+    shapes = jax.eval_shape(one, state, batch.tokens[:, 0], jnp.int32(0))[1]
+    outputs = jax.tree.map(lambda x: jnp.zeros((len(x), bucket.steps, *x.shape[1:]), x.dtype), shapes)
+    carry = state, batch.tokens[:, 0], outputs
+    if bucket.steps == 1:
+        state, _, outputs = body(0, carry)
+    else:
+        state, _, outputs = jax.lax.fori_loop(0, jnp.max(batch.counts), body, carry)
+    return state, StepOutput(outputs, batch.counts, None)
+
+
+def _check_drafts(model: Qwen2, state: EngineState, batch: StepBatch, vocab_limit, adapters):
+    """``batch.tokens``: the last token of each row, and drafts of those after it."""
+    hidden, state = _hidden(model, state, batch, adapters)
+    rows, width = batch.tokens.shape
+    sampling = jax.tree.map(lambda x: jnp.repeat(x, width, axis=0), batch.sampling)
+    sampling = sampling._replace(step=sampling.step + jnp.tile(jnp.arange(width), rows))
+    sampled = _sample(model, hidden.reshape(rows * width, -1), sampling, jnp.repeat(batch.slots, width),
+                      state.token_counts, vocab_limit)
+    sampled = jax.tree.map(lambda x: x.reshape(rows, width, *x.shape[1:]), sampled)
+    right = sampled.tokens[:, :-1] == batch.tokens[:, 1:]
+    right &= jnp.arange(1, width) < batch.counts[:, None]
+    emitted = jnp.minimum(1 + jnp.sum(jnp.cumprod(right, axis=1), axis=1), batch.counts)
+    counts = state.token_counts
+    for index in range(width):
+        counts = count_output(counts, batch.slots, sampled.tokens[:, index], index < emitted)
+    return state._replace(token_counts=counts), StepOutput(sampled, emitted, None)
 
 
 def _count_reused(counts, batch: StepBatch):
@@ -131,7 +197,7 @@ def _count_reused(counts, batch: StepBatch):
     return jax.lax.fori_loop(0, (most + size - 1) // size, body, counts)
 
 
-def _sample(model: Qwen2, hidden, batch: StepBatch, counts, vocab_limit) -> Sampled:
+def _sample(model: Qwen2, hidden, sampling: SamplingRows, slots, counts, vocab_limit) -> Sampled:
     """Head and sampling for ``hidden[R, D]``, at most ``SAMPLED_ROWS`` rows at a time."""
 
     def some(item):
@@ -139,7 +205,7 @@ def _sample(model: Qwen2, hidden, batch: StepBatch, counts, vocab_limit) -> Samp
         return sample(model.logits(hidden), sampling, counts, slots, vocab_limit)
 
     rows = len(hidden)
-    items = hidden, batch.sampling, batch.slots
+    items = hidden, sampling, slots
     if rows <= SAMPLED_ROWS or rows % SAMPLED_ROWS:
         return some(items)
     parts = jax.tree.map(lambda x: x.reshape(-1, SAMPLED_ROWS, *x.shape[1:]), items)
@@ -181,7 +247,7 @@ def _micro_batches(model: Qwen2, bucket: Bucket, state: EngineState, batch: Step
     def run(state, index):
         # Tied to the index, weights are not loop-invariant: XLA:CPU would widen all of them to float32 before the loop.
         here, tied = jax.lax.optimization_barrier((params, index))
-        return _rows(nnx.merge(graph, here), bucket.phase, state, part(tied), vocab_limit, adapters)
+        return _prefill(nnx.merge(graph, here), state, part(tied), vocab_limit, adapters)
 
     def body(index, carry):
         state, outputs = carry

@@ -148,6 +148,7 @@ class YardstickRecipe:
     stages: tuple[Stage, ...]  # one after another
     optimizer: Optimizer
     model: ModelShape
+    start_from: str | None = None  # a model of that shape, whose tokenizer is kept; default: from nothing
 
 
 def load_recipe(path: str | Path, kind: type[Kind] = Recipe) -> Kind:

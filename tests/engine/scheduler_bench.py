@@ -30,11 +30,12 @@ def alone(prompt: list[int], max_new_tokens: int, max_seq_len: int = LIMITS.max_
 class Bench:
     """A scheduler and its pretended device; every step is checked against the rules of a plan."""
 
-    def __init__(self, capacity: int, limits: Limits = LIMITS, policy: SchedulePolicy = POLICY, prefix_cache=True):
+    def __init__(self, capacity: int, limits: Limits = LIMITS, policy: SchedulePolicy = POLICY, prefix_cache=True,
+                 invariant=False):
         self.pool = PagePool(capacity + 1)
         self.limits, self.policy = limits, policy
         self.table = bucket_table(limits, policy)
-        self.scheduler = Scheduler(self.table, limits, self.pool, policy, prefix_cache)
+        self.scheduler = Scheduler(self.table, limits, self.pool, policy, prefix_cache, invariant)
         self.cache = [[None] * PAGE for _ in range(self.pool.num_pages)]
         self.sequences: list[Sequence] = []
         self.schedules: dict[Sequence, str] = {}
@@ -44,19 +45,19 @@ class Bench:
         self.computed = 0  # positions
 
     def add(self, length: int, max_new_tokens: int = 4, alike: int = 0, salt: bytes = b"",
-            reusable: int | None = None) -> Sequence:
+            reusable: int | None = None, **options) -> Sequence:
         """The first `alike` tokens are those of every other prompt that asks for it."""
         n = len(self.sequences)
         prompt = [i % 1000 if i < alike else (n * 7919 + i) % 1000 for i in range(length)]
-        seq = Sequence(n, prompt, max_new_tokens, salt=salt, reusable=reusable)
+        seq = Sequence(n, prompt, max_new_tokens, salt=salt, reusable=reusable, **options)
         self.scheduler.add(seq)
         self.sequences.append(seq)
         return seq
 
-    def step(self, between=lambda plan: None):
+    def step(self, between=lambda plan: None, steps: int = 1, propose=None):
         """Plans, runs and commits one step; `between` is called while the step is in flight."""
         before = list(self.scheduler.running)
-        plan = self.scheduler.plan()
+        plan = self.scheduler.plan(steps, propose)
         assert (plan is None) == (not self.scheduler.has_work)
         if plan is None:
             return None
@@ -74,14 +75,15 @@ class Bench:
         assert 1 <= len(plan.rows) <= bucket.rows
         assert len({row.seq for row in plan.rows}) == len(plan.rows)
         for seq, start, count, samples in ((row.seq, row.start, row.count, row.samples) for row in plan.rows):
-            assert seq.state is State.RUNNING and 1 <= count <= bucket.tokens
-            assert start == seq.num_computed and start + count <= seq.num_tokens
+            assert seq.state is State.RUNNING and 1 <= count <= bucket.tokens * bucket.steps
+            known = start + count if bucket.phase == "prefill" else start + 1
+            assert start == seq.num_computed and known <= seq.num_tokens
             assert pages_for(start + count) <= len(seq.pages) <= bucket.pages
-            assert samples == (start + count == seq.num_tokens), "sample once, where all known tokens are computed"
+            assert samples == (known == seq.num_tokens), "sample once, where all known tokens are computed"
             assert bucket.phase == ("prefill" if seq.in_prefill else "decode")
             if bucket.phase == "prefill":
                 assert start % PAGE == 0, "chunks start at page boundaries"
-            assert attention_of(seq.schedule) == attention_of(bucket.schedule)
+            assert attention_of(seq.schedule) == attention_of(bucket.schedule) and seq.version == plan.version
             assert self.schedules.setdefault(seq, seq.schedule) == seq.schedule, "a schedule is for life"
             if seq not in self.admitted:
                 self.admitted.append(seq)
@@ -89,20 +91,38 @@ class Bench:
                             RECOMPUTE if len(plan.rows) > self.policy.recompute_above_rows else FULL)
                 assert seq.schedule == bucket.schedule == expected
         assert (bucket.schedule == RECOMPUTE) <= (len(plan.rows) > self.policy.recompute_above_rows)
-        assert [seq.arrival for seq in self.admitted] == sorted(seq.arrival for seq in self.admitted)
         self.phases.append(bucket.phase)
 
-    def run(self, row) -> int | None:
+    def run(self, row) -> list[int]:
         seq = row.seq
-        self.computed += row.count
         for page in seq.pages[row.start // PAGE:pages_for(row.start + row.count)]:
             assert not [other for other in self.sequences if other is not seq and page in other.pages], "read-only"
-        for position in range(row.start, row.start + row.count):
-            self.cache[seq.pages[position // PAGE]][position % PAGE] = (seq.prompt + seq.output)[position]
-        if row.samples:
-            readable = [token for page in seq.pages for token in self.cache[page]]
-            return sample(readable[:row.start + row.count])
-        return None
+
+        def compute(position, token):
+            self.computed += 1
+            self.cache[seq.pages[position // PAGE]][position % PAGE] = token
+
+        def read(end):
+            return sample([token for page in seq.pages for token in self.cache[page]][:end])
+
+        known, end = seq.prompt + seq.output, row.start + row.count
+        if row.drafts:
+            for position, token in enumerate((known[-1], *row.drafts), row.start):
+                compute(position, token)
+            tokens = [read(row.start + 1)]
+            for draft in row.drafts:
+                if draft != tokens[-1]:
+                    break
+                tokens.append(read(row.start + len(tokens) + 1))
+            return tokens
+        if not seq.in_prefill:
+            for position in range(row.start, end):
+                compute(position, known[position])
+                known.append(read(position + 1))
+            return known[seq.num_tokens:]
+        for position in range(row.start, end):
+            compute(position, known[position])
+        return [read(end)] if row.samples else []
 
     def check_invariants(self):
         scheduler, running = self.scheduler, self.scheduler.running
@@ -124,9 +144,10 @@ class Bench:
             assert (seq.finish_reason is not None) == (seq.state is State.FINISHED)
             if seq.state is not State.RUNNING:
                 assert seq.pages == [] and seq.slot is None
-        line = [seq.arrival for seq in [*running, *scheduler.waiting]]
-        assert line == sorted(line), "running sequences arrived before waiting ones, each in order"
-        assert scheduler.has_work == bool(line)
+        for line in running, scheduler.waiting:
+            ranks = [(seq.priority, seq.arrival) for seq in line]
+            assert ranks == sorted(ranks)
+        assert scheduler.has_work == bool(running or scheduler.waiting)
 
     def check_text(self):
         for seq in self.sequences:

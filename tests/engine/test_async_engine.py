@@ -1,5 +1,6 @@
 """The engine for asyncio: concurrency, cancellation, deadlines, back-pressure, and what failures do."""
 import asyncio
+import time
 
 import pytest
 from test_engine_adapters import CONFIG, LIMITS, engine_of
@@ -78,8 +79,8 @@ def test_leaving_a_stream_and_cancelling_a_task_free_the_pages(check):
 
 
 def test_a_deadline_ends_an_answer_wherever_it_is(check, inner, monkeypatch):
-    step = type(inner).step
-    monkeypatch.setattr(type(inner), "step", lambda self: (__import__("time").sleep(0.01), step(self))[1])
+    step = inner.loop.step
+    monkeypatch.setattr(inner.loop, "step", lambda: (time.sleep(0.05), step())[1])
 
     async def work(engine):
         others = [asyncio.create_task(engine.generate(prompt, LONG)) for prompt in PROMPTS[:4]]
@@ -134,34 +135,35 @@ def test_bad_requests_raise_where_they_are_made(check, request_, message):
 def test_an_error_in_one_request_is_that_request_s_alone(check, inner, monkeypatch):
     from qwen_jax.engine.request import Request
 
-    expected, add_token = inner.generate(PROMPTS[1], GREEDY)[0].token_ids, Request.add_token
+    expected, add_tokens = inner.generate(PROMPTS[1], GREEDY)[0].token_ids, Request.add_tokens
 
     def failing(self, *arguments):
-        if self.output.prompt_token_ids == PROMPTS[0] and len(self.output.token_ids) == 5:
+        if self.output.prompt_token_ids == PROMPTS[0] and len(self.output.token_ids) >= 5:
             raise ValueError("a strange token")
-        return add_token(self, *arguments)
+        return add_tokens(self, *arguments)
 
-    monkeypatch.setattr(Request, "add_token", failing)
+    monkeypatch.setattr(Request, "add_tokens", failing)
 
     async def work(engine):
         return await asyncio.gather(*(engine.generate(prompt, GREEDY) for prompt in PROMPTS[:2]))
 
     bad, good = check(work)
-    assert (bad.finish_reason, bad.error, len(bad.token_ids)) == ("error", "ValueError: a strange token", 5)
+    assert (bad.finish_reason, bad.error) == ("error", "ValueError: a strange token")
+    assert 5 <= len(bad.token_ids) < 20
     assert good.finish_reason == "length" and good.token_ids == expected and good.error is None
 
 
 def test_a_failed_step_ends_everything_with_a_reason(monkeypatch):
     inner = engine_of(init(CONFIG, 0, "float32"))
-    run, count = inner._run, [0]
+    start, count = inner.runner.start, [0]
 
-    def failing(bucket, batch):
+    def failing(*step):
         count[0] += 1
         if count[0] == 8:
             raise RuntimeError("the device is gone")
-        return run(bucket, batch)
+        return start(*step)
 
-    monkeypatch.setattr(inner, "_run", failing)
+    monkeypatch.setattr(inner.runner, "start", failing)
 
     async def work():
         engine = AsyncEngine(inner)

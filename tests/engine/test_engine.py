@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from oracle import hf_logits, random_qwen2
 
@@ -140,12 +141,12 @@ def test_closing_a_stream_gives_its_pages_back(engine, prompts):
 def test_an_interrupted_call_leaves_nothing_behind(engine, prompts, monkeypatch):
     steps = iter(range(3))
 
-    def interrupted(self=engine, real=engine.step):
+    def interrupted(real=engine.loop.step):
         if next(steps, None) is None:
             raise KeyboardInterrupt
         return real()
 
-    monkeypatch.setattr(engine, "step", interrupted)
+    monkeypatch.setattr(engine.loop, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         engine.generate(prompts[:3], GREEDY)
     monkeypatch.undo()
@@ -200,24 +201,25 @@ def test_the_compile_counter_counts(engine, hf):
 
 def test_every_call_uses_a_program_of_the_table(engine):
     stats = engine.stats()
-    assert stats.executables == len(engine.table) <= 64
+    assert stats.executables == len(engine.runner.table) <= 64
     assert sum(bucket.steps for bucket in stats.buckets) > 0
-    assert {b.bucket for b in stats.buckets} == {str(b) for b in engine.table}
+    assert {b.bucket for b in stats.buckets} == {str(b) for b in engine.runner.table}
 
 
 def test_vocabulary_ends_at_the_tokenizer(hf, prompts):
     """Padding rows of the embedding are never sampled, even where they are the most likely."""
 
     class Tokenizer:
-        chat_template = None
+        chat_template, backend_tokenizer = None, tokenizers.Tokenizer(tokenizers.models.BPE({}, []))
 
         def __len__(self):
             return 200
 
-    engine = Engine(hf, tokenizer=Tokenizer(), limits=LIMITS, warmup=False)
-    assert engine._vocab_limit == 200
-    engine.tokenizer = None  # token ids only
-    engine.warmup()
+        def decode(self, *_, **__):
+            return ""
+
+    engine = Engine(hf, tokenizer=Tokenizer(), limits=LIMITS, progress=False)
+    assert engine.intake.vocab_limit == 200
     prompt = [token % 200 for token in prompts[2]]
     free = hf_greedy(hf, prompt, 30)
     assert max(free) >= 200, "the case must want a padding id"
@@ -285,7 +287,7 @@ def test_a_failed_step_ends_the_engine_with_its_reason(hf):
     def broken(*_):
         raise RuntimeError("device lost")
 
-    for program in engine.executables.programs.values():
+    for program in engine.runner.executables.programs.values():
         program.run = broken
     with pytest.raises(RuntimeError, match="device lost"):
         engine.generate([[1, 2]], GREEDY)

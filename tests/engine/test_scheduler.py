@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 from scheduler_bench import LIMITS, Bench, alone
 
-from qwen_jax.engine.schedule import FULL, RECOMPUTE, SPARSE, SchedulePolicy, default_limits
+from qwen_jax.engine.schedule import FULL, RECOMPUTE, SPARSE, Limits, SchedulePolicy, default_limits
+from qwen_jax.engine.scheduler import RANK_EVERY
 from qwen_jax.engine.sequence import Sequence, State
 from qwen_jax.errors import UserError
 
@@ -62,7 +63,6 @@ def test_default_limits_make_a_wave_of_40_requests_recompute():
 def test_long_and_short_prompts_never_share_a_step():
     bench = Bench(capacity=30)
     bench.add(60), bench.add(200), bench.add(60)
-    assert [row.seq.request_id for row in bench.step().rows] == [0], "the third may not overtake the second"
     while bench.scheduler.has_work:
         plan = bench.step()
         assert len({row.seq.schedule for row in plan.rows}) == 1
@@ -110,10 +110,10 @@ def test_commit_returns_what_ended_by_length():
     first, second = bench.add(10, 1), bench.add(10, 2)
     plan = bench.scheduler.plan()
     rows = len(plan.rows)
-    assert bench.scheduler.commit(plan, [5] * rows) == [first]
+    assert bench.scheduler.commit(plan, [[5]] * rows) == [first]
     while bench.scheduler.has_work:
         plan = bench.scheduler.plan()
-        ended = bench.scheduler.commit(plan, [5] * len(plan.rows))
+        ended = bench.scheduler.commit(plan, [[5]] * len(plan.rows))
     assert ended == [second]
 
 
@@ -179,13 +179,14 @@ def test_a_plan_that_was_overtaken_or_came_back_incomplete_is_an_error():
     bench = Bench(capacity=5)
     bench.add(10)
     plan = bench.scheduler.plan()
-    with pytest.raises(ValueError, match="2 sampled tokens for 1 rows"):
-        bench.scheduler.commit(plan, [1, 2])
-    with pytest.raises(ValueError, match="missing"):
-        bench.scheduler.commit(plan, [None])
-    bench.scheduler.commit(plan, [1])
+    with pytest.raises(ValueError, match="tokens of 2 rows for 1 rows"):
+        bench.scheduler.commit(plan, [[1], [2]])
+    for tokens in [], [1, 2]:
+        with pytest.raises(ValueError, match=f"{len(tokens)} tokens came back"):
+            bench.scheduler.commit(plan, [tokens])
+    bench.scheduler.commit(plan, [[1]])
     with pytest.raises(ValueError, match="stale"):
-        bench.scheduler.commit(plan, [1])
+        bench.scheduler.commit(plan, [[1]])
 
 
 def test_a_step_that_failed_can_be_planned_again():
@@ -294,6 +295,205 @@ def test_rows_beyond_the_bucket_and_groups_of_attention_take_turns(lengths):
     gained = [len(seq.output) - start[seq] for seq in sequences]
     assert min(gained) >= 8, gained  # at most three kinds of step here: two attentions, or one bucket and a half
     bench.drain()
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one():
+    """At most for the chunk under way, a decode step, and one chunk that goes by rank."""
+    bench = Bench(capacity=60, limits=default_limits(max_seq_len=2500), policy=SchedulePolicy())
+    long = bench.add(2400, 1)
+    bench.step()
+    while long.in_prefill:
+        short, before = bench.add(30, 2), len(bench.phases)
+        while not short.output:
+            bench.step()
+        assert bench.phases[before:].count("prefill") <= 2
+    bench.drain()
+
+
+def test_a_long_prompt_gets_its_share_under_an_endless_stream_of_short_ones():
+    bench = Bench(capacity=60, limits=default_limits(max_seq_len=2500), policy=SchedulePolicy())
+    long = bench.add(2400, 1)
+    prefills = 0
+    while not long.output:
+        while len(bench.scheduler.waiting) < 8:
+            bench.add(60, 1)
+        prefills += bench.step().bucket.phase == "prefill"
+    assert prefills <= RANK_EVERY * 10 + 1
+    bench.drain()
+
+
+def test_memory_is_not_overtaken():
+    bench = Bench(capacity=6)
+    first = bench.add(60, 100)
+    bench.step()
+    bench.add(290, 1)  # five pages: those that are left, but one is promised to the first
+    small = bench.add(10, 1)
+    while not small.output:
+        bench.step()
+    assert first.state is State.FINISHED
+    bench.drain()
+
+
+# --- priorities and deadlines
+
+
+def test_the_urgent_go_first_and_give_way_last():
+    bench = Bench(capacity=4)
+    low, urgent = bench.add(60, 100, priority=1), bench.add(60, 100, priority=-1)
+    normal = bench.add(60, 100)
+    first = bench.step()
+    assert [row.seq for row in first.rows][0] is urgent
+    while not bench.scheduler.preemptions:
+        bench.step()
+    assert low.state is State.WAITING and urgent.state is State.RUNNING
+    bench.drain()
+    assert urgent.finish_reason == normal.finish_reason == low.finish_reason == "length"
+
+
+def test_deadlines_are_found_once_and_in_time():
+    bench = Bench(capacity=30)
+    late, later = bench.add(10, 9, deadline=2.0), bench.add(10, 9, deadline=3.0)
+    done = bench.add(10, 1, deadline=1.0)
+    bench.step()
+    assert done.state is State.FINISHED
+    assert bench.scheduler.expired(1.5) == []
+    assert bench.scheduler.expired(2.0) == [late] and bench.scheduler.expired(2.0) == []
+    assert bench.scheduler.expired(9.0) == [later]
+    bench.drain()
+
+
+# --- several tokens per dispatch
+
+
+STEPS_LIMITS = replace(LIMITS, decode_steps=8)
+
+
+def test_a_dispatch_samples_several_tokens_while_nobody_else_could_begin():
+    bench = Bench(capacity=30, limits=STEPS_LIMITS)
+    first = bench.add(10, 20)
+    bench.step(steps=8)
+    assert bench.step(steps=8).rows[0].count == 8 and len(first.output) == 9
+    late = bench.add(10, 20)
+    assert bench.step(steps=8).rows[0].seq is late
+    assert {row.count for row in bench.step(steps=8).rows} == {8}
+    while bench.step(steps=8):
+        pass
+    bench.check_text()
+    assert first.finish_reason == "length" and len(first.output) == 20
+
+
+def test_a_dispatch_is_short_while_somebody_waits():
+    bench = Bench(capacity=60, limits=replace(default_limits(max_seq_len=2500), decode_steps=8),
+                  policy=SchedulePolicy())
+    bench.add(10, 200), bench.step(), bench.add(2400, 1)
+    plans = [bench.step(steps=8) for _ in range(6)]
+    assert {row.count for plan in plans if plan.bucket.phase == "decode" for row in plan.rows} == {1}
+
+
+@pytest.mark.parametrize("options, counts", [
+    ({"burst": 1}, [1, 1, 1]), ({"min_new_tokens": 4}, [3, 8, 4]), ({}, [8, 7]), ({"max_new_tokens": 12}, [8, 3])])
+def test_what_shortens_a_row(options, counts):
+    bench = Bench(capacity=30, limits=STEPS_LIMITS)
+    bench.add(**{"length": 284, "max_new_tokens": 17} | options)
+    while (plan := bench.step(steps=8)).bucket.phase == "prefill":
+        pass
+    assert [plan.rows[0].count, *(bench.step(steps=8).rows[0].count for _ in counts[1:])] == counts
+
+
+def test_a_dispatch_never_preempts_for_more_than_one_token_each():
+    bench = Bench(capacity=2, limits=STEPS_LIMITS)
+    both = bench.add(60, 5), bench.add(60, 20)  # a page each; for eight tokens the second would need another one
+    while not all(seq.output for seq in both):
+        bench.step()
+    assert [row.count for row in bench.step(steps=8).rows] == [3, 4]
+    bench.check_invariants()
+    assert bench.scheduler.preemptions == 0
+    bench.drain()
+
+
+# --- drafts
+
+
+DRAFT_LIMITS = replace(LIMITS, draft_tokens=4, draft_rows=2)
+
+
+def right_drafts(seq, most=4):
+    return alone(seq.prompt, seq.max_new_tokens)[len(seq.output):][:most]
+
+
+def test_right_drafts_are_taken_and_wrong_ones_cost_no_text():
+    bench = Bench(capacity=30, limits=DRAFT_LIMITS)
+    seq = bench.add(10, 20)
+    bench.step()
+    plan = bench.step(propose=right_drafts)
+    assert str(plan.bucket) == "decode/full_attention 2x5" and len(seq.output) == 6
+    bench.step(propose=lambda seq: [*right_drafts(seq, 2), 5000, 5000])
+    assert len(seq.output) == 9
+    assert bench.step(propose=lambda seq: []).bucket.tokens == 1
+    while bench.scheduler.has_work:
+        bench.step(propose=right_drafts)
+    bench.check_text()
+    bench.check_invariants()
+
+
+def test_no_drafts_for_more_rows_than_buckets_take():
+    bench = Bench(capacity=30, limits=DRAFT_LIMITS)
+    for _ in range(3):
+        bench.add(10, 20)
+    bench.step()
+    assert bench.step(propose=right_drafts).bucket.tokens == 1
+
+
+# --- versions of the weights
+
+
+def test_a_step_runs_one_version_and_both_go_on():
+    bench = Bench(capacity=30)
+    old = bench.add(10, 9)
+    bench.step()
+    new = bench.add(10, 9, version=1)
+    versions = [plan.version for plan in iter(bench.step, None)]
+    assert versions.count(0) >= 8 and versions.count(1) >= 8 and old.output and new.output
+    bench.check_text()
+
+
+def test_a_restarted_sequence_forgets_its_answer_but_not_its_place():
+    bench = Bench(capacity=30)
+    seq = bench.add(70, 9)
+    for _ in range(5):
+        bench.step()
+    assert seq.output
+    bench.scheduler.restart(seq)
+    bench.check_invariants()
+    assert seq.output == [] and seq.state is State.WAITING and bench.scheduler.waiting[0] is seq
+    bench.drain()
+
+
+# --- independence of the others
+
+
+def test_invariant_sequences_compute_the_same_chunks_whatever_runs_beside_them():
+    limits = Limits(6, 900, ((1, 256),), (), (6,))
+    policy = SchedulePolicy(recompute_above_rows=6)
+
+    def chunks(others, capacity):
+        bench = Bench(capacity, limits, policy, invariant=True)
+        seq = bench.add(700, 100, alike=640)
+        for length in others:
+            bench.add(length, 200, alike=640)
+        found = []
+        while plan := bench.step():
+            found += [(plan.bucket, row.start, row.count) for row in plan.rows if row.seq is seq]
+        assert bench.scheduler.preemptions == 0
+        return found
+
+    with_others = chunks([650, 700, 60, 300], capacity=30)
+    assert chunks([], capacity=30) == with_others
+    bench = Bench(30, limits, policy, invariant=True)
+    for _ in range(2):
+        seq = bench.add(700, 1, alike=640)
+        bench.drain()
+    assert seq.num_reused == 512, "ten pages are there, and two whole chunks of four pages"
 
 
 # --- the prefix cache

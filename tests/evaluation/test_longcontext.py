@@ -12,7 +12,7 @@ from qwen_jax.evaluation.longcontext.report import heat_map, table
 from qwen_jax.evaluation.longcontext.samples import FAMILIES, draw
 from qwen_jax.evaluation.longcontext.suite import AGGREGATION, RETRIEVAL, Cell, evaluate, found, sample, wilson
 
-NOTE = re.compile(r"Note (\w+ \w+) (\w+)\.")
+NOTE = re.compile(r"Note (\w+ \w+(?: (?:dawn|noon|lunch|night))?) (\w+)\.")
 
 
 def notes(text):
@@ -25,7 +25,10 @@ def notes(text):
 
 def solve(family, text, question):
     """The words that answer a question, read from the document's text."""
-    if family in ("single_needle", "many_keys", "many_values", "many_queries"):
+    if family == "many_values":
+        key = re.search(r"for the (.*), from dawn to night", question).group(1)
+        return [notes(text)[f"{key} {when}"][0] for when in ("dawn", "noon", "lunch", "night")]
+    if family in ("single_needle", "many_keys", "many_queries"):
         keys = re.search(r"for (?:the |these: )(.*)\?", question).group(1).split(", ")
         return [animal for key in keys for animal in notes(text)[key]]
     if family == "variable_tracking":
@@ -37,7 +40,7 @@ def solve(family, text, question):
         return reached
     if family in AGGREGATION:
         counts = Counter(re.findall(r"\w+", text.split("\n", 1)[1]))
-        return [word for word, _ in counts.most_common(5 if family == "common_words" else 3)]
+        return [word for word, _ in counts.most_common(int(re.search(r"\d", question).group()))]
     standing = {(kind, name): word for kind, name, word in
                 re.findall(r"^\w+ (card|device|user) (\S+) (\w+)$", text, re.MULTILINE)}
     said = [standing[pair] for pair in re.findall(r"(card|device|user) (\S+)", question)]

@@ -86,18 +86,18 @@ def many_keys(rng: random.Random, lines: int, questions: int) -> Document:
     return Document(f"{NEEDLES}\n{text}", tuple(_one_animal(*pair) for pair in asked))
 
 
-VALUES = 4
+OCCASIONS = ("dawn", "noon", "lunch", "night")
 
 
 def many_values(rng: random.Random, lines: int, questions: int) -> Document:
-    """Four notes for one thing (per question), in prose: all are asked for."""
-    animals = rng.sample(ANIMALS, VALUES * questions)
-    groups = [(key, animals[i * VALUES:][:VALUES]) for i, key in enumerate(_keys(rng, questions))]
-    notes = [(key, animal) for key, group in groups for animal in group]
+    """Four notes for one thing (per question), one for each time of day, in prose: all are asked for."""
+    animals = rng.sample(ANIMALS, len(OCCASIONS) * questions)
+    groups = [[(f"{key} {when}", animals.pop()) for when in OCCASIONS] for key in _keys(rng, questions)]
+    notes = [note for group in groups for note in group]
     rng.shuffle(notes)
     text = _scatter(rng, [_needle(*note) for note in notes], [_noise(rng) for _ in range(lines)])
-    asked = [_several_animals(f"Which {VALUES} animals are noted for the {key}?", [
-        note for note in notes if note[0] == key]) for key, _ in groups]
+    asked = [_several_animals(f"Which animals are noted for the {group[0][0].removesuffix(' ' + OCCASIONS[0])}, from "
+                              f"{OCCASIONS[0]} to {OCCASIONS[-1]}?", group) for group in groups]
     return Document(f"{NEEDLES}\n{text}", tuple(asked))
 
 
@@ -144,7 +144,8 @@ UNCOMMON_TIMES = 3  # every other word occurs at most so often
 
 
 def common_words(rng: random.Random, lines: int, questions: int) -> Document:
-    """A list in which five words are common, evenly so, and all others rare. One question."""
+    """A list in which five words are common, evenly so, and all others rare. Several questions are one and the same:
+    their answers differ in order."""
     size = WORDS_PER_LINE * max(lines, 3)
     vocabulary = rng.sample(THINGS, len(THINGS))
     common, rare = vocabulary[:COMMON], vocabulary[COMMON:]
@@ -157,28 +158,31 @@ def common_words(rng: random.Random, lines: int, questions: int) -> Document:
             known.add(word)
             rare.append(word)
     words = common * times + (rare[:needed] * UNCOMMON_TIMES)[:size - times * COMMON]
-    return _word_list(rng, words, f"What are the {COMMON} most common words in the list?", common)
+    answers = [common, *(rng.sample(common, COMMON) for _ in range(questions - 1))]
+    return _word_list(rng, words, [(f"What are the {COMMON} most common words in the list?", answer)
+                                   for answer in answers])
 
 
-FREQUENT = 3
+FREQUENT = (3, 4, 2, 1)  # words asked for, by question
 
 
 def frequent_words(rng: random.Random, lines: int, questions: int) -> Document:
-    """A list of few different words whose frequencies follow Zipf's law; the three most frequent, in order. One
-    question."""
+    """A list of few different words whose frequencies follow Zipf's law; the three most frequent are asked for, in
+    order. Three more questions at most, which ask for another number of them."""
     size = WORDS_PER_LINE * max(lines, 3)
     vocabulary = rng.sample(THINGS, 40)
     share = [1 / rank ** 1.5 for rank in range(1, len(vocabulary) + 1)]
     counts = [max(1, round(size * s / sum(share))) for s in share]
-    for rank in range(FREQUENT, 0, -1):  # no ties among what is asked for
+    for rank in range(max(FREQUENT), 0, -1):  # no ties among what is asked for
         counts[rank - 1] = max(counts[rank - 1], counts[rank] + 1)
     words = [word for word, count in zip(vocabulary, counts) for _ in range(count)]
-    return _word_list(rng, words, f"What are the {FREQUENT} most frequent words in the list, the most frequent first?",
-                      vocabulary[:FREQUENT])
+    return _word_list(rng, words, [(f"What are the {count} most frequent words in the list, the most frequent first?",
+                                    vocabulary[:count]) for count in FREQUENT[:questions]])
 
 
-def _word_list(rng: random.Random, words: list[str], question: str, answer: Sequence[str]) -> Document:
+def _word_list(rng: random.Random, words: list[str], asked: Sequence[tuple[str, Sequence[str]]]) -> Document:
     rng.shuffle(words)
     text = "\n".join("- " + " ".join(words[i:i + WORDS_PER_LINE]) for i in range(0, len(words), WORDS_PER_LINE))
     return Document(f"Count the words of this list.\n{text}",
-                    (Question(question, "They are", f" {', '.join(answer)}.", tuple(answer)),))
+                    tuple(Question(question, "They are", f" {', '.join(answer)}.", tuple(answer))
+                          for question, answer in asked))

@@ -1,0 +1,210 @@
+"""The one loop that joins scheduler, programs and text: requests in, steps, answers out."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import jax
+
+from qwen_jax.engine.batch import build_batch
+from qwen_jax.engine.plan import StepPlan
+from qwen_jax.engine.request import Request
+from qwen_jax.engine.runner import Runner
+from qwen_jax.engine.schedule import SPARSE, Bucket
+from qwen_jax.engine.scheduler import Scheduler
+from qwen_jax.engine.sequence import State
+from qwen_jax.engine.steps import StepOutput
+from qwen_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
+SPARSE_NOTE = "computed with full attention: sparse attention is not implemented yet"
+DISPATCH_SECONDS = 0.05  # a decode step generates as many tokens per row as fit into this: it delays whoever comes
+
+
+@dataclass
+class Usage:
+    """What one bucket did."""
+
+    steps: int = 0
+    rows: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Figures:
+    """Counters since the engine was made. Seconds are of wall time."""
+
+    usage: dict[Bucket, Usage]
+    device_seconds: float = 0.0  # from a step's start until its result was there
+    host_seconds: float = 0.0  # beside that: what the device waits for while there is work
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    finished: dict[str, int] = field(default_factory=dict)  # by finish_reason
+
+
+class Loop:
+    """`submit` requests and call `step` until they are closed. One thread at a time.
+
+    While the device works on a step, the texts of the step before it are made. So a request may be finished (its pages
+    are free) and not yet closed (its output is incomplete): the next step closes it.
+    """
+
+    def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
+        self.scheduler, self.runner = scheduler, runner
+        self.figures = Figures({bucket: Usage() for bucket in runner.table})
+        self.failure: BaseException | None = None
+        self._slots = scheduler.limits.max_batch_size
+        self._requests: dict[int, Request] = {}
+        self._undelivered: tuple[StepPlan, StepOutput, list[list[int]]] | None = None
+        self._step_seconds = DISPATCH_SECONDS  # of the last decode step, per token of a row
+
+    def submit(self, requests: Iterable[Request], version: int | None = None) -> None:
+        """Queue what `Intake` made, by default for the current version of the weights; `step` works on it."""
+        if not self.runner.ready:
+            raise UserError("the engine is not warmed up: call warmup() first")
+        for request in requests:
+            sequence = request.sequence
+            request.adapter = self.runner.adapters.acquire(request.adapter_name)
+            self._use(request, self.runner.weights.current if version is None else version)
+            if request.score_from is not None:  # logits are needed from the position before on
+                sequence.reusable = request.score_from - 1
+            self.scheduler.add(sequence)
+            self._requests[sequence.request_id] = request
+            self.figures.prompt_tokens += len(sequence.prompt)
+
+    def abort(self, request_id: int) -> bool:
+        """End a request and free its pages at once; False when it is not there any more."""
+        request = self._requests.get(request_id)
+        if request is None or request.sequence.state is State.FINISHED:
+            return False
+        self._deliver()
+        if self.scheduler.abort(request_id):  # not when a stop string has just ended it
+            self._close(request)
+        return True
+
+    def step(self) -> bool:
+        """Run one step for whatever is queued. Returns whether there was work."""
+        if self.failure:
+            raise RuntimeError("the engine stopped after a failed step; make a new one") from self.failure
+        began = time.perf_counter()
+        for sequence in self.scheduler.expired(time.monotonic()):
+            self.abort(sequence.request_id)
+        plan = self.scheduler.plan(max(1, int(DISPATCH_SECONDS / self._step_seconds)))
+        if plan is None:
+            return self._deliver()
+        try:
+            batch = build_batch(plan, self._requests, self._slots)
+            started = time.perf_counter()
+            output = self.runner.start(plan.bucket, batch, plan.version)
+            self._deliver()
+            output = jax.device_get(output)
+        except BaseException as error:  # the state was given away to the step: nothing can continue from here
+            self.failure = error
+            raise
+        ready = time.perf_counter()
+        self._commit(plan, output)
+        self._account(plan, output, ready - started, started - began + time.perf_counter() - ready)
+        return True
+
+    def complete(self, requests: Sequence[Request], version: int | None = None) -> None:
+        """Submit requests and run until all of them are closed; whatever interrupts takes them out again."""
+        try:
+            self.submit(requests, version)
+            while not all(request.closed for request in requests):
+                self.step()
+        finally:
+            for request in requests:
+                self.abort(request.sequence.request_id)
+
+    def restart(self, requests: Iterable[Request], version: int) -> None:
+        """Let open requests of which nothing has been handed out begin again, with this version of the weights."""
+        self._deliver()
+        for request in requests:
+            if not request.closed:
+                self.scheduler.restart(request.sequence)
+                request.forget()
+                self._use(request, version)
+
+    def untouched(self, only_waiting: bool) -> list[Request]:
+        """Open requests of which nobody has seen anything yet; or only those that have not begun at all."""
+        self._deliver()
+        return [request for request in self._requests.values() if request.sequence.state is not State.FINISHED and (
+            request.sequence.schedule is None if only_waiting else not request.streams)]
+
+    def versions_in_use(self) -> set[int]:
+        return {request.sequence.version for request in self._requests.values()}
+
+    # --- after a step
+
+    def _commit(self, plan: StepPlan, output: StepOutput) -> None:
+        """Tokens into their sequences, whose pages are free at once when they end; their texts come later."""
+        taken, stopped = [], []
+        for row, tokens, count in zip(plan.rows, output.sampled.tokens.tolist(), output.counts.tolist(), strict=False):
+            request = self._requests.get(row.seq.request_id)
+            tokens = tokens[:count] if row.samples and request else []
+            end = request.ends_at(tokens) if tokens else None
+            if end is not None:
+                tokens = tokens[:end]
+                stopped.append(row.seq)
+            taken.append(tokens)
+        self.scheduler.commit(plan, taken)
+        for sequence in stopped:
+            self.scheduler.finish(sequence, "stop")
+        self._undelivered = plan, output, taken
+        if any(row.seq.request_id in self._requests and self._requests[row.seq.request_id].stops_at_text
+               for row in plan.rows):
+            self._deliver()  # whether a stop string has appeared decides who runs next
+
+    def _deliver(self) -> bool:
+        """Hands the last step's results to its requests. Returns whether there were any."""
+        if self._undelivered is None:
+            return False
+        (plan, output, taken), self._undelivered = self._undelivered, None
+        for index, (row, tokens) in enumerate(zip(plan.rows, taken, strict=True)):
+            request = self._requests.get(row.seq.request_id)
+            if request is None:  # an error ended it while this step was under way
+                continue
+            try:
+                if output.prompt is not None and request.score_from is not None:
+                    request.add_prompt_scores(row.start, *(array[index, : row.count] for array in output.prompt))
+                if tokens and request.add_tokens(tokens, *(array[index] for array in output.sampled[1:])):
+                    self.scheduler.finish(row.seq, "stop")
+            except Exception as error:  # what one request's text does to us is that request's affair alone
+                logger.exception("request %s failed", row.seq.request_id)
+                request.output.error = f"{type(error).__name__}: {error}"
+                self.scheduler.finish(row.seq, "error")
+            if row.seq.state is State.FINISHED:
+                self._close(request)
+        return True
+
+    def _close(self, request: Request) -> None:
+        note = SPARSE_NOTE if request.sequence.schedule == SPARSE else ""
+        request.deltas.append(request.close(note))
+        self.runner.adapters.release(request.adapter)
+        del self._requests[request.sequence.request_id]
+        reason = request.output.finish_reason
+        self.figures.finished[reason] = self.figures.finished.get(reason, 0) + 1
+
+    def _use(self, request: Request, version: int) -> None:
+        sequence = request.sequence
+        sequence.version = version
+        sequence.salt = repr((version, self.runner.adapters.identity(request.adapter),
+                              self.scheduler.attention(sequence))).encode()
+
+    def _account(self, plan: StepPlan, output: StepOutput, device: float, host: float) -> None:
+        figures, usage = self.figures, self.figures.usage[plan.bucket]
+        sampled = int(output.counts[: len(plan.rows)].sum())
+        decode = plan.bucket.phase == "decode"
+        usage.steps += 1
+        usage.rows += len(plan.rows)
+        usage.tokens += sampled if decode else sum(row.count for row in plan.rows)
+        usage.seconds += device
+        figures.device_seconds += device
+        figures.host_seconds += host
+        figures.generated_tokens += sampled
+        if decode and plan.bucket.tokens == 1:
+            self._step_seconds = device / max(row.count for row in plan.rows)

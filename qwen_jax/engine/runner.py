@@ -1,0 +1,105 @@
+"""The device's side of an engine: weights, pages and programs, and what runs one program on them."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from qwen_jax.engine.adapters import AdapterTable
+from qwen_jax.engine.batch import dry_run_batch
+from qwen_jax.engine.executables import Executables, planned, unplanned_compiles
+from qwen_jax.engine.schedule import FULL, SPARSE, Bucket
+from qwen_jax.engine.steps import StepBatch, StepOutput, new_state, run_bucket
+from qwen_jax.engine.weights import Weights
+from qwen_jax.errors import UserError
+from qwen_jax.model import Qwen2
+
+
+class Runner:
+    """Programs for every bucket of a table.
+
+    Args:
+      model: whose weights are version 0.
+      num_pages, slots: sizes of the state on the device.
+      vocab_limit: number of token ids that exist.
+      cache_dir: where programs are kept; None keeps none.
+      strict: refuse to go on after a compilation that was not part of a warm-up.
+    """
+
+    def __init__(self, model: Qwen2, table: tuple[Bucket, ...], num_pages: int, slots: int, vocab_limit: int,
+                 adapters: AdapterTable, cache_dir: Path | None, strict: bool = False) -> None:
+        self.table, self.adapters, self.weights = table, adapters, Weights(model)
+        self._slots, self._vocab_limit, self._strict = slots, np.int32(vocab_limit), strict
+        dtype = model.embed.weight.dtype
+        self._new_state = partial(new_state, model.config, num_pages, slots, dtype)
+        self._state = None
+        identity = [repr(model.config), str(dtype), num_pages, slots, adapters.identity_of_shapes]
+        self.executables = Executables(self._lower, _program_of, identity, cache_dir)
+        self.prepare_seconds: dict[Bucket, float] = {}
+        self.warmup_seconds = 0.0
+        self._compiles_at_warmup: int | None = None
+
+    @property
+    def ready(self) -> bool:
+        return self._compiles_at_warmup is not None
+
+    @property
+    def compiles_after_warmup(self) -> int:
+        """XLA compilations in this process since the warm-up that no engine planned."""
+        return unplanned_compiles() - self._compiles_at_warmup if self.ready else 0
+
+    def warmup(self, progress: bool) -> None:
+        """Compile (or load from disk) and run every program once; nothing compiles afterwards.
+
+        A new program runs on a full row. One from disk has done so before: it runs on none, which a prefill skips.
+        """
+        began = time.perf_counter()
+        with planned():
+            if self._state is None:
+                self._state = jax.jit(self._new_state)()
+            programs = {_program_of(bucket) for bucket in self.table}
+            with tqdm(total=len(programs), desc="warm-up", unit="executable", file=sys.stderr,
+                      disable=not progress) as bar:
+                for bucket, program in self.executables.prepare(self.table):
+                    self.prepare_seconds[bucket] = program.seconds
+                    dry = dry_run_batch(bucket, self._slots, rows=0 if program.from_disk else 1)
+                    jax.device_get(self.start(bucket, dry, self.weights.current))
+                    how = "loaded" if program.from_disk else "compiled"
+                    bar.set_postfix_str(f"{bucket} {how} in {program.seconds:.1f} s")
+                    bar.update()
+        self.warmup_seconds = time.perf_counter() - began
+        self._compiles_at_warmup = unplanned_compiles()
+
+    def start(self, bucket: Bucket, batch: StepBatch, version: int) -> StepOutput:
+        """Runs a step; its output may still be under way when this returns.
+
+        When it or the output fails, the state is lost, and with it the runner.
+        """
+        if self._strict and self.compiles_after_warmup:
+            raise UserError(f"{self.compiles_after_warmup} compilations since the warm-up, and strict_compiles is on: "
+                            "something in this process compiles while requests wait")
+        run = self.executables[bucket].run
+        self._state, output = run(self.weights[version], self._state, batch, self._vocab_limit, self.adapters.values)
+        return output
+
+    def _lower(self, bucket: Bucket) -> jax.stages.Lowered:
+        def step(leaves, state, batch, vocab_limit, adapters):
+            model = nnx.merge(self.weights.graph, jax.tree.unflatten(self.weights.treedef, leaves))
+            return run_bucket(model, bucket, state, batch, vocab_limit, adapters)
+
+        batch = dry_run_batch(bucket, self._slots)
+        return jax.jit(step, donate_argnums=1).lower(self.weights[self.weights.current], self._state, batch,
+                                                     self._vocab_limit, self.adapters.values)
+
+
+def _program_of(bucket: Bucket) -> Bucket:
+    """Until sparse attention has its own implementation, its buckets run full attention's programs."""
+    return replace(bucket, schedule=FULL) if bucket.schedule == SPARSE else bucket
