@@ -19,14 +19,15 @@ _HOME = {
     "Engine": "qwen_jax.engine.engine",
     "ModelConfig": "qwen_jax.config",
     "SamplingParams": "qwen_jax.engine.sampling_params",
+    "StructuredOutput": "qwen_jax.engine.structured_output",
     "UserError": "qwen_jax.errors",
     "convert": "qwen_jax.checkpoint",
     "dynamic_schedule": "qwen_jax.engine.schedule",
     "export": "qwen_jax.checkpoint",
     "load_model": "qwen_jax.checkpoint",
 }
-__all__ = ["AsyncEngine", "DeepSeekEngine", "Engine", "ModelConfig", "SamplingParams", "UserError", "convert",
-           "dynamic_schedule", "export", "load_model"]
+__all__ = ["AsyncEngine", "DeepSeekEngine", "Engine", "ModelConfig", "SamplingParams", "StructuredOutput", "UserError",
+           "convert", "dynamic_schedule", "export", "load_model"]
 
 
 def __getattr__(name: str):

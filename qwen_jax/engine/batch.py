@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 
+import jax
 import numpy as np
 from qwen_kernels.attention import PAGE
 
@@ -15,7 +17,13 @@ from qwen_jax.engine.schedule import Bucket
 from qwen_jax.engine.steps import StepBatch
 
 
-def padding_batch(bucket: Bucket, slots: int, sampling: SamplingRows) -> StepBatch:
+@cache
+def _everything(rows: int, vocab_size: int) -> jax.Array:
+    """Masks that allow every token. On the device, because most steps send nothing else."""
+    return jax.device_put(np.full((rows, -(-vocab_size // 32)), -1, np.int32))
+
+
+def padding_batch(bucket: Bucket, slots: int, vocab_size: int, sampling: SamplingRows) -> StepBatch:
     """A batch whose rows are all padding, with the given sampling options."""
     row, grid = (bucket.rows,), (bucket.rows, bucket.tokens)
     return StepBatch(
@@ -31,24 +39,31 @@ def padding_batch(bucket: Bucket, slots: int, sampling: SamplingRows) -> StepBat
         reused=np.zeros((bucket.rows, bucket.pages * PAGE if bucket.phase == "prefill" else 0), np.int32),
         targets=np.full(grid, -1, np.int32),
         adapters=np.full(row, NO_ADAPTER, np.int32),
+        allowed=_everything(bucket.rows, vocab_size),
         sampling=sampling,
     )
 
 
-def dry_run_batch(bucket: Bucket, slots: int, rows: int = 1) -> StepBatch:
+def dry_run_batch(bucket: Bucket, slots: int, vocab_size: int, rows: int = 1) -> StepBatch:
     """Full rows that compute on the null page, so that a warm-up step does what a real one does; or no row at all."""
-    batch = padding_batch(bucket, slots, neutral_rows(bucket.rows))
+    batch = padding_batch(bucket, slots, vocab_size, neutral_rows(bucket.rows))
     batch.length[:rows] = bucket.tokens
     batch.counts[:rows] = bucket.tokens
     return batch
 
 
-def build_batch(plan: StepPlan, requests: Mapping[int | str, Request], slots: int) -> StepBatch:
+def build_batch(plan: StepPlan, requests: Mapping[int | str, Request], slots: int, vocab_size: int) -> StepBatch:
     """The arrays of ``plan``; ``requests`` by id."""
     bucket = plan.bucket
     options = [(requests[r.seq.request_id].params, len(r.seq.output), requests[r.seq.request_id].banned_now)
                for r in plan.rows]
-    batch = padding_batch(bucket, slots, pack_rows(options, bucket.rows))
+    batch = padding_batch(bucket, slots, vocab_size, pack_rows(options, bucket.rows))
+    masks = {row: requests[r.seq.request_id].allowed for row, r in enumerate(plan.rows) if r.samples}
+    if any(mask is not None for mask in masks.values()):
+        batch = batch._replace(allowed=np.array(batch.allowed))
+        for row, mask in masks.items():
+            if mask is not None:
+                batch.allowed[row] = mask
     for row, planned in enumerate(plan.rows):
         seq, end = planned.seq, planned.start + planned.count
         request = requests[seq.request_id]

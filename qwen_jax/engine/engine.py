@@ -21,6 +21,7 @@ from qwen_jax.engine.runner import Runner
 from qwen_jax.engine.sampling_params import SamplingParams
 from qwen_jax.engine.schedule import DEFAULT_POLICY, Limits, SchedulePolicy, bucket_table
 from qwen_jax.engine.scheduler import Scheduler
+from qwen_jax.engine.speculation import DRAFT_MODEL, NGRAM, Speculation
 from qwen_jax.engine.updates import Golden, check_golden, check_policy, golden_requests, replace_in_place, switch
 from qwen_jax.errors import UserError
 
@@ -46,6 +47,10 @@ class Engine:
       warmup: compile and run every bucket now; else call ``warmup()`` before the first request.
       progress: show progress bars on stderr.
 
+      speculation: None; "ngram" to guess tokens from where the text repeats itself; or a draft model, a smaller one of
+        the same vocabulary (as `model`; in `from_pretrained` also a folder or hub id). Answers stay the same. It
+        switches itself off where it loses.
+      draft_tokens: guesses per row and step; by default 8 from the text, 4 from a draft model.
       strict_compiles: fail a step rather than run after a compilation that came after the warm-up.
       batch_invariant: a request's tokens do not depend on what runs beside it, to the last bit (see docs/engine.md).
       warmup: compile and run every bucket now; else call ``warmup()`` before the first request.
@@ -59,8 +64,8 @@ class Engine:
                  dtype: Any = None, kv_cache_bytes: int | None = None, limits: Limits | None = None,
                  policy: SchedulePolicy = DEFAULT_POLICY, prefix_cache: bool = True, max_adapters: int = 0,
                  max_adapter_rank: int = 16, cache_dir: str | Path | None | type(...) = ...,
-                 strict_compiles: bool = False, batch_invariant: bool = False, warmup: bool = True,
-                 progress: bool = True) -> None:
+                 speculation: Any = None, draft_tokens: int | None = None, strict_compiles: bool = False,
+                 batch_invariant: bool = False, warmup: bool = True, progress: bool = True) -> None:
         settings.check_parallelism(tp_size, pp_size, fp8_enabled)
         module, defaults = settings.as_module(model, dtype)
         self.config = module.config
@@ -68,21 +73,31 @@ class Engine:
         self.generation_config: GenerationDefaults = generation_config or defaults
         dtype = module.embed.weight.dtype
         if batch_invariant:
-            if limits is not None:
-                raise UserError("batch_invariant decides the shapes: do not give limits as well")
+            if limits is not None or speculation is not None:
+                raise UserError("batch_invariant decides the shapes: give neither limits nor speculation with it")
             policy = settings.invariant_policy(policy, max_batch_size)
-        self.limits = limits or settings.limits_for(self.config, max_batch_size, max_seq_len, policy, batch_invariant)
+        if speculation is not None and draft_tokens is None:
+            draft_tokens = limits.draft_tokens if limits else 8 if speculation == NGRAM else 4
+        self.limits = limits or settings.limits_for(self.config, max_batch_size, max_seq_len, policy, batch_invariant,
+                                                    draft_tokens or 0)
+        if (self.limits.draft_tokens or None) != draft_tokens or (draft_tokens is None) != (speculation is None):
+            raise UserError(f"draft_tokens={draft_tokens} with limits for {self.limits.draft_tokens} and "
+                            f"speculation={speculation!r}: these do not go together")
         vocab_limit = min(len(tokenizer), self.config.vocab_size) if tokenizer else self.config.vocab_size
         table = bucket_table(self.limits, policy, "f32" if dtype == np.float32 else "bf16")
-        num_pages = settings.num_pages(self.config, self.limits, dtype, kv_cache_bytes)
+        draft = settings.draft_of(speculation, self.config, vocab_limit, dtype)
+        models = [self.config, draft.config] if draft else [self.config]
+        num_pages = settings.num_pages(models, self.limits, dtype, kv_cache_bytes)
         self.pool = PagePool(num_pages)
         self.scheduler = Scheduler(table, self.limits, self.pool, policy, prefix_cache, batch_invariant)
         self.adapters = AdapterTable(self.config, max_adapters, max_adapter_rank, dtype)
-        self.intake = Intake(tokenizer, self.generation_config, vocab_limit, self.scheduler, self.adapters)
+        self.intake = Intake(tokenizer, self.generation_config, vocab_limit, self.config.vocab_size, self.scheduler,
+                             self.adapters)
         directory = default_cache_dir() if cache_dir is ... else cache_dir and Path(cache_dir)
-        self.runner = Runner(module, table, num_pages, self.limits.max_batch_size, vocab_limit, self.adapters,
+        self.runner = Runner(module, table, num_pages, self.limits.max_batch_size, vocab_limit, self.adapters, draft,
                              directory or None, strict_compiles)
-        self.loop = Loop(self.scheduler, self.runner)
+        kind = DRAFT_MODEL if draft else speculation
+        self.loop = Loop(self.scheduler, self.runner, kind and Speculation(kind, self.limits.draft_tokens))
         self._progress = progress
         if warmup:
             self.warmup()
@@ -98,6 +113,8 @@ class Engine:
         for name, load in (("tokenizer", load_tokenizer), ("generation_config", load_generation_config)):
             if name not in options:  # a tokenizer takes seconds to load
                 options[name] = load(source)
+        if isinstance(options.get("speculation"), str | Path) and options["speculation"] != NGRAM:
+            options["speculation"] = load_model(options["speculation"], dtype)
         return cls(load_model(source, dtype), **options)
 
     def warmup(self) -> None:
@@ -246,6 +263,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """Counters since the engine was made."""
         figures, runner, scheduler = self.loop.figures, self.runner, self.scheduler
+        speculation = self.loop.speculation
         buckets = []
         for bucket, usage in figures.usage.items() if runner.ready else ():
             program = runner.executables[bucket]
@@ -258,6 +276,8 @@ class Engine:
             prompt_tokens=figures.prompt_tokens, generated_tokens=figures.generated_tokens,
             finished=dict(figures.finished), preemptions=scheduler.preemptions, prefix_queries=scheduler.prefix_queries,
             prefix_hits=scheduler.prefix_hits, weight_version=self.weight_version,
+            drafted_tokens=speculation.drafted if speculation else 0,
+            accepted_tokens=speculation.accepted if speculation else 0,
             device_seconds=figures.device_seconds, host_seconds=figures.host_seconds, buckets=tuple(buckets),
         )
 

@@ -13,6 +13,7 @@ import numpy as np
 from qwen_jax.config import GenerationDefaults
 from qwen_jax.engine import settings
 from qwen_jax.engine.adapters import AdapterTable
+from qwen_jax.engine.grammar import GrammarCompiler
 from qwen_jax.engine.request import Request
 from qwen_jax.engine.sampling_params import SamplingParams
 from qwen_jax.engine.scheduler import Scheduler
@@ -27,14 +28,15 @@ class Intake:
     """Reads the engine and changes nothing in it, so it may run on other threads than the steps.
 
     Args:
-      vocab_limit: how many token ids exist.
+      vocab_limit: how many token ids exist; vocab_size: how many the model has logits for.
       scheduler, adapters: asked whether a request could run at all.
     """
 
-    def __init__(self, tokenizer: Any, defaults: GenerationDefaults, vocab_limit: int, scheduler: Scheduler,
-                 adapters: AdapterTable) -> None:
+    def __init__(self, tokenizer: Any, defaults: GenerationDefaults, vocab_limit: int, vocab_size: int,
+                 scheduler: Scheduler, adapters: AdapterTable) -> None:
         self._tokenizer, self._defaults, self.vocab_limit = tokenizer, defaults, vocab_limit
         self._scheduler, self._adapters = scheduler, adapters
+        self._grammars = GrammarCompiler(tokenizer, vocab_size, defaults.eos_token_ids)
         self._ids = itertools.count()
 
     def tokens(self, prompt: Prompt | Messages) -> list[int]:
@@ -67,14 +69,17 @@ class Intake:
             score_from = 1
         if params.seed is None:
             params = replace(params, seed=secrets.randbits(32))
+        matcher = params.structured_output and self._grammars.matcher(params.structured_output)
         requests = []
         for index in range(params.n):
             own = replace(params, seed=(params.seed + index) % 2**64) if index else params
             sequence = TokenSequence(next(self._ids), tokens, own.max_tokens, own, priority, deadline)
             sequence.min_new_tokens = own.min_tokens
+            if matcher:
+                sequence.burst = 1  # the host has to see each token
             self._scheduler.check(sequence)
             requests.append(Request(sequence, self._tokenizer, self._defaults.eos_token_ids, index, score_from,
-                                    adapter))
+                                    adapter, matcher))
         return requests
 
 

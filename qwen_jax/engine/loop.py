@@ -16,6 +16,7 @@ from qwen_jax.engine.runner import Runner
 from qwen_jax.engine.schedule import SPARSE, Bucket
 from qwen_jax.engine.scheduler import Scheduler
 from qwen_jax.engine.sequence import State
+from qwen_jax.engine.speculation import Speculation
 from qwen_jax.engine.steps import StepOutput
 from qwen_jax.errors import UserError
 
@@ -53,11 +54,11 @@ class Loop:
     are free) and not yet closed (its output is incomplete): the next step closes it.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
-        self.scheduler, self.runner = scheduler, runner
+    def __init__(self, scheduler: Scheduler, runner: Runner, speculation: Speculation | None = None) -> None:
+        self.scheduler, self.runner, self.speculation = scheduler, runner, speculation
         self.figures = Figures({bucket: Usage() for bucket in runner.table})
         self.failure: BaseException | None = None
-        self._slots = scheduler.limits.max_batch_size
+        self._slots, self._vocab_size = scheduler.limits.max_batch_size, runner.weights.config.vocab_size
         self._requests: dict[int, Request] = {}
         self._undelivered: tuple[StepPlan, StepOutput, list[list[int]]] | None = None
         self._step_seconds = DISPATCH_SECONDS  # of the last decode step, per token of a row
@@ -93,11 +94,12 @@ class Loop:
         began = time.perf_counter()
         for sequence in self.scheduler.expired(time.monotonic()):
             self.abort(sequence.request_id)
-        plan = self.scheduler.plan(max(1, int(DISPATCH_SECONDS / self._step_seconds)))
+        plan = self.scheduler.plan(max(1, int(DISPATCH_SECONDS / self._step_seconds)),
+                                   self.speculation and self.speculation.propose)
         if plan is None:
             return self._deliver()
         try:
-            batch = build_batch(plan, self._requests, self._slots)
+            batch = build_batch(plan, self._requests, self._slots, self._vocab_size)
             started = time.perf_counter()
             output = self.runner.start(plan.bucket, batch, plan.version)
             self._deliver()
@@ -149,11 +151,13 @@ class Loop:
             end = request.ends_at(tokens) if tokens else None
             if end is not None:
                 tokens = tokens[:end]
-                stopped.append(row.seq)
+                stopped.append((row.seq, "stop"))
+            if tokens and (reason := request.follow_grammar(tokens)):
+                stopped.append((row.seq, reason))
             taken.append(tokens)
         self.scheduler.commit(plan, taken)
-        for sequence in stopped:
-            self.scheduler.finish(sequence, "stop")
+        for sequence, reason in stopped:
+            self.scheduler.finish(sequence, reason)
         self._undelivered = plan, output, taken
         if any(row.seq.request_id in self._requests and self._requests[row.seq.request_id].stops_at_text
                for row in plan.rows):
@@ -206,5 +210,7 @@ class Loop:
         figures.device_seconds += device
         figures.host_seconds += host
         figures.generated_tokens += sampled
+        if self.speculation:
+            self.speculation.record(plan, output.counts[: len(plan.rows)].tolist(), device + host)
         if decode and plan.bucket.tokens == 1:
             self._step_seconds = device / max(row.count for row in plan.rows)

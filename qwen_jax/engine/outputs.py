@@ -90,7 +90,8 @@ class EngineStats:
 
     ``prefix_queries`` and ``prefix_hits`` are pages that admitted requests could have shared, and those they found.
     ``device_seconds`` is wall time from the start of a step until its result was there, ``host_seconds`` what the
-    device waited for between steps while there was work. ``finished`` counts requests by finish_reason.
+    device waited for between steps while there was work. ``finished`` counts requests by finish_reason,
+    ``accepted_tokens`` those of the ``drafted_tokens`` (speculation) that became part of an answer.
     """
 
     compiles_after_warmup: int
@@ -107,6 +108,8 @@ class EngineStats:
     prefix_queries: int
     prefix_hits: int
     weight_version: int
+    drafted_tokens: int
+    accepted_tokens: int
     device_seconds: float
     host_seconds: float
     buckets: tuple[BucketStats, ...]

@@ -7,6 +7,7 @@ from typing import Any
 
 from qwen_jax.engine.adapters import NO_ADAPTER
 from qwen_jax.engine.detokenize import Detokenizer
+from qwen_jax.engine.grammar import GrammarError, Matcher
 from qwen_jax.engine.outputs import Delta, RequestOutput
 from qwen_jax.engine.sampling_params import SamplingParams
 from qwen_jax.engine.sequence import Sequence
@@ -20,10 +21,11 @@ class Request:
       eos_ids: ids that end an answer, unless ``ignore_eos``.
       score_from: first prompt position whose log-probability is wanted; None for none.
       adapter_name: the LoRA adapter it runs with; None for none.
+      matcher: at the beginning of the grammar that the answer has to follow; None for none.
     """
 
     def __init__(self, sequence: Sequence, tokenizer: Any, eos_ids: tuple[int, ...], index: int,
-                 score_from: int | None, adapter_name: str | None = None) -> None:
+                 score_from: int | None, adapter_name: str | None = None, matcher: Matcher | None = None) -> None:
         params: SamplingParams = sequence.params
         self.sequence = sequence
         self.params = params
@@ -34,7 +36,7 @@ class Request:
         self.deltas: deque[Delta] = deque()  # not yet streamed
         self.closed = False  # the output is complete
         self.streams = False  # somebody reads `deltas` before the end
-        self._tokenizer = tokenizer
+        self._tokenizer, self._grammar = tokenizer, matcher
         self._stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(eos_ids))
         self.banned = tuple(self._stop_ids)  # before min_tokens
         self.forget()
@@ -46,6 +48,21 @@ class Request:
         self.output.prompt_logprobs = None if self.score_from is None else [None] * len(self.sequence.prompt)
         self.deltas.clear()
         self._text = Detokenizer(self._tokenizer, self.params.stop)
+        self._matcher = self._grammar and self._grammar.copy()
+        self.allowed = self._matcher and self._matcher.mask()  # of the next token; None for anything
+
+    def follow_grammar(self, tokens: list[int]) -> str | None:
+        """Take tokens of the answer. Returns why it ends here, as a finish reason, or None."""
+        if self._matcher is None:
+            return None
+        try:
+            for token in tokens:
+                self._matcher.accept(token)
+            self.allowed = self._matcher.mask()
+        except (GrammarError, ValueError) as error:
+            self.output.error = f"{type(error).__name__}: {error}"
+            return "error"
+        return "stop" if self._matcher.finished else None
 
     @property
     def stops_at_text(self) -> bool:

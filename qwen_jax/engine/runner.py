@@ -17,7 +17,7 @@ from qwen_jax.engine.adapters import AdapterTable
 from qwen_jax.engine.batch import dry_run_batch
 from qwen_jax.engine.executables import Executables, planned, unplanned_compiles
 from qwen_jax.engine.schedule import FULL, SPARSE, Bucket
-from qwen_jax.engine.steps import StepBatch, StepOutput, new_state, run_bucket
+from qwen_jax.engine.steps import Models, StepBatch, StepOutput, new_state, run_bucket
 from qwen_jax.engine.weights import Weights
 from qwen_jax.errors import UserError
 from qwen_jax.model import Qwen2
@@ -30,18 +30,22 @@ class Runner:
       model: whose weights are version 0.
       num_pages, slots: sizes of the state on the device.
       vocab_limit: number of token ids that exist.
+      draft: the model that guesses tokens, if there is one.
       cache_dir: where programs are kept; None keeps none.
       strict: refuse to go on after a compilation that was not part of a warm-up.
     """
 
     def __init__(self, model: Qwen2, table: tuple[Bucket, ...], num_pages: int, slots: int, vocab_limit: int,
-                 adapters: AdapterTable, cache_dir: Path | None, strict: bool = False) -> None:
+                 adapters: AdapterTable, draft: Qwen2 | None, cache_dir: Path | None, strict: bool = False) -> None:
         self.table, self.adapters, self.weights = table, adapters, Weights(model)
         self._slots, self._vocab_limit, self._strict = slots, np.int32(vocab_limit), strict
+        self._vocab_size = model.config.vocab_size
         dtype = model.embed.weight.dtype
-        self._new_state = partial(new_state, model.config, num_pages, slots, dtype)
+        self._draft_graph, self._draft = nnx.split(draft) if draft else (None, None)
+        self._new_state = partial(new_state, model.config, num_pages, slots, dtype, draft and draft.config)
         self._state = None
-        identity = [repr(model.config), str(dtype), num_pages, slots, adapters.identity_of_shapes]
+        identity = [repr(model.config), str(dtype), num_pages, slots, adapters.identity_of_shapes,
+                    draft and repr(draft.config)]
         self.executables = Executables(self._lower, _program_of, identity, cache_dir)
         self.prepare_seconds: dict[Bucket, float] = {}
         self.warmup_seconds = 0.0
@@ -70,7 +74,7 @@ class Runner:
                       disable=not progress) as bar:
                 for bucket, program in self.executables.prepare(self.table):
                     self.prepare_seconds[bucket] = program.seconds
-                    dry = dry_run_batch(bucket, self._slots, rows=0 if program.from_disk else 1)
+                    dry = dry_run_batch(bucket, self._slots, self._vocab_size, rows=0 if program.from_disk else 1)
                     jax.device_get(self.start(bucket, dry, self.weights.current))
                     how = "loaded" if program.from_disk else "compiled"
                     bar.set_postfix_str(f"{bucket} {how} in {program.seconds:.1f} s")
@@ -86,18 +90,20 @@ class Runner:
         if self._strict and self.compiles_after_warmup:
             raise UserError(f"{self.compiles_after_warmup} compilations since the warm-up, and strict_compiles is on: "
                             "something in this process compiles while requests wait")
-        run = self.executables[bucket].run
-        self._state, output = run(self.weights[version], self._state, batch, self._vocab_limit, self.adapters.values)
+        self._state, output = self.executables[bucket].run(*self._arguments(batch, version))
         return output
 
-    def _lower(self, bucket: Bucket) -> jax.stages.Lowered:
-        def step(leaves, state, batch, vocab_limit, adapters):
-            model = nnx.merge(self.weights.graph, jax.tree.unflatten(self.weights.treedef, leaves))
-            return run_bucket(model, bucket, state, batch, vocab_limit, adapters)
+    def _arguments(self, batch: StepBatch, version: int) -> tuple:
+        return (self.weights[version], self._draft, self._state, batch, self._vocab_limit, self.adapters.values)
 
-        batch = dry_run_batch(bucket, self._slots)
-        return jax.jit(step, donate_argnums=1).lower(self.weights[self.weights.current], self._state, batch,
-                                                     self._vocab_limit, self.adapters.values)
+    def _lower(self, bucket: Bucket) -> jax.stages.Lowered:
+        def step(leaves, draft, state, batch, vocab_limit, adapters):
+            models = Models(nnx.merge(self.weights.graph, jax.tree.unflatten(self.weights.treedef, leaves)),
+                            draft and nnx.merge(self._draft_graph, draft))
+            return run_bucket(models, bucket, state, batch, vocab_limit, adapters)
+
+        batch = dry_run_batch(bucket, self._slots, self._vocab_size)
+        return jax.jit(step, donate_argnums=2).lower(*self._arguments(batch, self.weights.current))
 
 
 def _program_of(bucket: Bucket) -> Bucket:

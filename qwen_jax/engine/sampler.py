@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 
 from qwen_jax.engine.draw import draw, max_and_argmax, top_k
+from qwen_jax.engine.grammar import apply_mask
 from qwen_jax.engine.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
 from qwen_jax.errors import UserError
 
@@ -121,7 +122,7 @@ def count_output(counts, slots, tokens, valid) -> jax.Array:
     return counts.at[jnp.where(valid, slots, counts.shape[0]), tokens].add(1, mode="drop")
 
 
-def sample(logits, rows: SamplingRows, counts, slots, vocab_limit) -> Sampled:
+def sample(logits, rows: SamplingRows, counts, slots, vocab_limit, allowed=None) -> Sampled:
     """Draws one token per row.
 
     Args:
@@ -130,9 +131,12 @@ def sample(logits, rows: SamplingRows, counts, slots, vocab_limit) -> Sampled:
       counts: i32[S, V] token counts; read only if a row has a penalty.
       slots: i32[R], each row's place in counts (any valid one for padding).
       vocab_limit: i32 scalar; ids at or above it do not exist, neither as tokens nor in log-probabilities.
+      allowed: masks as ``grammar.apply_mask`` takes them; None allows everything.
     """
     logits = jnp.where(jnp.arange(logits.shape[1]) < vocab_limit, logits.astype(jnp.float32), -jnp.inf)
     scores = _penalised(logits, rows, counts, slots)
+    if allowed is not None:
+        scores = lax.cond(jnp.any(allowed != -1), lambda x: apply_mask(x, allowed), lambda x: x, scores)
     greedy = rows.temperature < GREEDY_BELOW
     top, best = max_and_argmax(scores)
     tokens = lax.cond(

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from qwen_jax.engine.structured_output import StructuredOutput
 from qwen_jax.errors import UserError
 
 MAX_LOGPROBS = 20
@@ -51,6 +52,7 @@ class SamplingParams:
       logprobs: log-probability of each generated token and of this many most likely ones, 0..20. They are the model's
         own: before penalties, bias and temperature.
       prompt_logprobs: the same for the prompt's tokens, 0..20.
+      structured_output: what the answer has to look like (`StructuredOutput`); it ends where nothing may follow.
       n: how many answers to draw, >= 1; 1 when greedy.
 
     Raises:
@@ -73,6 +75,7 @@ class SamplingParams:
     ignore_eos: bool | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    structured_output: StructuredOutput | None = None
     n: int = 1
 
     def __post_init__(self):
@@ -97,6 +100,8 @@ class SamplingParams:
         }
         for name, value in clean.items():
             object.__setattr__(self, name, value)
+        if not isinstance(self.structured_output, StructuredOutput | None):
+            raise UserError(f"structured_output must be a StructuredOutput, not {self.structured_output!r}")
         if self.n is None:
             raise UserError("n must be an integer of at least 1, not None")
         if self.temperature == 0 and self.n > 1:

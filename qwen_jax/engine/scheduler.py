@@ -131,7 +131,8 @@ class Scheduler:
         """The next step; None only when there is no work, or none but for those kept out by `paused`. Its sequences own
         pages and slots when this returns.
 
-        steps: tokens per row that a decode step may sample; one while anybody could be prefilled instead.
+        steps: tokens per row that a decode step may sample, within what its bucket can; one while anybody could be
+          prefilled instead.
         propose: drafts of the tokens after the last one of a sequence, `DRAWN` for those that the step makes.
         """
         phases = [self._plan_prefill, lambda: self._plan_decode(steps, propose)]
@@ -283,6 +284,7 @@ class Scheduler:
         if not decoding:
             return None
         decoding.sort(key=lambda seq: (seq.last_step, seq.rank))
+        steps = min(steps, self.limits.decode_steps)
         if steps > 1 and (len(decoding) < len(self.running) or self._admissible()):
             steps = 1
         # A second group is tried only when growing has preempted every row of the first.

@@ -65,7 +65,7 @@ def invariant_policy(policy: SchedulePolicy, max_batch_size: int) -> SchedulePol
 
 
 def limits_for(config: ModelConfig, max_batch_size: int, max_seq_len: int | None, policy: SchedulePolicy,
-               invariant: bool = False) -> Limits:
+               invariant: bool = False, draft_tokens: int = 0) -> Limits:
     """Default shapes for this platform, within the model's context."""
     longest = config.max_context
     if max_seq_len is None:
@@ -75,7 +75,7 @@ def limits_for(config: ModelConfig, max_batch_size: int, max_seq_len: int | None
                         "extend the context with YaRN in config.json")
     if invariant:
         return invariant_limits(max_batch_size, max_seq_len)
-    return default_limits(max_batch_size, max_seq_len, platform(), policy)
+    return default_limits(max_batch_size, max_seq_len, platform(), policy, draft_tokens)
 
 
 def platform() -> str:
@@ -89,9 +89,20 @@ def page_bytes(config: ModelConfig, dtype: Any) -> int:
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * PAGE * jnp.dtype(dtype).itemsize
 
 
-def num_pages(config: ModelConfig, limits: Limits, dtype: Any, kv_cache_bytes: int | None) -> int:
-    """Pages of the pool, the null page included."""
-    one = page_bytes(config, dtype)
+def draft_of(speculation: Any, config: ModelConfig, vocab_limit: int, dtype: Any) -> Qwen2 | None:
+    """The draft model in ``dtype``, or None for speculation by lookup or none; UserError for one that does not fit."""
+    if speculation is None or isinstance(speculation, str):
+        return None
+    draft, _ = as_module(speculation, dtype)
+    if min(draft.config.vocab_size, config.vocab_size) < vocab_limit:
+        raise UserError(f"the draft model has {draft.config.vocab_size} token ids and the model uses {vocab_limit}: "
+                        "take one with the same vocabulary")
+    return draft
+
+
+def num_pages(configs: Sequence[ModelConfig], limits: Limits, dtype: Any, kv_cache_bytes: int | None) -> int:
+    """Pages of the pool, the null page included. A page spans the layers of all models."""
+    one = sum(page_bytes(config, dtype) for config in configs)
     most = limits.max_batch_size * pages_for(limits.max_seq_len)
     if kv_cache_bytes is None:
         kv_cache_bytes = max(int(free_memory() * _KV_SHARE[platform()]), pages_for(limits.max_seq_len) * one)

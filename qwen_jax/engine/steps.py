@@ -41,6 +41,8 @@ class EngineState(NamedTuple):
 
     k_pages: tuple[jax.Array, ...]  # L of [P, K, PAGE, H]
     v_pages: tuple[jax.Array, ...]
+    draft_k_pages: tuple[jax.Array, ...]  # the draft model's, by the same page ids; empty without one
+    draft_v_pages: tuple[jax.Array, ...]
     token_counts: jax.Array  # i32[S + 1, V]; the last slot belongs to padding rows
 
 
@@ -59,6 +61,7 @@ class StepBatch(NamedTuple):
     reused: jax.Array  # i32[R, N * PAGE]: tokens at positions before `start` of a first step, found in the prefix cache
     targets: jax.Array  # i32[R, T]: the token after each position whose log-probability is wanted, else -1
     adapters: jax.Array  # i32[R]: slot of each row's LoRA adapter, 0 for none
+    allowed: jax.Array  # i32[R, ceil(V / 32)]: bit i % 32 of word i // 32 says whether token i may be sampled
     sampling: SamplingRows
 
 
@@ -76,29 +79,38 @@ class StepOutput(NamedTuple):
     prompt: PromptScores | None  # None in a decode step
 
 
-def new_state(config: ModelConfig, num_pages: int, slots: int, dtype) -> EngineState:
+class Models(NamedTuple):
+    """What a step computes with. An executable takes its arrays as arguments."""
+
+    target: Qwen2
+    draft: Qwen2 | None = None  # guesses tokens that the target then checks
+
+
+def new_state(config: ModelConfig, num_pages: int, slots: int, dtype, draft: ModelConfig | None = None) -> EngineState:
     """Empty pages and counts for ``slots`` sequences."""
-    shape = (num_pages, config.num_kv_heads, PAGE, config.head_dim)
 
-    def pages():
-        return tuple(jnp.zeros(shape, page_dtype(dtype)) for _ in range(config.num_layers))
+    def pages(config: ModelConfig | None):
+        shape = config and (num_pages, config.num_kv_heads, PAGE, config.head_dim)
+        return tuple(jnp.zeros(shape, page_dtype(dtype)) for _ in range(config.num_layers if config else 0))
 
-    return EngineState(pages(), pages(), jnp.zeros((slots + 1, config.vocab_size), jnp.int32))
+    return EngineState(pages(config), pages(config), pages(draft), pages(draft),
+                       jnp.zeros((slots + 1, config.vocab_size), jnp.int32))
 
 
-def run_bucket(model: Qwen2, bucket: Bucket, state: EngineState, batch: StepBatch, vocab_limit: jax.Array,
+def run_bucket(models: Models, bucket: Bucket, state: EngineState, batch: StepBatch, vocab_limit: jax.Array,
                adapters: Adapters | None = None) -> tuple[EngineState, StepOutput]:
     """One step of ``bucket``; ``vocab_limit`` (i32 scalar) is the number of ids that exist."""
     if bucket.phase == "prefill":
-        return _micro_batches(model, bucket, state, batch, vocab_limit, adapters)
+        return _micro_batches(models, bucket, state, batch, vocab_limit, adapters)
     if bucket.tokens > 1:
-        return _check_drafts(model, state, batch, vocab_limit, adapters)
-    return _generate(model, bucket, state, batch, vocab_limit, adapters)
+        return _check_drafts(models, state, batch, vocab_limit, adapters)
+    return _generate(models.target, bucket, state, batch, vocab_limit, adapters)
 
 
-def _hidden(model: Qwen2, state: EngineState, batch: StepBatch, adapters):
+def _hidden(model: Qwen2, state: EngineState, batch: StepBatch, adapters, draft: bool = False):
     """Final hidden states ``[R, T, D]`` of a batch's tokens, whose keys and values are written to their pages."""
-    k_pages, v_pages = list(state.k_pages), list(state.v_pages)
+    k_name, v_name = ("draft_k_pages", "draft_v_pages") if draft else ("k_pages", "v_pages")
+    k_pages, v_pages = list(getattr(state, k_name)), list(getattr(state, v_name))
     positions = batch.start[:, None] + jnp.arange(batch.tokens.shape[1])
 
     def attend(layer, q, k, v):
@@ -109,41 +121,47 @@ def _hidden(model: Qwen2, state: EngineState, batch: StepBatch, adapters):
 
     adapt = adapt_rows(model.config, adapters, batch.adapters) if adapters else None
     hidden = model.hidden(batch.tokens, positions, attend, adapt)
-    return hidden, state._replace(k_pages=tuple(k_pages), v_pages=tuple(v_pages))
+    return hidden, state._replace(**{k_name: tuple(k_pages), v_name: tuple(v_pages)})
 
 
-def _prefill(model: Qwen2, state: EngineState, batch: StepBatch, vocab_limit, adapters):
+def _prefill(models: Models, state: EngineState, batch: StepBatch, vocab_limit, adapters):
     """All rows of ``batch`` at once."""
-    hidden, state = _hidden(model, state, batch, adapters)
+    if models.draft is not None:
+        _, state = _hidden(models.draft, state, batch, None, draft=True)
+    hidden, state = _hidden(models.target, state, batch, adapters)
     positions = batch.start[:, None] + jnp.arange(batch.tokens.shape[1])
     counts = _count_reused(clear_counts(state.token_counts, batch.slots, batch.first), batch)
     counts = count_prompt(counts, batch.slots, batch.tokens, positions < batch.length[:, None],
                           positions >= batch.prompt_length[:, None])
-    scores = _score(model, hidden, batch.targets, vocab_limit)
+    scores = _score(models.target, hidden, batch.targets, vocab_limit)
     last = jnp.maximum(batch.length - batch.start - 1, 0)
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-    sampled = _sample(model, hidden, batch.sampling, batch.slots, counts, vocab_limit)
+    sampled = _sample(models.target, hidden, batch.sampling, batch.slots, batch.allowed, counts, vocab_limit)
     counts = count_output(counts, batch.slots, sampled.tokens, batch.samples)
     return state._replace(token_counts=counts), StepOutput(
         jax.tree.map(lambda x: x[:, None], sampled), batch.samples.astype(jnp.int32), scores)
 
 
+def _at_step(batch: StepBatch, tokens, index, slots: int) -> StepBatch:
+    """Token ``index`` of a decode step, i32[R]: rows that sample no such token become padding rows."""
+    active = index < batch.counts
+    return batch._replace(
+        tokens=tokens[:, None], start=jnp.where(active, batch.start + index, 0),
+        length=jnp.where(active, batch.start + index + 1, 0), slots=jnp.where(active, batch.slots, slots),
+        samples=active, sampling=batch.sampling._replace(step=batch.sampling.step + index))
+
+
 def _generate(model: Qwen2, bucket: Bucket, state: EngineState, batch: StepBatch, vocab_limit, adapters):
     """Tokens one after another, as many for each row as ``batch.counts`` says."""
-    slots = state.token_counts.shape[0] - 1  # that of padding rows
     graph, params = nnx.split(model)
 
     def one(state, tokens, index):
         here, tied = jax.lax.optimization_barrier((params, index))  # see _micro_batches
-        active = tied < batch.counts
-        now = batch._replace(
-            tokens=tokens[:, None], start=jnp.where(active, batch.start + tied, 0),
-            length=jnp.where(active, batch.start + tied + 1, 0), slots=jnp.where(active, batch.slots, slots),
-            sampling=batch.sampling._replace(step=batch.sampling.step + tied))
+        now = _at_step(batch, tokens, tied, slots=len(state.token_counts) - 1)
         model = nnx.merge(graph, here)
         hidden, state = _hidden(model, state, now, adapters)
-        sampled = _sample(model, hidden[:, 0], now.sampling, now.slots, state.token_counts, vocab_limit)
-        counts = count_output(state.token_counts, now.slots, sampled.tokens, active)
+        sampled = _sample(model, hidden[:, 0], now.sampling, now.slots, now.allowed, state.token_counts, vocab_limit)
+        counts = count_output(state.token_counts, now.slots, sampled.tokens, now.samples)
         return state._replace(token_counts=counts), sampled
 
     def body(index, carry):
@@ -163,14 +181,17 @@ def _generate(model: Qwen2, bucket: Bucket, state: EngineState, batch: StepBatch
     return state, StepOutput(outputs, batch.counts, None)
 
 
-def _check_drafts(model: Qwen2, state: EngineState, batch: StepBatch, vocab_limit, adapters):
-    """``batch.tokens``: the last token of each row, and drafts of those after it."""
-    hidden, state = _hidden(model, state, batch, adapters)
+def _check_drafts(models: Models, state: EngineState, batch: StepBatch, vocab_limit, adapters):
+    """``batch.tokens``: the last token of each row, and drafts of those after it (-1: the draft model's)."""
+    if models.draft is not None:
+        state, drawn = _draw_drafts(models.draft, state, batch, vocab_limit)
+        batch = batch._replace(tokens=jnp.where(batch.tokens < 0, drawn, batch.tokens))
+    hidden, state = _hidden(models.target, state, batch, adapters)
     rows, width = batch.tokens.shape
     sampling = jax.tree.map(lambda x: jnp.repeat(x, width, axis=0), batch.sampling)
     sampling = sampling._replace(step=sampling.step + jnp.tile(jnp.arange(width), rows))
-    sampled = _sample(model, hidden.reshape(rows * width, -1), sampling, jnp.repeat(batch.slots, width),
-                      state.token_counts, vocab_limit)
+    sampled = _sample(models.target, hidden.reshape(rows * width, -1), sampling, jnp.repeat(batch.slots, width),
+                      jnp.repeat(batch.allowed, width, axis=0), state.token_counts, vocab_limit)
     sampled = jax.tree.map(lambda x: x.reshape(rows, width, *x.shape[1:]), sampled)
     right = sampled.tokens[:, :-1] == batch.tokens[:, 1:]
     right &= jnp.arange(1, width) < batch.counts[:, None]
@@ -179,6 +200,32 @@ def _check_drafts(model: Qwen2, state: EngineState, batch: StepBatch, vocab_limi
     for index in range(width):
         counts = count_output(counts, batch.slots, sampled.tokens[:, index], index < emitted)
     return state._replace(token_counts=counts), StepOutput(sampled, emitted, None)
+
+
+def _draw_drafts(draft: Qwen2, state: EngineState, batch: StepBatch, vocab_limit):
+    """Tokens i32[R, T]: the first of each row, and what the draft model says after it.
+
+    It is asked with the same options and random numbers as the target will be, so that where the two agree about a
+    distribution they mostly draw the same token. It reads its own last guess too, which the next step may need.
+    """
+    graph, params = nnx.split(draft)
+    vocab = state.token_counts.shape[1]
+
+    def body(index, carry):
+        state, tokens = carry
+        here, tied = jax.lax.optimization_barrier((params, index))
+        now = _at_step(batch, jax.lax.dynamic_index_in_dim(tokens, tied, 1, keepdims=False), tied,
+                       slots=len(state.token_counts) - 1)
+        model = nnx.merge(graph, here)
+        hidden, state = _hidden(model, state, now, None, draft=True)
+        logits = model.logits(hidden[:, 0])[:, :vocab]  # vocabularies differ at most in unused ids
+        logits = jnp.pad(logits, ((0, 0), (0, vocab - logits.shape[1])), constant_values=-jnp.inf)
+        guess = sample(logits, now.sampling, state.token_counts, now.slots, vocab_limit).tokens
+        following = jnp.minimum(tied + 1, tokens.shape[1] - 1)
+        guess = jnp.where(following > tied, guess, tokens[:, -1])
+        return state, jax.lax.dynamic_update_slice_in_dim(tokens, guess[:, None], following, 1)
+
+    return jax.lax.fori_loop(0, jnp.max(batch.counts), body, (state, jnp.maximum(batch.tokens, 0)))
 
 
 def _count_reused(counts, batch: StepBatch):
@@ -197,15 +244,15 @@ def _count_reused(counts, batch: StepBatch):
     return jax.lax.fori_loop(0, (most + size - 1) // size, body, counts)
 
 
-def _sample(model: Qwen2, hidden, sampling: SamplingRows, slots, counts, vocab_limit) -> Sampled:
+def _sample(model: Qwen2, hidden, sampling: SamplingRows, slots, allowed, counts, vocab_limit) -> Sampled:
     """Head and sampling for ``hidden[R, D]``, at most ``SAMPLED_ROWS`` rows at a time."""
 
     def some(item):
-        hidden, sampling, slots = item
-        return sample(model.logits(hidden), sampling, counts, slots, vocab_limit)
+        hidden, sampling, slots, allowed = item
+        return sample(model.logits(hidden), sampling, counts, slots, vocab_limit, allowed)
 
     rows = len(hidden)
-    items = hidden, sampling, slots
+    items = hidden, sampling, slots, allowed
     if rows <= SAMPLED_ROWS or rows % SAMPLED_ROWS:
         return some(items)
     parts = jax.tree.map(lambda x: x.reshape(-1, SAMPLED_ROWS, *x.shape[1:]), items)
@@ -232,7 +279,7 @@ def _score(model: Qwen2, hidden, targets, vocab_limit) -> PromptScores:
     return PromptScores(*(x.reshape(*targets.shape, *x.shape[2:]) for x in scores))
 
 
-def _micro_batches(model: Qwen2, bucket: Bucket, state: EngineState, batch: StepBatch, vocab_limit, adapters):
+def _micro_batches(models: Models, bucket: Bucket, state: EngineState, batch: StepBatch, vocab_limit, adapters):
     """The rows in groups of ``micro_rows``, so that activations of one group exist at a time (``recompute``).
 
     Groups of padding rows are not run at all: a prefill step without rows costs nothing.
@@ -242,12 +289,13 @@ def _micro_batches(model: Qwen2, bucket: Bucket, state: EngineState, batch: Step
     def part(index):
         return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index * size, size), batch)
 
-    graph, params = nnx.split(model)
+    (graph, params), draft = nnx.split(models.target), models.draft and nnx.split(models.draft)
 
     def run(state, index):
         # Tied to the index, weights are not loop-invariant: XLA:CPU would widen all of them to float32 before the loop.
-        here, tied = jax.lax.optimization_barrier((params, index))
-        return _prefill(nnx.merge(graph, here), state, part(tied), vocab_limit, adapters)
+        here, beside, tied = jax.lax.optimization_barrier((params, draft and draft[1], index))
+        now = Models(nnx.merge(graph, here), draft and nnx.merge(draft[0], beside))
+        return _prefill(now, state, part(tied), vocab_limit, adapters)
 
     def body(index, carry):
         state, outputs = carry

@@ -12,6 +12,7 @@ from qwen_jax.engine.sampling_params import SamplingParams
 from qwen_jax.errors import UserError
 
 POLICIES = ("finish_old", "restart")
+FIRST = -2**31  # priority of golden prompts: an update under load does not wait for the queue
 Golden = Sequence[tuple[Prompt, Prompt]]  # a prompt, and how its greedy answer has to begin ("" or () for anything)
 
 
@@ -29,7 +30,7 @@ def golden_requests(intake: Intake, golden: Golden | None) -> list[tuple[Request
         expected = intake.tokens(answer) if len(answer) else []
         params = SamplingParams(max_tokens=max(len(expected), 4), temperature=0.0, repetition_penalty=1.0, logprobs=0,
                                 prompt_logprobs=0, ignore_eos=True)
-        request, = intake.requests(prompt, params)
+        request, = intake.requests(prompt, params, priority=FIRST)
         tried.append((request, expected))
     return tried
 

@@ -19,7 +19,7 @@ from flax import nnx  # noqa: E402
 from qwen_jax import ModelConfig  # noqa: E402
 from qwen_jax.engine.batch import dry_run_batch  # noqa: E402
 from qwen_jax.engine.schedule import FULL, RECOMPUTE, Bucket  # noqa: E402
-from qwen_jax.engine.steps import new_state, run_bucket  # noqa: E402
+from qwen_jax.engine.steps import Models, new_state, run_bucket  # noqa: E402
 from qwen_jax.model import Qwen2  # noqa: E402
 
 ROWS, PAGES = 128, 4
@@ -37,9 +37,9 @@ def main() -> None:
 
     def temporary(bucket: Bucket) -> float:
         def step(leaves, state, batch, vocab_limit):
-            return run_bucket(nnx.merge(graph, jax.tree.unflatten(tree, leaves)), bucket, state, batch, vocab_limit)
+            return run_bucket(Models(nnx.merge(graph, jax.tree.unflatten(tree, leaves))), bucket, state, batch, vocab_limit)
 
-        lowered = jax.jit(step, donate_argnums=1).lower(leaves, state, dry_run_batch(bucket, ROWS), np.int32(1))
+        lowered = jax.jit(step, donate_argnums=1).lower(leaves, state, dry_run_batch(bucket, ROWS, config.vocab_size), np.int32(1))
         return lowered.compile().memory_analysis().temp_size_in_bytes / 1e6
 
     buckets = [Bucket("prefill", FULL, 32, 64, PAGES), Bucket("prefill", RECOMPUTE, ROWS, 64, PAGES, micro_rows=32),

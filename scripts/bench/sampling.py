@@ -25,7 +25,7 @@ from qwen_jax.engine.batch import padding_batch
 from qwen_jax.engine.sampler import IN_PROMPT, neutral_rows, pack_rows, sample
 from qwen_jax.engine.sampling_params import SamplingParams
 from qwen_jax.engine.schedule import FULL, Bucket
-from qwen_jax.engine.steps import new_state, run_bucket
+from qwen_jax.engine.steps import Models, new_state, run_bucket
 from qwen_jax.model.abstract import init
 
 BAR = 0.15
@@ -47,14 +47,14 @@ def decode_step(config: ModelConfig, num_rows: int):
     bucket = Bucket("decode", FULL, rows=num_rows, tokens=1, pages=8)
     model = init(config, dtype="bfloat16")
     state = new_state(config, num_pages=2, slots=SLOTS, dtype="bfloat16")
-    batch = padding_batch(bucket, SLOTS, neutral_rows(num_rows))
+    batch = padding_batch(bucket, SLOTS, config.vocab_size, neutral_rows(num_rows))
     batch.length[:] = 1
     limit = np.int32(config.vocab_size)
     graph, params = nnx.split(model)
 
     @partial(jax.jit, donate_argnums=1)
     def step(params, state, batch):
-        return run_bucket(nnx.merge(graph, params), bucket, state, batch, limit)
+        return run_bucket(Models(nnx.merge(graph, params)), bucket, state, batch, limit)
 
     return partial(step, params), state, batch
 

@@ -14,7 +14,7 @@ from qwen_jax.engine.schedule import Limits
 GREEDY = SamplingParams(max_tokens=64, temperature=0.0)
 # Few programs, because compiling is what these tests wait for.
 LIMITS = Limits(max_batch_size=8, max_seq_len=1024, prefill_shapes=((8, 64), (1, 256)), recompute_shapes=(),
-                decode_rows=(8,))
+                decode_rows=(8,), decode_steps=8)
 SMALLEST = Limits(max_batch_size=2, max_seq_len=128, prefill_shapes=((2, 64),), recompute_shapes=(), decode_rows=(4,))
 
 

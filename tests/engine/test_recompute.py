@@ -12,7 +12,7 @@ from qwen_jax import Engine, SamplingParams
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.batch import dry_run_batch
 from qwen_jax.engine.schedule import FULL, RECOMPUTE, Bucket, Limits, SchedulePolicy
-from qwen_jax.engine.steps import new_state, run_bucket
+from qwen_jax.engine.steps import Models, new_state, run_bucket
 from qwen_jax.model import Qwen2
 
 PAGES = 4
@@ -24,10 +24,11 @@ def temporary_bytes(config: ModelConfig, bucket: Bucket, slots: int = 128) -> in
     leaves, tree = jax.tree.flatten(params)
 
     def step(leaves, state, batch, vocab_limit):
-        return run_bucket(nnx.merge(graph, jax.tree.unflatten(tree, leaves)), bucket, state, batch, vocab_limit)
+        return run_bucket(Models(nnx.merge(graph, jax.tree.unflatten(tree, leaves))), bucket, state, batch, vocab_limit)
 
     state = jax.eval_shape(lambda: new_state(config, slots * PAGES + 1, slots, "bfloat16"))
-    lowered = jax.jit(step, donate_argnums=1).lower(leaves, state, dry_run_batch(bucket, slots), np.int32(100))
+    batch = dry_run_batch(bucket, slots, config.vocab_size)
+    lowered = jax.jit(step, donate_argnums=1).lower(leaves, state, batch, np.int32(100))
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
 

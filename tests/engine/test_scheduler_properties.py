@@ -44,7 +44,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.bench.add(length, new, alike, bytes([version]), reusable, version=version, priority=priority,
                        deadline=deadline, min_new_tokens=minimum)
 
-    @rule(steps=st.integers(1, 80), burst=st.integers(1, 8), right=st.none() | st.integers(0, 4))
+    @rule(steps=st.integers(1, 80), burst=st.integers(1, 20), right=st.none() | st.integers(0, 4))
     def run(self, steps, burst, right):
         def propose(seq):
             drafts = alone(seq.prompt, seq.max_new_tokens)[len(seq.output):][:4]

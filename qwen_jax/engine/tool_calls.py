@@ -1,0 +1,173 @@
+"""Tool calls in the model's text, as Qwen2.5 writes them: ``<tool_call>`` JSON ``</tool_call>``.
+
+A block is a call when its JSON is an object with a non-empty string ``name`` and, if any, ``arguments`` that are an
+object or the JSON text of one; other keys are ignored. Every other text is content, broken and unclosed blocks
+included, to the letter. Blanks around calls go with them, except one run between two pieces of content.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+# Tags inside a JSON string are the string's. A raw line end ends a string, for JSON has none inside one, and a model
+# that forgot the quote would otherwise swallow every later call.
+_OUTSIDE_STRING, _INSIDE_STRING = re.compile(r'["<]'), re.compile(r'["\\\n]')
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    id: str
+    name: str
+    arguments: str  # JSON text of an object
+
+
+@dataclass(frozen=True)
+class ParsedAnswer:
+    content: str | None  # None when there is nothing but calls
+    tool_calls: tuple[ToolCall, ...]
+
+
+def new_call_id() -> str:
+    """An id no other call has."""
+    return f"call_{secrets.token_hex(12)}"
+
+
+def parse_tool_calls(text: str, new_id: Callable[[], str] = new_call_id) -> ParsedAnswer:
+    """Splits a whole answer into what is said and what is called."""
+    stream = ToolCallStream(new_id)
+    events = [*stream.feed(text), *stream.flush()]
+    calls = tuple(event for event in events if isinstance(event, ToolCall))
+    content = "".join(event for event in events if isinstance(event, str))
+    return ParsedAnswer(None if calls and not content else content, calls)
+
+
+class ToolCallStream:
+    """`parse_tool_calls` for text that arrives in pieces. However it is cut, content and calls are the same.
+
+    Events are pieces of content (str, never empty) and whole calls, in order. Text that may yet be part of a call, and
+    blanks that may precede one, are held back.
+    """
+
+    def __init__(self, new_id: Callable[[], str] = new_call_id) -> None:
+        self._new_id = new_id
+        self._text = ""  # held back; begins with OPEN when in a block
+        self._scanned = 0  # characters of a block's text already looked at; 0 outside a block
+        self._in_string = False
+        self._blanks = ""  # held back, before _text
+        self._after_call = False  # no content since the last call
+        self._events: list[str | ToolCall] = []
+
+    def feed(self, text: str) -> list[str | ToolCall]:
+        """Take the next piece of text; returns what is certain."""
+        self._text += text
+        while self._read_block() if self._scanned else self._find_block():
+            pass
+        return self._take_events()
+
+    def flush(self) -> list[str | ToolCall]:
+        """The answer has ended: what was held back is content."""
+        self._content(self._text)
+        if not self._after_call and self._blanks:
+            self._events.append(self._blanks)
+        self._text = self._blanks = ""
+        return self._take_events()
+
+    def _take_events(self) -> list[str | ToolCall]:
+        events, self._events = self._events, []
+        return events
+
+    def _find_block(self) -> bool:
+        """Passes on content; True when a block begins."""
+        at = self._text.find(OPEN)
+        if at < 0:
+            self._pass_content(len(self._text) - _tag_begun(self._text))
+            return False
+        self._begin_block(at)
+        return True
+
+    def _read_block(self) -> bool:
+        """Looks for the end of the block; True when it was found."""
+        while found := (_INSIDE_STRING if self._in_string else _OUTSIDE_STRING).search(self._text, self._scanned):
+            at, rest = found.start(), len(self._text) - found.start()
+            self._scanned = at + 1
+            if found[0] == "\\":
+                if rest == 1:
+                    self._scanned = at  # what it escapes is not here yet
+                    return False
+                self._scanned += self._text[at + 1] != "\n"
+            elif found[0] != "<":
+                self._in_string = not self._in_string
+            elif self._text.startswith(CLOSE, at):
+                self._end_block(at + len(CLOSE))
+                return True
+            elif self._text.startswith(OPEN, at):  # the block before was never closed
+                self._begin_block(at)
+            elif any(tag.startswith(self._text[at:]) for tag in (OPEN, CLOSE)):
+                self._scanned = at
+                return False
+        self._scanned = len(self._text)
+        return False
+
+    def _begin_block(self, at: int) -> None:
+        self._pass_content(at)
+        self._scanned = len(OPEN)
+
+    def _end_block(self, end: int) -> None:
+        call = _call(self._text[len(OPEN) : end - len(CLOSE)])
+        self._scanned = 0
+        if call is None:
+            self._pass_content(end)
+            return
+        self._text, self._after_call = self._text[end:], True
+        self._events.append(ToolCall(self._new_id(), *call))
+
+    def _pass_content(self, end: int) -> None:
+        self._content(self._text[:end])
+        self._text = self._text[end:]
+
+    def _content(self, text: str) -> None:
+        if self._after_call:
+            text = text.lstrip()
+        body = text.rstrip()
+        if not body:
+            self._blanks += text
+            return
+        piece = self._blanks + body
+        if self._events and isinstance(self._events[-1], str):
+            self._events[-1] += piece
+        else:
+            self._events.append(piece)
+        self._blanks, self._after_call = text[len(body) :], False
+
+
+def _tag_begun(text: str) -> int:
+    """Characters at the end that may be the beginning of ``<tool_call>``."""
+    return next((n for n in range(min(len(OPEN) - 1, len(text)), 0, -1) if text.endswith(OPEN[:n])), 0)
+
+
+def _call(body: str) -> tuple[str, str] | None:
+    """(name, arguments) of a block's JSON; None when it is no call."""
+    try:
+        block = _loads(body)
+        name, arguments = block["name"], block.get("arguments", {})
+        if isinstance(arguments, str):
+            values, text = _loads(arguments), arguments
+        else:
+            values, text = arguments, json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        (name + text).encode()  # JSON may spell half a surrogate pair, which no reply can carry
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return (name, text) if name and isinstance(values, dict) else None
+
+
+def _loads(text: str):
+    return json.loads(text, parse_constant=_refuse)
+
+
+def _refuse(constant: str):
+    raise ValueError(f"{constant} is not JSON")
