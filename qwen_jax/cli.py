@@ -143,6 +143,9 @@ def _answers(engine):
 
 
 def _info(args: argparse.Namespace) -> None:
+    if args.buckets:
+        _buckets(args, _compiled(args, ...))
+        return
     facts = _facts(args.model)
     if args.json:
         print(json.dumps(facts))
@@ -153,19 +156,48 @@ def _info(args: argparse.Namespace) -> None:
               else f"{name.replace('_', ' '):{width}}  {value}")
 
 
+def _compile(args: argparse.Namespace) -> None:
+    engine = _compiled(args, args.output)
+    print(f"{len(engine.runner.executables.programs)} executables in {args.output}")
+
+
+def _compiled(args: argparse.Namespace, cache_dir):
+    """An engine without weights whose programs are compiled and kept in a folder."""
+    from qwen_jax.engine.engine import Engine
+
+    options = {name: getattr(args, name) for name in ("max_batch_size", "max_seq_len", "kv_cache_bytes")
+               if getattr(args, name) is not None}
+    engine = Engine.without_weights(args.model, dtype=args.dtype, cache_dir=cache_dir, **options)
+    engine.runner.compile(progress=sys.stderr.isatty() or not getattr(args, "json", False))
+    return engine
+
+
+def _buckets(args: argparse.Namespace, engine) -> None:
+    """What each bucket costs, as XLA sees it."""
+    rows = []
+    for bucket in engine.runner.table:
+        program = engine.runner.executables[bucket]
+        rows.append({"bucket": str(bucket), "gflops": program.flops / 1e9, "accessed_mb": program.bytes_accessed / 1e6,
+                     "temporary_mb": program.temp_bytes / 1e6, "seconds": program.seconds,
+                     "from_disk": program.from_disk})
+    if args.json:
+        for row in rows:
+            print(json.dumps(row))
+        return
+    width = max(len(row["bucket"]) for row in rows)
+    print(f"{'bucket':{width}}  {'GFLOP':>9} {'MB accessed':>12} {'MB temporary':>13} {'s to prepare':>13}")
+    for row in rows:
+        how = "from disk" if row["from_disk"] else "compiled"
+        print(f"{row['bucket']:{width}}  {row['gflops']:>9.1f} {row['accessed_mb']:>12,.0f} "
+              f"{row['temporary_mb']:>13,.0f} {row['seconds']:>13.1f}  {how}")
+    print("GFLOP and MB accessed: of one micro-batch of a prefill, of one token per row in decode.")
+
+
 def _facts(ref: str) -> dict:
     """What ``info`` says of a model or a preset. Reads the configuration only."""
-    from pathlib import Path
+    from qwen_jax.checkpoint.source import find_config
 
-    from qwen_jax.checkpoint.source import SHIPPED, resolve
-    from qwen_jax.config import PRESETS, ModelConfig
-
-    looks_like_preset = "/" not in ref or ref.lower().removeprefix("qwen/") in PRESETS
-    if looks_like_preset and ref not in SHIPPED and not Path(ref).exists():
-        config, where = ModelConfig.preset(ref), "preset"
-    else:
-        source = resolve(ref)
-        config, where = source.config, f"{source.path} ({'converted' if source.kind == 'orbax' else 'Hugging Face'})"
+    config, where = find_config(ref)
     element = 4 if config.dtype == "float32" else 2
     facts = {"model": where, "parameters": config.num_parameters,
              "weight_bytes": config.num_parameters * element,
@@ -232,7 +264,17 @@ def _parser() -> argparse.ArgumentParser:
 
     info = command("info", _info, "Show a model's architecture and sizes, from its configuration alone.")
     info.add_argument("model", help="MODEL or a preset such as qwen2.5-7b")
-    info.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    info.add_argument("--json", action="store_true", help="one JSON object on stdout; with --buckets, one per bucket")
+    info.add_argument("--buckets", action="store_true", help="compile every program of an engine and say what it costs")
+    build = command("compile", _compile, "Compile an engine's programs ahead of its deployment, without its weights. "
+                    "The engine finds them with cache_dir=DIR and the same sizes, on the same kind of device.")
+    build.add_argument("model", help="MODEL or a preset such as qwen2.5-7b")
+    build.add_argument("-o", "--output", metavar="DIR", required=True)
+    for sub in (info, build):
+        sub.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the engine")
+        sub.add_argument("--max-batch-size", type=int)
+        sub.add_argument("--max-seq-len", type=int)
+        sub.add_argument("--kv-cache-bytes", type=int, help="a shape of the programs; by default from what is free")
     return parser
 
 

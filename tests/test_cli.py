@@ -10,6 +10,8 @@ import pytest
 from oracle import random_qwen2
 from safetensors.torch import load_file
 
+from qwen_jax import Engine, SamplingParams, UserError
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -87,3 +89,20 @@ def test_a_mistake_is_one_line_and_exit_code_2(args, said, tmp_path):
 def test_help_does_not_import_jax():
     code = "import sys; from qwen_jax.cli import _parser; _parser(); sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_programs_compiled_ahead_are_found_by_the_engine(folder, tmp_path):
+    sizes = ["--max-batch-size", "1", "--max-seq-len", "64", "--kv-cache-bytes", "100000", "--dtype", "float32"]
+    assert "2 executables" in run("compile", folder, "-o", tmp_path / "programs", *sizes, check=True).stdout
+    rows = [json.loads(line) for line in run("info", folder, "--buckets", "--json", *sizes, check=True
+                                             ).stdout.splitlines()]
+    assert [row["bucket"] for row in rows] == ["prefill/full_attention 1x64", "decode/full_attention 2x1"]
+    assert all(row["gflops"] > 0 and row["accessed_mb"] > 0 and row["temporary_mb"] > 0 for row in rows)
+    made = dict(max_batch_size=1, max_seq_len=64, kv_cache_bytes=100_000, dtype="float32", progress=False)
+    engine = Engine.from_pretrained(folder, cache_dir=tmp_path / "programs", **made)
+    assert all(bucket.from_disk for bucket in engine.stats().buckets)
+    prompt, params = list(range(5)), SamplingParams(max_tokens=20, temperature=0.0)
+    fresh = Engine.from_pretrained(folder, cache_dir=None, **made)
+    assert engine.generate(prompt, params)[0].token_ids == fresh.generate(prompt, params)[0].token_ids
+    with pytest.raises(UserError, match="not warmed up"):
+        Engine.without_weights(folder, max_seq_len=64, max_batch_size=1).generate(prompt, params)

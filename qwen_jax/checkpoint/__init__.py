@@ -3,7 +3,7 @@
 from qwen_jax.checkpoint.conversion import convert, export, save_hf, verify
 from qwen_jax.checkpoint.load import from_transformers, iter_params, load_model, load_params
 from qwen_jax.checkpoint.safetensors_io import check_finite
-from qwen_jax.checkpoint.source import Source, load_generation_config, load_tokenizer, resolve
+from qwen_jax.checkpoint.source import Source, find_config, load_generation_config, load_tokenizer, resolve
 
-__all__ = ["Source", "check_finite", "convert", "export", "from_transformers", "iter_params", "load_generation_config",
-           "load_model", "load_params", "load_tokenizer", "resolve", "save_hf", "verify"]
+__all__ = ["Source", "check_finite", "convert", "export", "find_config", "from_transformers", "iter_params",
+           "load_generation_config", "load_model", "load_params", "load_tokenizer", "resolve", "save_hf", "verify"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from qwen_jax.checkpoint.hf_layout import check_shapes
-from qwen_jax.config import GenerationDefaults, ModelConfig
+from qwen_jax.config import PRESETS, GenerationDefaults, ModelConfig
 from qwen_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -77,6 +77,16 @@ def resolve(ref: str | Path | Source) -> Source:
             raise UserError(f"{path} holds weights quantised with {method} ({name}), which are not supported: use the "
                             "16-bit release of this model")
     return source
+
+
+def find_config(ref: str | Path) -> tuple[ModelConfig, str]:
+    """The architecture of a model or of a preset such as ``qwen2.5-7b``, and where it was found."""
+    name = str(ref)
+    looks_like_preset = "/" not in name or name.lower().removeprefix("qwen/") in PRESETS
+    if looks_like_preset and name not in SHIPPED and not Path(ref).exists():
+        return ModelConfig.preset(name), "preset"
+    source = resolve(ref)
+    return source.config, f"{source.path} ({'converted' if source.kind == 'orbax' else 'Hugging Face'})"
 
 
 def read_manifest(source: Source) -> dict[str, Any]:

@@ -10,10 +10,11 @@ import numpy as np
 from qwen_kernels.attention import PAGE
 
 from qwen_jax.engine.adapters import NO_ADAPTER
-from qwen_jax.engine.plan import StepPlan
+from qwen_jax.engine.plan import PlannedRow, StepPlan
 from qwen_jax.engine.request import Request
 from qwen_jax.engine.sampler import SamplingRows, neutral_rows, pack_rows
 from qwen_jax.engine.schedule import Bucket
+from qwen_jax.engine.sequence import Sequence
 from qwen_jax.engine.steps import StepBatch
 
 
@@ -55,33 +56,39 @@ def dry_run_batch(bucket: Bucket, slots: int, vocab_size: int, rows: int = 1) ->
 def build_batch(plan: StepPlan, requests: Mapping[int | str, Request], slots: int, vocab_size: int) -> StepBatch:
     """The arrays of ``plan``; ``requests`` by id."""
     bucket = plan.bucket
-    options = [(requests[r.seq.request_id].params, len(r.seq.output), requests[r.seq.request_id].banned_now)
-               for r in plan.rows]
+    rows = [(planned, planned.seq, requests[planned.seq.request_id]) for planned in plan.rows]
+    options = [(request.params, len(seq.output), request.banned_now) for _, seq, request in rows]
     batch = padding_batch(bucket, slots, vocab_size, pack_rows(options, bucket.rows))
-    masks = {row: requests[r.seq.request_id].allowed for row, r in enumerate(plan.rows) if r.samples}
-    if any(mask is not None for mask in masks.values()):
-        batch = batch._replace(allowed=np.array(batch.allowed))
-        for row, mask in masks.items():
-            if mask is not None:
-                batch.allowed[row] = mask
-    for row, planned in enumerate(plan.rows):
-        seq, end = planned.seq, planned.start + planned.count
-        request = requests[seq.request_id]
-        if bucket.phase == "decode":
-            batch.tokens[row, 0] = seq.last_token
-            batch.tokens[row, 1 : len(planned.drafts) + 1] = planned.drafts
-            batch.counts[row] = planned.count
-        else:
-            tokens = seq.tokens
-            batch.tokens[row, : planned.count] = tokens[planned.start : end]
-            batch.first[row] = planned.start == seq.num_reused
-            if batch.first[row]:
-                batch.reused[row, : planned.start] = tokens[: planned.start]
-            if request.score_from is not None:
-                batch.targets[row, : planned.count] = [request.target_at(p) for p in range(planned.start, end)]
-        batch.start[row], batch.length[row] = planned.start, end
+    fields = np.array([(planned.start, planned.start + planned.count, seq.slot, planned.samples, planned.count,
+                        len(seq.prompt), request.adapter) for planned, seq, request in rows], np.int32).T
+    named = batch.start, batch.length, batch.slots, batch.samples, batch.counts, batch.prompt_length, batch.adapters
+    for array, values in zip(named, fields, strict=True):
+        array[: len(rows)] = values
+    for row, (_, seq, _) in enumerate(rows):
         batch.page_table[row, : len(seq.pages)] = seq.pages
-        batch.slots[row], batch.samples[row] = seq.slot, planned.samples
-        batch.prompt_length[row] = len(seq.prompt)
-        batch.adapters[row] = request.adapter
+    if bucket.phase == "prefill":
+        batch.counts[:] = 0
+        _fill_prefill(batch, rows)
+    else:
+        batch.tokens[: len(rows), 0] = [seq.last_token for _, seq, _ in rows]
+        for row, (planned, _, _) in enumerate(rows):
+            if planned.drafts:
+                batch.tokens[row, 1 : len(planned.drafts) + 1] = planned.drafts
+    masks = [(row, request.allowed) for row, (planned, _, request) in enumerate(rows)
+             if planned.samples and request.allowed is not None]
+    if masks:
+        batch = batch._replace(allowed=np.array(batch.allowed))
+        for row, mask in masks:
+            batch.allowed[row] = mask
     return batch
+
+
+def _fill_prefill(batch: StepBatch, rows: list[tuple[PlannedRow, Sequence, Request]]) -> None:
+    for row, (planned, seq, request) in enumerate(rows):
+        tokens, end = seq.tokens, planned.start + planned.count
+        batch.tokens[row, : planned.count] = tokens[planned.start : end]
+        batch.first[row] = planned.start == seq.num_reused
+        if batch.first[row]:
+            batch.reused[row, : planned.start] = tokens[: planned.start]
+        if request.score_from is not None:
+            batch.targets[row, : planned.count] = [request.target_at(p) for p in range(planned.start, end)]

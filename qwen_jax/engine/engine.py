@@ -24,6 +24,7 @@ from qwen_jax.engine.scheduler import Scheduler
 from qwen_jax.engine.speculation import DRAFT_MODEL, NGRAM, Speculation
 from qwen_jax.engine.updates import Golden, check_golden, check_policy, golden_requests, replace_in_place, switch
 from qwen_jax.errors import UserError
+from qwen_jax.model import empty
 
 
 class Engine:
@@ -116,6 +117,15 @@ class Engine:
         if isinstance(options.get("speculation"), str | Path) and options["speculation"] != NGRAM:
             options["speculation"] = load_model(options["speculation"], dtype)
         return cls(load_model(source, dtype), **options)
+
+    @classmethod
+    def without_weights(cls, ref: str | Path, *, dtype: Any = "bfloat16", **options: Any) -> Engine:
+        """What `from_pretrained` makes, with the shapes of the weights in their place: ``runner.compile`` works, to see
+        what programs cost, or to have them on disk before a deployment. ``ref`` may also be a preset's name."""
+        from qwen_jax.checkpoint import find_config
+
+        config, _ = find_config(ref)
+        return cls(empty(config, settings.check_dtype(dtype)), dtype=dtype, warmup=False, **options)
 
     def warmup(self) -> None:
         """Compile (or load from disk) and run every program once; nothing compiles afterwards."""

@@ -62,12 +62,19 @@ def planned():
 
 @dataclass
 class Program:
-    """One executable and what it took to get it ready. Seconds; bytes of XLA's temporary buffers."""
+    """One executable and what it took to get it ready.
+
+    ``temp_bytes`` are XLA's temporary buffers. ``flops`` and ``bytes_accessed`` are XLA's estimates of one run, in
+    which the body of a loop counts once: one micro-batch of a prefill, one token of a decode step. 0 where it gives
+    none.
+    """
 
     run: Callable
     seconds: float
     from_disk: bool
     temp_bytes: int
+    flops: float
+    bytes_accessed: float
 
 
 class Executables:
@@ -119,8 +126,9 @@ class Executables:
             compiled = self._lower(bucket).compile()
             if path:
                 _write(path, compiled)
-        memory = compiled.memory_analysis()
-        return Program(compiled, time.perf_counter() - began, from_disk, getattr(memory, "temp_size_in_bytes", 0))
+        memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+        return Program(compiled, time.perf_counter() - began, from_disk, getattr(memory, "temp_size_in_bytes", 0),
+                       cost.get("flops", 0.0), cost.get("bytes accessed", 0.0))
 
     def _path(self, bucket: Bucket) -> Path | None:
         if self._cache_dir is None:

@@ -58,6 +58,7 @@ class Loop:
         self.scheduler, self.runner, self.speculation = scheduler, runner, speculation
         self.figures = Figures({bucket: Usage() for bucket in runner.table})
         self.failure: BaseException | None = None
+        self.clock = time.monotonic  # of deadlines
         self._slots, self._vocab_size = scheduler.limits.max_batch_size, runner.weights.config.vocab_size
         self._requests: dict[int, Request] = {}
         self._undelivered: tuple[StepPlan, StepOutput, list[list[int]]] | None = None
@@ -92,7 +93,7 @@ class Loop:
         if self.failure:
             raise RuntimeError("the engine stopped after a failed step; make a new one") from self.failure
         began = time.perf_counter()
-        for sequence in self.scheduler.expired(time.monotonic()):
+        for sequence in self.scheduler.expired(self.clock()):
             self.abort(sequence.request_id)
         plan = self.scheduler.plan(max(1, int(DISPATCH_SECONDS / self._step_seconds)),
                                    self.speculation and self.speculation.propose)
@@ -175,7 +176,7 @@ class Loop:
             try:
                 if output.prompt is not None and request.score_from is not None:
                     request.add_prompt_scores(row.start, *(array[index, : row.count] for array in output.prompt))
-                if tokens and request.add_tokens(tokens, *(array[index] for array in output.sampled[1:])):
+                if tokens and request.add_tokens(tokens, output.sampled, index):
                     self.scheduler.finish(row.seq, "stop")
             except Exception as error:  # what one request's text does to us is that request's affair alone
                 logger.exception("request %s failed", row.seq.request_id)
@@ -190,6 +191,8 @@ class Loop:
         request.deltas.append(request.close(note))
         self.runner.adapters.release(request.adapter)
         del self._requests[request.sequence.request_id]
+        if request.sequence.version != self.runner.weights.current:
+            self.runner.weights.drop_unused(self.versions_in_use())
         reason = request.output.finish_reason
         self.figures.finished[reason] = self.figures.finished.get(reason, 0) + 1
 

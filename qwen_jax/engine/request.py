@@ -9,6 +9,7 @@ from qwen_jax.engine.adapters import NO_ADAPTER
 from qwen_jax.engine.detokenize import Detokenizer
 from qwen_jax.engine.grammar import GrammarError, Matcher
 from qwen_jax.engine.outputs import Delta, RequestOutput
+from qwen_jax.engine.sampler import Sampled
 from qwen_jax.engine.sampling_params import SamplingParams
 from qwen_jax.engine.sequence import Sequence
 
@@ -84,14 +85,14 @@ class Request:
         """How many of these new tokens there are up to the first that ends the answer; None when none does."""
         return next((place for place, token in enumerate(tokens, 1) if token in self._stop_ids), None)
 
-    def add_tokens(self, tokens: list[int], logprobs, top_ids, top_logprobs) -> bool:
-        """Take sampled tokens (log-probabilities ``[C]``, ``[C, 20]``, ``[C, 20]``) up to the one with which a stop
-        string appears. Returns whether one did. What is new goes to ``deltas``."""
+    def add_tokens(self, tokens: list[int], sampled: Sampled, row: int) -> bool:
+        """Take the tokens that this row of a step sampled, up to the one with which a stop string appears. Returns
+        whether one did. What is new goes to ``deltas``."""
         text, taken = "", 0
         for token in tokens:
             if self.params.logprobs is not None:
-                self.output.logprobs.append(_top(token, logprobs[taken], top_ids[taken], top_logprobs[taken],
-                                                 self.params.logprobs))
+                _, logprobs, top_ids, top_logprobs = (array[row, taken] for array in sampled)
+                self.output.logprobs.append(_top(token, logprobs, top_ids, top_logprobs, self.params.logprobs))
             taken += 1
             text += self._text.add(token)
             if self._text.stopped:

@@ -66,21 +66,30 @@ class Runner:
         A new program runs on a full row. One from disk has done so before: it runs on none, which a prefill skips.
         """
         began = time.perf_counter()
-        with planned():
+        with planned(), self._bar(progress, "warm-up") as bar:
             if self._state is None:
                 self._state = jax.jit(self._new_state)()
-            programs = {_program_of(bucket) for bucket in self.table}
-            with tqdm(total=len(programs), desc="warm-up", unit="executable", file=sys.stderr,
-                      disable=not progress) as bar:
-                for bucket, program in self.executables.prepare(self.table):
-                    self.prepare_seconds[bucket] = program.seconds
-                    dry = dry_run_batch(bucket, self._slots, self._vocab_size, rows=0 if program.from_disk else 1)
-                    jax.device_get(self.start(bucket, dry, self.weights.current))
-                    how = "loaded" if program.from_disk else "compiled"
-                    bar.set_postfix_str(f"{bucket} {how} in {program.seconds:.1f} s")
-                    bar.update()
+            for bucket, program in self.executables.prepare(self.table):
+                self.prepare_seconds[bucket] = program.seconds
+                dry = dry_run_batch(bucket, self._slots, self._vocab_size, rows=0 if program.from_disk else 1)
+                jax.device_get(self.start(bucket, dry, self.weights.current))
+                how = "loaded" if program.from_disk else "compiled"
+                bar.set_postfix_str(f"{bucket} {how} in {program.seconds:.1f} s")
+                bar.update()
         self.warmup_seconds = time.perf_counter() - began
         self._compiles_at_warmup = unplanned_compiles()
+
+    def compile(self, progress: bool) -> None:
+        """Compile (or load from disk) every program and run none: for this, weights may be shapes without values."""
+        self._state = jax.eval_shape(self._new_state)
+        with planned(), self._bar(progress, "compiling") as bar:
+            for bucket, program in self.executables.prepare(self.table):
+                self.prepare_seconds[bucket] = program.seconds
+                bar.update()
+
+    def _bar(self, progress: bool, what: str) -> tqdm:
+        return tqdm(total=len({_program_of(bucket) for bucket in self.table}), desc=what, unit="executable",
+                    file=sys.stderr, disable=not progress)
 
     def start(self, bucket: Bucket, batch: StepBatch, version: int) -> StepOutput:
         """Runs a step; its output may still be under way when this returns.

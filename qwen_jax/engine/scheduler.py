@@ -212,7 +212,7 @@ class Scheduler:
         prefilled only to be preempted a few steps later.
         """
         admissible, reused, claimed = [], set(), set()
-        if self.paused:
+        if self.paused or not self.waiting:
             return admissible
         free = self.pool.num_free - sum(map(self._growth, self.running))
         slots = len(self._free_slots)
@@ -319,6 +319,8 @@ class Scheduler:
         """
         if seq.state is not State.RUNNING:  # preempted by an earlier row
             return 0
+        if seq.num_computed + count <= len(seq.pages) * PAGE:
+            return count
         while not self.pool.can_allocate(pages_for(seq.num_computed + 1) - len(seq.pages)):
             victim = self.running[-1]
             self._preempt(victim)

@@ -40,8 +40,8 @@ def check_parallelism(tp_size: int, pp_size: int, fp8_enabled: bool) -> None:
 
 def as_module(model: Any, dtype: Any) -> tuple[Qwen2, GenerationDefaults]:
     """The NNX module of ``model`` in ``dtype``, and its generation defaults."""
-    if dtype is not None and jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
-        raise UserError(f"dtype must be bfloat16 or float32, not {dtype}")
+    if dtype is not None:
+        check_dtype(dtype)
     if isinstance(model, Qwen2):
         config, params = model.config, params_of(model)
         wanted = jnp.dtype(dtype or model.embed.weight.dtype)
@@ -62,6 +62,13 @@ def invariant_policy(policy: SchedulePolicy, max_batch_size: int) -> SchedulePol
     """No recompute, which would be another shape for large batches."""
     check_positive(max_batch_size=max_batch_size)
     return replace(policy, recompute_above_rows=max(policy.recompute_above_rows, max_batch_size))
+
+
+def check_dtype(dtype: Any) -> jnp.dtype:
+    """``dtype``, which must be one that engines compute with."""
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
+        raise UserError(f"dtype must be bfloat16 or float32, not {dtype}")
+    return jnp.dtype(dtype)
 
 
 def limits_for(config: ModelConfig, max_batch_size: int, max_seq_len: int | None, policy: SchedulePolicy,

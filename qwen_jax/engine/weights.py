@@ -33,6 +33,7 @@ class Weights:
         self._versions: dict[int, tuple[jax.Array, ...]] = {0: tuple(leaves)}
         self._shardings = {path: value.sharding for path, value in params_of(model).items()}
         self._dtype = model.embed.weight.dtype
+        self._candidate: int | None = None
         self._count = 1
 
     def __getitem__(self, version: int) -> tuple[jax.Array, ...]:
@@ -69,14 +70,15 @@ class Weights:
         return self._leaves(self._placed(params))
 
     def add(self, leaves: tuple[jax.Array, ...]) -> int:
-        """A number for these arrays, which requests may then run with."""
+        """A number for these arrays, which requests may then run with, until `make_current` or `forget`."""
         number, self._count = self._count, self._count + 1
         self._versions[number] = leaves
+        self._candidate = number
         return number
 
     def make_current(self, version: int) -> None:
         if version != self.current:
-            self.previous, self.current = self.current, version
+            self.previous, self.current, self._candidate = self.current, version, None
 
     def other(self) -> int:
         """The version before the current one; after going back to it, the one that was left."""
@@ -89,10 +91,12 @@ class Weights:
         del self._versions[version]
         if version == self.previous:
             self.previous = None
+        if version == self._candidate:
+            self._candidate = None
 
     def drop_unused(self, used: Iterable[int]) -> None:
-        """Keeps the current version, the previous one, and those in use."""
-        for version in self._versions.keys() - {self.current, self.previous, *used}:
+        """Keeps the current version, the previous one, one that is being tried, and those in use."""
+        for version in self._versions.keys() - {self.current, self.previous, self._candidate, *used}:
             del self._versions[version]
 
     def replace(self, source: str | Path) -> int:
@@ -114,7 +118,7 @@ class Weights:
                 leaves[places[path]] = value
         except Exception as error:
             raise RuntimeError(f"the weights were being replaced by {source} in place: {error}") from error
-        self.current = self.add(tuple(leaves))
+        self.current, self._candidate = self.add(tuple(leaves)), None
         return self.current
 
     def _check_memory(self) -> None:

@@ -1,6 +1,6 @@
 """The network: Qwen2.5 in Flax NNX, and its description as data."""
 
-from qwen_jax.model.abstract import ParamSpec, abstract, build, build_layer, init, params_of
+from qwen_jax.model.abstract import ParamSpec, abstract, build, build_layer, empty, init, params_of
 from qwen_jax.model.qwen2 import Qwen2
 
-__all__ = ["ParamSpec", "Qwen2", "abstract", "build", "build_layer", "init", "params_of"]
+__all__ = ["ParamSpec", "Qwen2", "abstract", "build", "build_layer", "empty", "init", "params_of"]

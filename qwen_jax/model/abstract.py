@@ -67,7 +67,12 @@ def build_layer(config: ModelConfig, params: Mapping[str, jax.Array]) -> Layer:
 
 def params_of(model: Qwen2) -> dict[str, jax.Array]:
     """The model's arrays by canonical path; the inverse of ``build``."""
-    return {_dotted(path): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    return {_dotted(path): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+
+
+def empty(config: ModelConfig, dtype="bfloat16") -> Qwen2:
+    """A model with shapes where others have arrays."""
+    return nnx.eval_shape(partial(_create, config, jnp.dtype(dtype)))
 
 
 def init(config: ModelConfig, seed: int = 0, dtype="float32") -> Qwen2:

@@ -37,9 +37,11 @@ def main() -> None:
 
     def temporary(bucket: Bucket) -> float:
         def step(leaves, state, batch, vocab_limit):
-            return run_bucket(Models(nnx.merge(graph, jax.tree.unflatten(tree, leaves))), bucket, state, batch, vocab_limit)
+            models = Models(nnx.merge(graph, jax.tree.unflatten(tree, leaves)))
+            return run_bucket(models, bucket, state, batch, vocab_limit)
 
-        lowered = jax.jit(step, donate_argnums=1).lower(leaves, state, dry_run_batch(bucket, ROWS, config.vocab_size), np.int32(1))
+        batch = dry_run_batch(bucket, ROWS, config.vocab_size)
+        lowered = jax.jit(step, donate_argnums=1).lower(leaves, state, batch, np.int32(1))
         return lowered.compile().memory_analysis().temp_size_in_bytes / 1e6
 
     buckets = [Bucket("prefill", FULL, 32, 64, PAGES), Bucket("prefill", RECOMPUTE, ROWS, 64, PAGES, micro_rows=32),

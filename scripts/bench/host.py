@@ -1,0 +1,54 @@
+"""The engine's own Python: a decode step of 32 rows whose executable is a stub that returns at once.
+
+    python scripts/bench/host.py [--rows 32] [--steps 2000]
+"""
+import argparse
+import statistics
+import time
+
+import numpy as np
+
+from qwen_jax import SamplingParams
+from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.sampler import Sampled
+from qwen_jax.engine.schedule import Limits
+from qwen_jax.engine.steps import StepOutput
+
+MOST_MS = 0.6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=2000)
+    args = parser.parse_args()
+    limits = Limits(args.rows, 4096, ((32, 64),), (), (args.rows,))
+    engine = Engine.without_weights("qwen2.5-0.5b", limits=limits, cache_dir=None, kv_cache_bytes=1 << 34)
+    runner, rng = engine.runner, np.random.default_rng(0)
+    runner._compiles_at_warmup = 0  # nothing is compiled: nothing will run
+
+    def stub(bucket, batch, version):
+        rows = bucket.rows
+        sampled = Sampled(np.full((rows, 1), 7, np.int32), np.zeros((rows, 1), np.float32),
+                          np.zeros((rows, 1, 20), np.int32), np.zeros((rows, 1, 20), np.float32))
+        counts = batch.samples.astype(np.int32) if bucket.phase == "prefill" else batch.counts
+        return StepOutput(sampled, counts, None)
+
+    runner.start = stub
+    params = SamplingParams(max_tokens=4000, temperature=0.7, top_p=0.9, ignore_eos=True)
+    requests = [engine.intake.requests(rng.integers(0, 1000, 40).tolist(), params)[0] for _ in range(args.rows)]
+    engine.loop.submit(requests)
+    while not all(request.sequence.output for request in requests):
+        engine.loop.step()
+    times = []
+    for _ in range(min(args.steps, 3900)):
+        began = time.perf_counter()
+        engine.loop.step()
+        times.append((time.perf_counter() - began) * 1e3)
+    ms = statistics.median(times)
+    print(f"{args.rows} rows: {ms:.2f} ms a step (median of {len(times)}; 90 %: {np.quantile(times, .9):.2f}); "
+          f"bar {MOST_MS}: {'met' if ms <= MOST_MS else 'missed'}")
+
+
+if __name__ == "__main__":
+    main()
