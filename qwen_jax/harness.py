@@ -72,20 +72,19 @@ class QwenJaxLM(TemplateLM):
     def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
                               ) -> list[tuple[float, bool]]:
         """Of each continuation: its log-probability after its context, and whether greedy decoding would say it."""
-        prompts, lengths = [], []
+        prompts, continuations = [], []
         for _text, context, continuation in requests:
             room = self.max_length - 1  # the engine also generates a token, which nobody reads
             if len(continuation) >= room:
                 raise UserError(f"a continuation of {len(continuation)} tokens does not fit into max_seq_len="
                                 f"{self.max_length}")
-            prompts.append([*context, *continuation][-room:])
-            lengths.append(len(continuation))
-        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1)
-        results = []
-        for output, length in zip(self.engine.generate(prompts, params), lengths, strict=True):
-            scored = zip(output.prompt_token_ids[-length:], output.prompt_logprobs[-length:], strict=True)
-            pairs = [(among[token], max(among.values())) for token, among in scored] if length else []
-            results.append((sum(own for own, _ in pairs), all(own >= best for own, best in pairs)))
+            prompts.append(context[len(continuation) - room:])
+            continuations.append(continuation)
+        asked = [index for index, continuation in enumerate(continuations) if continuation]
+        scores = self.engine.score([prompts[index] for index in asked], [continuations[index] for index in asked])
+        results = [(0.0, True)] * len(prompts)
+        for index, score in zip(asked, scores, strict=True):
+            results[index] = score.logprob, score.greedy
         return results
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:

@@ -114,11 +114,12 @@ _ACCELERATOR_RECOMPUTE = ((64, 32), (256, 32))
 # XLA:CPU's bf16 dot with one row is 10 times slower than with two, and elsewhere a padding row costs nothing. Eight
 # rows cost little more than four: one program less to compile.
 _DECODE_ROWS = (2, *(2**n for n in range(3, 20)))
-_DECODE_STEPS = 8  # how many of them a dispatch takes is decided when it starts
+DECODE_STEPS = 8  # how many of them a dispatch takes is decided when it starts
 
 
 def default_limits(max_batch_size: int = 64, max_seq_len: int = 4096, platform: str = "cpu",
-                   policy: SchedulePolicy = DEFAULT_POLICY, draft_tokens: int = 0) -> Limits:
+                   policy: SchedulePolicy = DEFAULT_POLICY, draft_tokens: int = 0,
+                   decode_steps: int = DECODE_STEPS) -> Limits:
     """The shapes for a platform ("cpu", "gpu" or "tpu"), cut down to what the two sizes and the policy can use."""
     check_positive(max_batch_size=max_batch_size, max_seq_len=max_seq_len)
     if platform not in ("cpu", "gpu", "tpu"):
@@ -138,15 +139,16 @@ def default_limits(max_batch_size: int = 64, max_seq_len: int = 4096, platform: 
             micro_rows = min(micro_rows, policy.recompute_above_rows)
             if rows > policy.recompute_above_rows and tokens <= longest:
                 recompute.append((_round_up(rows, micro_rows), tokens, micro_rows))
-    return Limits(max_batch_size, max_seq_len, _unique(prefill), _unique(recompute), tuple(decode_rows), _DECODE_STEPS,
+    return Limits(max_batch_size, max_seq_len, _unique(prefill), _unique(recompute), tuple(decode_rows), decode_steps,
                   draft_tokens)
 
 
-def invariant_limits(max_batch_size: int, max_seq_len: int, tokens: int = 256) -> Limits:
+def invariant_limits(max_batch_size: int, max_seq_len: int, decode_steps: int = DECODE_STEPS,
+                     tokens: int = 256) -> Limits:
     """One shape for each phase, so that what shares a step with a sequence cannot change how it is computed."""
     check_positive(max_batch_size=max_batch_size, max_seq_len=max_seq_len)
     return Limits(max_batch_size, max_seq_len, ((1, min(tokens, pages_for(max_seq_len) * PAGE)),), (),
-                  (_round_up(max_batch_size, _DECODE_ROWS[0]),), _DECODE_STEPS)
+                  (_round_up(max_batch_size, _DECODE_ROWS[0]),), decode_steps)
 
 
 def bucket_table(limits: Limits, policy: SchedulePolicy = DEFAULT_POLICY,

@@ -14,7 +14,14 @@ from qwen_kernels.attention import PAGE
 
 from qwen_jax.config import GenerationDefaults, ModelConfig
 from qwen_jax.engine.pages import pages_for
-from qwen_jax.engine.schedule import Limits, SchedulePolicy, check_positive, default_limits, invariant_limits
+from qwen_jax.engine.schedule import (
+    DECODE_STEPS,
+    Limits,
+    SchedulePolicy,
+    check_positive,
+    default_limits,
+    invariant_limits,
+)
 from qwen_jax.errors import UserError
 from qwen_jax.model import Qwen2, build, params_of
 
@@ -23,6 +30,8 @@ PARALLELISM = (("tp_size", 1), ("pp_size", 1), ("fp8_enabled", False))
 # Shares of free memory for the KV cache: a GPU is ours alone, a CPU's memory is not.
 _KV_SHARE = {"gpu": 0.8, "tpu": 0.8, "cpu": 0.25}
 _KV_MOST_ON_CPU = 2 << 30
+# On a CPU a token of a larger model takes so long that a dispatch costs nothing beside it; a loop costs a tenth.
+_ONE_TOKEN_ABOVE = 100_000_000
 
 
 def check_parallelism(tp_size: int, pp_size: int, fp8_enabled: bool) -> None:
@@ -80,9 +89,11 @@ def limits_for(config: ModelConfig, max_batch_size: int, max_seq_len: int | None
     elif max_seq_len > longest:
         raise UserError(f"max_seq_len={max_seq_len} exceeds the model's context of {longest} tokens: lower it, or "
                         "extend the context with YaRN in config.json")
+    slow = platform() == "cpu" and config.num_parameters > _ONE_TOKEN_ABOVE
+    steps = 1 if slow else DECODE_STEPS
     if invariant:
-        return invariant_limits(max_batch_size, max_seq_len)
-    return default_limits(max_batch_size, max_seq_len, platform(), policy, draft_tokens)
+        return invariant_limits(max_batch_size, max_seq_len, steps)
+    return default_limits(max_batch_size, max_seq_len, platform(), policy, draft_tokens, steps)
 
 
 def platform() -> str:

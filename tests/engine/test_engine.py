@@ -102,6 +102,45 @@ def test_classify_matches_transformers(engine, hf, prompts):
         np.testing.assert_allclose(row, expected, atol=1e-4)
 
 
+def test_scores_match_transformers(engine, hf, prompts):
+    """A continuation that greedy decoding would say, one that it would not, and one longer than a prefill chunk."""
+    said = hf_greedy(hf, prompts[4], 5)
+    pairs = [(prompts[4], said), (prompts[4], [*said[:4], (said[4] + 1) % 320]), (prompts[2], prompts[8][:400])]
+    scores = engine.score(*zip(*pairs, strict=True))
+    for (prompt, continuation), score in zip(pairs, scores, strict=True):
+        logprobs = torch.log_softmax(hf_logits(hf, [prompt + continuation])[0], -1).numpy()[len(prompt) - 1:-1]
+        expected = logprobs[np.arange(len(continuation)), continuation]
+        np.testing.assert_allclose(score.token_logprobs, expected, atol=1e-4)
+        assert score.greedy == (logprobs.argmax(-1) == continuation).all()
+        assert score.logprob == pytest.approx(expected.sum(), abs=1e-3)
+    assert [score.greedy for score in scores] == [True, False, False]
+
+
+@pytest.mark.parametrize("prompts, continuations, message", [
+    ([[1]], [], "1 prompts and 0 continuations"), ([[]], [[1]], "at least one token"), ([[1]], [[]], "at least one"),
+    ([[1] * 1000], [[1] * 24], "leaves no room")])
+def test_scores_that_cannot_be_computed(engine, prompts, continuations, message):
+    with pytest.raises(UserError, match=message):
+        engine.score(prompts, continuations)
+
+
+def test_a_compilation_after_the_warm_up_is_counted_and_on_request_an_error(hf):
+    engines = [Engine(hf, limits=SMALLEST, progress=False, strict_compiles=strict) for strict in (False, True)]
+    jax.jit(lambda x: x * 17 + 4)(np.arange(3, dtype=np.float32)).block_until_ready()
+    assert engines[0].generate([[1, 2]], GREEDY)[0].token_ids
+    assert engines[0].stats().compiles_after_warmup >= 1
+    with pytest.raises(UserError, match="strict_compiles is on"):
+        engines[1].generate([[1, 2]], GREEDY)
+
+
+def test_the_time_of_host_and_device_is_told_apart(engine, prompts):
+    before = engine.stats()
+    engine.generate(prompts[:4], GREEDY)
+    after = engine.stats()
+    assert after.device_seconds > before.device_seconds and after.host_seconds > before.host_seconds
+    assert after.finished["length"] == before.finished.get("length", 0) + 4
+
+
 def test_a_seed_decides_the_answer_whatever_shares_the_batch(engine, prompts):
     params = SamplingParams(max_tokens=20, temperature=1.0, top_p=0.9, seed=11)
     [alone] = engine.generate(prompts[2], params)
