@@ -45,9 +45,6 @@ class Engine:
       prefix_cache: keep computed pages for prompts that begin alike (same weights, adapter and attention).
       max_adapters: LoRA adapters that may be loaded at once (`load_adapter`); max_adapter_rank: their largest rank.
       cache_dir: where executables are kept; None keeps none.
-      warmup: compile and run every bucket now; else call ``warmup()`` before the first request.
-      progress: show progress bars on stderr.
-
       speculation: None; "ngram" to guess tokens from where the text repeats itself; or a draft model, a smaller one of
         the same vocabulary (as `model`; in `from_pretrained` also a folder or hub id). Answers stay the same. It
         switches itself off where it loses.

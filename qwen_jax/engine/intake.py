@@ -39,6 +39,10 @@ class Intake:
         self._grammars = GrammarCompiler(tokenizer, vocab_size, defaults.eos_token_ids)
         self._ids = itertools.count()
 
+    @property
+    def max_seq_len(self) -> int:
+        return self._scheduler.limits.max_seq_len
+
     def tokens(self, prompt: Prompt | Messages) -> list[int]:
         """Token ids of a text, of a conversation up to where the assistant begins to answer, or of token ids."""
         if not isinstance(prompt, str):

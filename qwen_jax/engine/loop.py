@@ -81,11 +81,12 @@ class Loop:
     def abort(self, request_id: int) -> bool:
         """End a request and free its pages at once; False when it is not there any more."""
         request = self._requests.get(request_id)
-        if request is None or request.sequence.state is State.FINISHED:
+        if request is None:
             return False
-        self._deliver()
-        if self.scheduler.abort(request_id):  # not when a stop string has just ended it
-            self._close(request)
+        self._deliver()  # which closes it when it has ended already
+        if not self.scheduler.abort(request_id):
+            return False
+        self._close(request)
         return True
 
     def step(self) -> bool:

@@ -46,7 +46,7 @@ class Scheduler:
         self.invariant = invariant
         self.prefix_queries = self.prefix_hits = 0  # pages looked up at admissions, and found
         self.preemptions = 0
-        self.paused = False  # nobody is admitted
+        self.paused = False  # nobody is admitted but those that were preempted in the middle of their answer
         self.waiting: list[Sequence] = []  # by rank
         self.running: list[Sequence] = []  # by rank
         self._sequences: dict[str | int, Sequence] = {}
@@ -212,11 +212,13 @@ class Scheduler:
         prefilled only to be preempted a few steps later.
         """
         admissible, reused, claimed = [], set(), set()
-        if self.paused or not self.waiting:
+        if not self.waiting:
             return admissible
         free = self.pool.num_free - sum(map(self._growth, self.running))
         slots = len(self._free_slots)
         for seq in self.waiting:
+            if self.paused and not seq.output:
+                continue
             keys = self._reusable_keys(seq)
             found = self.pool.match(keys)
             if self.invariant:
@@ -293,6 +295,7 @@ class Scheduler:
             chosen = [seq for seq in decoding if self.group(seq) == group][:buckets[-1].rows]
             chosen.sort(key=_rank)  # a row can then only preempt rows that are not planned yet
             drafts = self._drafts(chosen, buckets, propose) if propose else {}
+            steps = min(steps, *(seq.burst for seq in chosen))  # or whoever samples one would wait for the others
             rows = []
             for seq in chosen:
                 guessed = drafts.get(seq, ())

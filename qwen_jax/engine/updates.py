@@ -24,7 +24,9 @@ def check_policy(policy: str) -> None:
 def golden_requests(intake: Intake, golden: Golden | None) -> list[tuple[Request, list[int]]]:
     """Requests to try a version of the weights on, with the tokens that their answers have to begin with."""
     if golden is None:
-        golden = [([place * 7919 % intake.vocab_limit for place in range(length)], ()) for length in (1, 17, 50)]
+        longest = max(1, intake.max_seq_len - 4)
+        golden = [([place * 7919 % intake.vocab_limit for place in range(min(length, longest))], ())
+                  for length in (1, 17, 50)]
     tried = []
     for prompt, answer in golden:
         expected = intake.tokens(answer) if len(answer) else []
@@ -66,7 +68,7 @@ def replace_in_place(loop: Loop, source: str, policy: str) -> int:
         loop.restart(loop.untouched(only_waiting=False), weights.current)
     scheduler.paused = True
     try:
-        while scheduler.running:
+        while scheduler.running or any(sequence.output for sequence in scheduler.waiting):
             loop.step()
         version = weights.replace(source)
     except RuntimeError as error:

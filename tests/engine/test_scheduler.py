@@ -400,6 +400,15 @@ def test_what_shortens_a_row(options, counts):
     assert [plan.rows[0].count, *(bench.step(steps=8).rows[0].count for _ in counts[1:])] == counts
 
 
+def test_a_row_that_samples_one_token_does_not_wait_for_others():
+    bench = Bench(capacity=30, limits=STEPS_LIMITS)
+    free, held = bench.add(10, 30), bench.add(10, 30, burst=1)
+    while not (free.output and held.output):
+        bench.step(steps=8)
+    assert [row.count for row in bench.step(steps=8).rows] == [1, 1]
+    bench.drain()
+
+
 def test_a_dispatch_never_preempts_for_more_than_one_token_each():
     bench = Bench(capacity=2, limits=STEPS_LIMITS)
     both = bench.add(60, 5), bench.add(60, 20)  # a page each; for eight tokens the second would need another one

@@ -195,6 +195,19 @@ def test_in_place_no_second_copy_exists(engine, folders, answers, policy, versio
         engine.rollback()
 
 
+def test_in_place_waits_for_those_preempted_in_the_middle(folders):
+    page = 2 * CONFIG.num_layers * CONFIG.num_kv_heads * CONFIG.head_dim * 64 * 4
+    engine = Engine(model(0), limits=LIMITS, kv_cache_bytes=5 * page, progress=False)
+    requests = begun(engine, 3, LONG)
+    for request in requests:
+        request.streams = True
+    while not any(sequence.output for sequence in engine.scheduler.waiting):
+        engine.loop.step()
+    engine.update_weights(folders / "1", in_place=True)
+    assert texts(finish(engine, requests)) == long_answers(0)
+    assert {request.output.weight_version for request in requests} == {0}
+
+
 def test_in_place_a_bad_checkpoint_is_found_before_anything_is_replaced(engine, folders, answers, tmp_path):
     with pytest.raises(UserError):
         engine.update_weights(broken(folders / "converted", tmp_path / "x", flip_a_byte), in_place=True)

@@ -9,8 +9,8 @@ from qwen_jax.checkpoint import resolve
 from qwen_jax.cli import main
 from qwen_jax.evaluation.longcontext.suite import found, sample
 
-# What it was not able to learn: to list several words without repeating one (docs/evaluation.md).
-LEARNED = ("single_needle", "many_keys", "many_queries", "variable_tracking", "account_history")
+# Not learned: to list the commonest words without repeating one (docs/evaluation.md).
+LEARNED = ("single_needle", "many_keys", "many_values", "many_queries", "variable_tracking", "account_history")
 FOLDER = resolve("yardstick").path
 
 
@@ -22,7 +22,7 @@ def test_it_is_small_and_complete():
 
 def test_it_retrieves_through_the_engine(capsys, tmp_path):
     """The command a person runs; samples of a seed of their own."""
-    arguments = ["eval", "yardstick", "--lengths", "512,1024", "--samples", "6", "--seed", "7", "--json", "--families",
+    arguments = ["eval", "yardstick", "--lengths", "512,1024", "--samples", "4", "--seed", "7", "--json", "--families",
                  ",".join(LEARNED), "--dtype", "float32", "--picture", str(tmp_path / "map.png")]
     assert main(arguments) == 0
     out, err = capsys.readouterr()
