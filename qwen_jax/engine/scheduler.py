@@ -15,6 +15,7 @@ import bisect
 import heapq
 from collections.abc import Callable
 from collections.abc import Sequence as Sized
+from operator import attrgetter
 
 from qwen_jax.engine.pages import PAGE, PagePool, pages_for
 from qwen_jax.engine.plan import PlannedRow, StepPlan
@@ -31,6 +32,7 @@ from qwen_jax.engine.sequence import Sequence, State
 from qwen_jax.errors import UserError
 
 RANK_EVERY = 4  # prefill steps, of which one goes by rank
+_rank = attrgetter("priority", "arrival")  # the lowest is admitted first and preempted last
 
 
 class Scheduler:
@@ -285,14 +287,16 @@ class Scheduler:
         decoding = [seq for seq in self.running if not seq.in_prefill]
         if not decoding:
             return None
-        decoding.sort(key=lambda seq: (seq.last_step, seq.rank))
         steps = min(steps, self.limits.decode_steps)
         if steps > 1 and (len(decoding) < len(self.running) or self._admissible()):
             steps = 1
         # A second group is tried only when growing has preempted every row of the first.
-        for group in dict.fromkeys(map(self.group, decoding)):
-            buckets = sorted(self._buckets("decode", group[0]), key=lambda bucket: (bucket.rows, bucket.tokens))
-            chosen = [seq for seq in decoding if self.group(seq) == group][:buckets[-1].rows]
+        groups: dict[tuple[str, int], list[Sequence]] = {}
+        for seq in sorted(decoding, key=attrgetter("last_step")):  # and of those alike, the first by rank
+            groups.setdefault(self.group(seq), []).append(seq)
+        for group, members in groups.items():
+            buckets = sorted(self._buckets("decode", group[0]), key=attrgetter("rows", "tokens"))
+            chosen = members[:buckets[-1].rows]
             chosen.sort(key=_rank)  # a row can then only preempt rows that are not planned yet
             drafts = self._drafts(chosen, buckets, propose) if propose else {}
             steps = min(steps, *(seq.burst for seq in chosen))  # or whoever samples one would wait for the others
@@ -373,7 +377,3 @@ class Scheduler:
 
     def _buckets(self, phase: str, schedule: str) -> tuple[Bucket, ...]:
         return tuple(bucket for bucket in self._table if (bucket.phase, bucket.schedule) == (phase, schedule))
-
-
-def _rank(seq: Sequence) -> tuple[int, int]:
-    return seq.rank

@@ -48,11 +48,6 @@ class Sequence:
         self.prefill_end = self.num_tokens
 
     @property
-    def rank(self) -> tuple[int, int]:
-        """Order of precedence: the lowest is admitted first and preempted last."""
-        return self.priority, self.arrival
-
-    @property
     def tokens(self) -> list[int]:
         """All known tokens: the prompt and what was sampled so far (a new list)."""
         return self.prompt + self.output

@@ -260,23 +260,25 @@ def _sample(model: Qwen2, hidden, sampling: SamplingRows, slots, allowed, counts
 
 
 def _score(model: Qwen2, hidden, targets, vocab_limit) -> PromptScores:
-    """Log-probabilities of ``targets[R, T]``; blocks of positions that want none are skipped at run time."""
+    """Log-probabilities of ``targets[R, T]``. Positions that want none come last and are skipped at run time."""
     block = min(SCORED_TOKENS, targets.size)
-    blocks = hidden.reshape(-1, block, hidden.shape[-1]), targets.reshape(-1, block)
+    flat, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    order = jnp.argsort(wanted < 0, stable=True)
 
-    def one(item):
-        hidden, targets = item
-
-        def wanted():
-            return top_logprobs(model.logits(hidden), jnp.maximum(targets, 0), vocab_limit)
+    def one(places):
+        def some():
+            return top_logprobs(model.logits(flat[places]), jnp.maximum(wanted[places], 0), vocab_limit)
 
         def nothing():
-            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(wanted))
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(some))
 
-        return jax.lax.cond(jnp.any(targets >= 0), wanted, nothing)
+        return jax.lax.cond(jnp.any(wanted[places] >= 0), some, nothing)
 
-    scores = jax.lax.map(one, blocks)
-    return PromptScores(*(x.reshape(*targets.shape, *x.shape[2:]) for x in scores))
+    def back(x):  # [blocks, block, ...] in `order`
+        x = x.reshape(-1, *x.shape[2:])
+        return jnp.zeros_like(x).at[order].set(x, unique_indices=True).reshape(*targets.shape, *x.shape[1:])
+
+    return PromptScores(*map(back, jax.lax.map(one, order.reshape(-1, block))))
 
 
 def _micro_batches(models: Models, bucket: Bucket, state: EngineState, batch: StepBatch, vocab_limit, adapters):

@@ -24,12 +24,13 @@ from qwen_jax.model import init
 
 async def measure(engine: Engine, folder: Path, clients: int) -> None:
     serving, rng = AsyncEngine(engine), np.random.default_rng(0)
-    params = SamplingParams(max_tokens=96, temperature=0.0, ignore_eos=True)
     pieces, failed, stop = [], [], asyncio.Event()  # pieces: (client, time)
 
     async def client(number: int) -> None:
         while not stop.is_set():
             prompt = rng.integers(0, 100_000, 48).tolist()
+            # Of different lengths, so that not all prompts come at once.
+            params = SamplingParams(max_tokens=int(rng.integers(24, 128)), temperature=0.0, ignore_eos=True)
             async for delta in serving.stream(prompt, params):
                 pieces.append((number, time.perf_counter(), bool(delta.token_ids)))
             if delta.finish_reason != "length":
@@ -59,8 +60,8 @@ async def measure(engine: Engine, folder: Path, clients: int) -> None:
 
     show("between steps, before", [gap for end, gap in gaps if end < before])
     show("while loading and trying", [gap for end, gap in gaps if before <= end < after])
-    show("in the second after the switch", [gap for end, gap in gaps if after <= end < after + 1.5])
-    show("afterwards", [gap for end, gap in gaps if after + 1.5 <= end])
+    show("in 3 seconds after the switch", [gap for end, gap in gaps if after <= end < after + 3])
+    show("afterwards", [gap for end, gap in gaps if after + 3 <= end])
     print(f"the update took {after - before:.1f} s; failed: {len(failed)}; compiles after warm-up: "
           f"{stats.compiles_after_warmup}; version {stats.weight_version}")
 
