@@ -228,13 +228,14 @@ class Scheduler:
             missing = keys[len(found):]
             pages, idle = pages_for(seq.prefill_end), {page for page in found if self.pool.is_idle(page)} - reused
             cost = pages - len(found) + len(idle)
-            if not slots or cost > free:
+            growth = self._growth(seq, pages)
+            if not slots or cost + (growth if self.invariant else 0) > free:
                 break
             if not (missing and (missing[0] in self._computing or missing[0] in claimed)):
                 admissible.append((seq, found))
             reused |= idle
             claimed.update(missing)
-            free -= cost + self._growth(seq, pages)
+            free -= cost + growth
             slots -= 1
         return admissible
 

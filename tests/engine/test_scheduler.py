@@ -498,6 +498,11 @@ def test_invariant_sequences_compute_the_same_chunks_whatever_runs_beside_them()
 
     with_others = chunks([650, 700, 60, 300], capacity=30)
     assert chunks([], capacity=30) == with_others
+    bench = Bench(5, limits, policy, invariant=True)  # two, three, three and four pages
+    for length in (3, 30, 64, 100):
+        bench.add(length, 120)
+    bench.drain()
+    assert bench.preemptions == 0
     bench = Bench(30, limits, policy, invariant=True)
     for _ in range(2):
         seq = bench.add(700, 1, alike=640)
