@@ -67,7 +67,6 @@ def build_batch(plan: StepPlan, requests: Mapping[int | str, Request], slots: in
     for row, (_, seq, _) in enumerate(rows):
         batch.page_table[row, : len(seq.pages)] = seq.pages
     if bucket.phase == "prefill":
-        batch.counts[:] = 0
         _fill_prefill(batch, rows)
     else:
         batch.tokens[: len(rows), 0] = [seq.last_token for _, seq, _ in rows]

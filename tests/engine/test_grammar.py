@@ -1,4 +1,7 @@
-"""Grammars: whatever is drawn from the masks is an answer of the right form, and nothing else can be drawn."""
+"""Grammars: whatever is drawn from the masks is an answer of the right form, and nothing else can be drawn.
+
+Those that cannot be used are refused in one line when asked for, or are an error when the answer cannot go on.
+"""
 
 import json
 import re
@@ -13,8 +16,9 @@ from hypothesis import strategies as st
 from llguidance.hf import from_tokenizer
 
 from qwen_jax.checkpoint import load_tokenizer, resolve
-from qwen_jax.engine.grammar import GrammarCompiler, apply_mask
+from qwen_jax.engine.grammar import GrammarCompiler, GrammarError, apply_mask
 from qwen_jax.engine.structured_output import StructuredOutput
+from qwen_jax.errors import UserError
 
 VOCAB = 970  # more than the tokenizer's 943 ids, and no multiple of 32
 WORDS = 31
@@ -236,3 +240,49 @@ def test_apply_mask_against_numpy(rows, vocab, seed, dtype):
     result = jax.jit(apply_mask)(scores, words.view(dtype))
     assert result.dtype == np.float32
     np.testing.assert_array_equal(result, np.where(bits, scores, -np.inf))
+
+
+# --- grammars that cannot be used
+
+
+BAD_GRAMMARS = [
+    (StructuredOutput(json_schema={"type": "objekt"}), "json_schema cannot be used: Invalid type: objekt"),
+    (StructuredOutput(json_schema={"type": "string", "pattern": "[a"}), "unclosed character class"),
+    (StructuredOutput(json_schema={"not": {"type": "string"}}), 'Unimplemented keys: ["not"]'),
+    (StructuredOutput(json_schema={"$ref": "http://localhost/x.json"}), "http://localhost/x.json"),
+    (StructuredOutput(json_schema={"type": "integer", "minimum": 3, "maximum": 2}), "nsatisfiable"),
+    (StructuredOutput(json_schema='{"items":' * 300 + "{}" + "}" * 300), "json_schema cannot be used: recursion limit"),
+    (StructuredOutput(regex="(a"), "regex cannot be used: unclosed group"),
+    (StructuredOutput(regex="a(?=b)"), "look-ahead"),
+    (StructuredOutput(regex=r"[^\s\S]"), "regex cannot be used: no text satisfies it"),
+    (StructuredOutput(regex="|".join(f"word{i}x{{9}}" for i in range(30_000))), "too big"),
+    (StructuredOutput(grammar="start: pair"), 'unknown name: "pair"'),
+    (StructuredOutput(grammar="start: start"), "no text satisfies it"),
+]
+
+
+@pytest.mark.parametrize("spec, message", BAD_GRAMMARS, ids=range(len(BAD_GRAMMARS)))
+def test_a_bad_grammar_is_refused_in_one_line(compiler, spec, message):
+    with pytest.raises(UserError) as error:
+        compiler.matcher(spec)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("spec, text", [
+    (StructuredOutput(regex="((a{1000}){1000}){100}"), "aaa"),  # found by accept
+    (StructuredOutput(grammar='start: "a" rest\nrest: rest "b"'), "a"),  # by fill: nothing can follow
+])  # fmt: skip
+def test_a_grammar_that_cannot_go_on_ends_with_an_error(compiler, tokenizer, spec, text):
+    matcher = compiler.matcher(spec)
+    with pytest.raises(GrammarError, match="cannot be followed further"):
+        for token in tokenizer.encode(text):
+            matcher.accept(token)
+            matcher.fill(np.zeros(WORDS, np.int32))
+    assert not matcher.finished
+
+
+def test_without_a_tokenizer_or_an_end_there_is_no_grammar(tokenizer):
+    for compiler, message in ((GrammarCompiler(None, VOCAB, EOS), "needs a tokenizer"),
+                              (GrammarCompiler(tokenizer, VOCAB, (VOCAB - 1,)), "end-of-sequence")):
+        with pytest.raises(UserError, match=message):
+            compiler.matcher(StructuredOutput(json_object=True))
