@@ -113,7 +113,8 @@ def _eval(args: argparse.Namespace) -> None:
         raise UserError(f"--picture writes a PNG: name a file that ends in .png, not {args.picture}")
     families = args.families.split(",") if args.families else tuple(FAMILIES)
     check(lengths, families, args.samples)
-    engine = _engine(args, max_seq_len=lengths[-1], max_batch_size=args.batch_size)
+    options = {} if args.selector is None else _attention(args)
+    engine = _engine(args, max_seq_len=lengths[-1], max_batch_size=args.batch_size, **options)
     if engine.tokenizer is None:
         raise UserError(f"{args.model} has no tokenizer, and the tasks are text")
     cells = []
@@ -129,6 +130,44 @@ def _eval(args: argparse.Namespace) -> None:
     if args.picture:
         heat_map(cells, args.picture, f"long context, {args.model}")
         print(args.picture, file=sys.stderr)
+
+
+def _attention(args: argparse.Namespace) -> dict:
+    """An engine's options for long prompts attended to as --selector says."""
+    from qwen_kernels.sparse_attention import SELECTORS, Sparsity
+
+    from qwen_jax.checkpoint import read_sparsity, resolve
+    from qwen_jax.engine.schedule import SchedulePolicy
+
+    if args.selector not in ("dense", *SELECTORS):
+        raise UserError(f"--selector is one of dense, {', '.join(SELECTORS)}, not {args.selector}")
+    if args.selector == "dense":
+        return {"policy": SchedulePolicy(sparse_above_tokens=1 << 30)}
+    source = resolve(args.model)
+    config = source.config
+    stored = read_sparsity(source.path, config) or (Sparsity(),) * config.num_layers
+    return {"sparsity": [dataclasses.replace(one, selector=args.selector) for one in stored]}
+
+
+def _calibrate(args: argparse.Namespace) -> None:
+    from qwen_kernels.sparse_attention import Sparsity
+
+    from qwen_jax.checkpoint import load_model, load_tokenizer, resolve, write_sparsity
+    from qwen_jax.evaluation.calibration import calibrate, default_texts
+
+    source = resolve(args.model)
+    tokenizer = load_tokenizer(source)
+    if tokenizer is None:
+        raise UserError(f"{args.model} has no tokenizer, and the texts to calibrate with are text")
+    sparsity = Sparsity(budget=args.budget)
+    found = calibrate(load_model(source, "float32"), default_texts(tokenizer, args.length), sparsity,
+                      lambda line: print(line, file=sys.stderr))
+    measured = {"tokens": args.length, "density": float(found.after.density),
+                "divergence": float(found.after.divergence),
+                "divergence_without_dense_heads": float(found.before.divergence)}
+    path = write_sparsity(args.output or source.path, sparsity, found.dense, measured)
+    print(f"{found.dense.sum()} of {found.dense.size} heads dense, density {found.after.density:.3f}, divergence "
+          f"{found.before.divergence:.4f} to {found.after.divergence:.4f} nats: {path}")
 
 
 def _answers(engine):
@@ -254,9 +293,18 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_argument("--seed", type=int, default=0)
     evaluation.add_argument("--batch-size", type=int, default=8, help="prompts worked on at once; default 8")
     evaluation.add_argument("--picture", metavar="FILE.png", help="write a heat map")
+    evaluation.add_argument("--selector", help="attention of long prompts: dense (full attention), pyramid (the "
+                            "default), quest, strided, ...")
     evaluation.add_argument("--json", action="store_true", help="one JSON object per family and length")
     for sub in (generate, chat, evaluation):
         sub.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+
+    calibration = command("calibrate", _calibrate, "Find the heads that a model's sparse attention needs dense, and "
+                          "keep them beside its weights, where the engine looks.")
+    calibration.add_argument("model")
+    calibration.add_argument("--length", type=int, default=4096, help="tokens of each text; default 4096")
+    calibration.add_argument("--budget", type=float, default=2.0, help="pages by rank: budget * log2(pages); default 2")
+    calibration.add_argument("-o", "--output", metavar="DIR", help="folder to write to; default: the model's own")
 
     train = command("train", _train, "Fine-tune a model, or train a LoRA adapter, as a TOML recipe says. Run again, it "
                     "continues where it was interrupted.")

@@ -4,6 +4,8 @@ from qwen_jax.checkpoint.conversion import convert, export, save_hf, verify
 from qwen_jax.checkpoint.load import from_transformers, iter_params, load_model, load_params
 from qwen_jax.checkpoint.safetensors_io import check_finite
 from qwen_jax.checkpoint.source import Source, find_config, load_generation_config, load_tokenizer, resolve
+from qwen_jax.checkpoint.sparsity import read_sparsity, write_sparsity
 
 __all__ = ["Source", "check_finite", "convert", "export", "find_config", "from_transformers", "iter_params",
-           "load_generation_config", "load_model", "load_params", "load_tokenizer", "resolve", "save_hf", "verify"]
+           "load_generation_config", "load_model", "load_params", "load_tokenizer", "read_sparsity", "resolve",
+           "save_hf", "verify", "write_sparsity"]

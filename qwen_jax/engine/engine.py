@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from qwen_kernels.sparse_attention import Sparsity
 
 from qwen_jax.config import GenerationDefaults
 from qwen_jax.engine import settings
@@ -19,12 +20,14 @@ from qwen_jax.engine.pages import PagePool
 from qwen_jax.engine.request import Request
 from qwen_jax.engine.runner import Runner
 from qwen_jax.engine.sampling_params import SamplingParams
-from qwen_jax.engine.schedule import DEFAULT_POLICY, Limits, SchedulePolicy, bucket_table
+from qwen_jax.engine.schedule import DEFAULT_POLICY, SPARSE, Limits, SchedulePolicy, bucket_table
 from qwen_jax.engine.scheduler import Scheduler
 from qwen_jax.engine.speculation import DRAFT_MODEL, NGRAM, Speculation
 from qwen_jax.engine.updates import Golden, check_golden, check_policy, golden_requests, replace_in_place, switch
 from qwen_jax.errors import UserError
 from qwen_jax.model import empty
+
+DEFAULT_SPARSITY = Sparsity()
 
 
 class Engine:
@@ -50,6 +53,7 @@ class Engine:
         switches itself off where it loses.
       draft_tokens: guesses per row and step; by default 8 from the text, 4 from a draft model.
       strict_compiles: fail a step rather than run after a compilation that came after the warm-up.
+      sparsity: of the sparse schedule's attention, for all layers or for each (None attends to everything).
       batch_invariant: a request's tokens do not depend on what runs beside it, to the last bit (see docs/engine.md).
       warmup: compile and run every bucket now; else call ``warmup()`` before the first request.
       progress: show progress bars on stderr.
@@ -63,7 +67,8 @@ class Engine:
                  policy: SchedulePolicy = DEFAULT_POLICY, prefix_cache: bool = True, max_adapters: int = 0,
                  max_adapter_rank: int = 16, cache_dir: str | Path | None | type(...) = ...,
                  speculation: Any = None, draft_tokens: int | None = None, strict_compiles: bool = False,
-                 batch_invariant: bool = False, warmup: bool = True, progress: bool = True) -> None:
+                 sparsity: Sparsity | Sequence[Sparsity | None] = DEFAULT_SPARSITY, batch_invariant: bool = False,
+                 warmup: bool = True, progress: bool = True) -> None:
         settings.check_parallelism(tp_size, pp_size, fp8_enabled)
         module, defaults = settings.as_module(model, dtype)
         self.config = module.config
@@ -84,16 +89,18 @@ class Engine:
         vocab_limit = min(len(tokenizer), self.config.vocab_size) if tokenizer else self.config.vocab_size
         table = bucket_table(self.limits, policy, "f32" if dtype == np.float32 else "bf16")
         draft = settings.draft_of(speculation, self.config, vocab_limit, dtype)
-        models = [self.config, draft.config] if draft else [self.config]
-        num_pages = settings.num_pages(models, self.limits, dtype, kv_cache_bytes)
+        per_layer = settings.sparsity_of(sparsity, self.config)
+        sparse = any(bucket.schedule == SPARSE for bucket in table)
+        num_pages = settings.num_pages(self.config, draft and draft.config, self.limits, dtype, kv_cache_bytes, sparse)
         self.pool = PagePool(num_pages)
-        self.scheduler = Scheduler(table, self.limits, self.pool, policy, prefix_cache, batch_invariant)
+        dense_tail = max((layer.dense_tail for layer in per_layer if layer), default=0)
+        self.scheduler = Scheduler(table, self.limits, self.pool, policy, prefix_cache, batch_invariant, dense_tail)
         self.adapters = AdapterTable(self.config, max_adapters, max_adapter_rank, dtype)
         self.intake = Intake(tokenizer, self.generation_config, vocab_limit, self.config.vocab_size, self.scheduler,
                              self.adapters)
         directory = default_cache_dir() if cache_dir is ... else cache_dir and Path(cache_dir)
         self.runner = Runner(module, table, num_pages, self.limits.max_batch_size, vocab_limit, self.adapters, draft,
-                             directory or None, strict_compiles)
+                             per_layer, directory or None, strict_compiles)
         kind = DRAFT_MODEL if draft else speculation
         self.loop = Loop(self.scheduler, self.runner, kind and Speculation(kind, self.limits.draft_tokens))
         self._progress = progress
@@ -102,8 +109,11 @@ class Engine:
 
     @classmethod
     def from_pretrained(cls, ref: str | Path, *, dtype: Any = "bfloat16", **options: Any) -> Engine:
-        """An engine for a Hugging Face folder, a converted checkpoint, a hub id or ``bundled``; options as above."""
-        from qwen_jax.checkpoint import load_generation_config, load_model, load_tokenizer, resolve
+        """An engine for a Hugging Face folder, a converted checkpoint, a hub id or ``bundled``; options as above.
+
+        How sparse attention is, the folder may say (``qwen-jax calibrate``).
+        """
+        from qwen_jax.checkpoint import load_generation_config, load_model, load_tokenizer, read_sparsity, resolve
 
         source = resolve(ref)
         parallel = [options.get(name, default) for name, default in settings.PARALLELISM]
@@ -113,15 +123,20 @@ class Engine:
                 options[name] = load(source)
         if isinstance(options.get("speculation"), str | Path) and options["speculation"] != NGRAM:
             options["speculation"] = load_model(options["speculation"], dtype)
-        return cls(load_model(source, dtype), **options)
+        model = load_model(source, dtype)
+        if "sparsity" not in options and (stored := read_sparsity(source.path, model.config)):
+            options["sparsity"] = stored
+        return cls(model, **options)
 
     @classmethod
     def without_weights(cls, ref: str | Path, *, dtype: Any = "bfloat16", **options: Any) -> Engine:
         """What `from_pretrained` makes, with the shapes of the weights in their place: ``runner.compile`` works, to see
         what programs cost, or to have them on disk before a deployment. ``ref`` may also be a preset's name."""
-        from qwen_jax.checkpoint import find_config
+        from qwen_jax.checkpoint import find_config, read_sparsity, resolve
 
-        config, _ = find_config(ref)
+        config, where = find_config(ref)
+        if "sparsity" not in options and where != "preset" and (stored := read_sparsity(resolve(ref).path, config)):
+            options["sparsity"] = stored
         return cls(empty(config, settings.check_dtype(dtype)), dtype=dtype, warmup=False, **options)
 
     def warmup(self) -> None:
@@ -285,6 +300,7 @@ class Engine:
             prefix_hits=scheduler.prefix_hits, weight_version=self.weight_version,
             drafted_tokens=speculation.drafted if speculation else 0,
             accepted_tokens=speculation.accepted if speculation else 0,
+            sparse_density=figures.attended_pages / figures.visible_pages if figures.visible_pages else 1.0,
             device_seconds=figures.device_seconds, host_seconds=figures.host_seconds, buckets=tuple(buckets),
         )
 

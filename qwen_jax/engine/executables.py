@@ -78,44 +78,39 @@ class Program:
 
 
 class Executables:
-    """The table of compiled programs. Buckets that compile to the same program share it.
+    """The table of compiled programs.
 
     Args:
       lower: ``lower(bucket)`` gives the ``jax.stages.Lowered`` step.
-      program_of: the bucket whose program a bucket runs (itself, unless it shares one).
       identity: everything but the bucket that the programs depend on; any JSON value.
       cache_dir: where serialised programs are kept; None keeps none.
     """
 
-    def __init__(self, lower: Callable[[Bucket], jax.stages.Lowered], program_of: Callable[[Bucket], Bucket],
-                 identity: object, cache_dir: Path | None) -> None:
+    def __init__(self, lower: Callable[[Bucket], jax.stages.Lowered], identity: object,
+                 cache_dir: Path | None) -> None:
         self._lower = lower
-        self._program_of = program_of
         self._identity = identity
         self._cache_dir = cache_dir
         self.programs: dict[Bucket, Program] = {}
 
     def prepare(self, buckets: Iterable[Bucket]) -> Iterable[tuple[Bucket, Program]]:
-        """Make the program of every bucket ready; yields each program once, with its first bucket.
+        """Make the program of every bucket ready, and yield it with its bucket.
 
         Several compile at a time: XLA compiles one program on one core.
         """
-        first = {}
-        for bucket in buckets:
-            if self._program_of(bucket) not in self.programs:
-                first.setdefault(self._program_of(bucket), bucket)
+        missing = [bucket for bucket in buckets if bucket not in self.programs]
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
-            work = {program: threads.submit(self._load_or_compile, program) for program in first}
+            work = [threads.submit(self._load_or_compile, bucket) for bucket in missing]
             try:
-                for program, bucket in first.items():
-                    self.programs[program] = work[program].result()
-                    yield bucket, self.programs[program]
+                for bucket, program in zip(missing, work, strict=True):
+                    self.programs[bucket] = program.result()
+                    yield bucket, self.programs[bucket]
             finally:
                 threads.shutdown(cancel_futures=True)
 
     def __getitem__(self, bucket: Bucket) -> Program:
         """The bucket's program. KeyError when it was not prepared: nothing compiles here."""
-        return self.programs[self._program_of(bucket)]
+        return self.programs[bucket]
 
     def _load_or_compile(self, bucket: Bucket) -> Program:
         began = time.perf_counter()

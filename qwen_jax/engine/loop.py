@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import jax
+import numpy as np
 
 from qwen_jax.engine.batch import build_batch
 from qwen_jax.engine.plan import StepPlan
@@ -21,7 +22,6 @@ from qwen_jax.engine.steps import StepOutput
 from qwen_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
-SPARSE_NOTE = "computed with full attention: sparse attention is not implemented yet"
 DISPATCH_SECONDS = 0.05  # a decode step generates as many tokens per row as fit into this: it delays whoever comes
 
 
@@ -44,6 +44,8 @@ class Figures:
     host_seconds: float = 0.0  # beside that: what the device waits for while there is work
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    attended_pages: int = 0  # in steps of the sparse schedule
+    visible_pages: int = 0  # what full attention would have read there
     finished: dict[str, int] = field(default_factory=dict)  # by finish_reason
 
 
@@ -170,10 +172,13 @@ class Loop:
         if self._undelivered is None:
             return False
         (plan, output, taken), self._undelivered = self._undelivered, None
+        sparse = plan.bucket.schedule == SPARSE
         for index, (row, tokens) in enumerate(zip(plan.rows, taken, strict=True)):
             request = self._requests.get(row.seq.request_id)
             if request is None:  # an error ended it while this step was under way
                 continue
+            if sparse:
+                request.add_pages(*map(int, output.pages[index]))
             try:
                 if output.prompt is not None and request.score_from is not None:
                     request.add_prompt_scores(row.start, *(array[index, : row.count] for array in output.prompt))
@@ -188,8 +193,7 @@ class Loop:
         return True
 
     def _close(self, request: Request) -> None:
-        note = SPARSE_NOTE if request.sequence.schedule == SPARSE else ""
-        request.deltas.append(request.close(note))
+        request.deltas.append(request.close())
         self.runner.adapters.release(request.adapter)
         del self._requests[request.sequence.request_id]
         if request.sequence.version != self.runner.weights.current:
@@ -214,6 +218,10 @@ class Loop:
         figures.device_seconds += device
         figures.host_seconds += host
         figures.generated_tokens += sampled
+        if plan.bucket.schedule == SPARSE:
+            attended, everything = output.pages[: len(plan.rows)].sum(axis=0, dtype=np.int64)
+            figures.attended_pages += int(attended)
+            figures.visible_pages += int(everything)
         if self.speculation:
             self.speculation.record(plan, output.counts[: len(plan.rows)].tolist(), device + host)
         if decode and plan.bucket.tokens == 1:

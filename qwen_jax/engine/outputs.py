@@ -14,7 +14,7 @@ class RequestOutput:
       token_ids: every generated id, the one that ended it included.
       finish_reason: "stop" | "length" | "abort" | "error".
       schedule: "full_attention" | "sparse_attention" | "recompute".
-      schedule_note: how the schedule was carried out, where that is not what its name says.
+      density: pages that attention read, as a share of those that full attention reads.
       logprobs: per generated token, {id: log-probability} of the token and of the most likely ones asked for.
       prompt_logprobs: the same for the prompt; None for its first token, which nothing precedes.
       error: what went wrong where ``finish_reason`` is "error".
@@ -26,7 +26,7 @@ class RequestOutput:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     schedule: str | None = None
-    schedule_note: str = ""
+    density: float = 1.0
     logprobs: list[dict[int, float]] | None = None
     prompt_logprobs: list[dict[int, float] | None] | None = None
     error: str | None = None
@@ -71,7 +71,7 @@ class Delta:
 class BucketStats:
     """What one bucket did. ``tokens`` are computed positions without padding; ``seconds`` are wall time in its steps.
 
-    ``prepare_seconds`` is the time to compile or load its program (0 where it shares another bucket's).
+    ``prepare_seconds`` is the time to compile or load its program.
     """
 
     bucket: str
@@ -92,6 +92,7 @@ class EngineStats:
     ``device_seconds`` is wall time from the start of a step until its result was there, ``host_seconds`` what the
     device waited for between steps while there was work. ``finished`` counts requests by finish_reason,
     ``accepted_tokens`` those of the ``drafted_tokens`` (speculation) that became part of an answer.
+    ``sparse_density`` is the share of pages that steps of the sparse schedule read, 1 before the first.
     """
 
     compiles_after_warmup: int
@@ -110,6 +111,7 @@ class EngineStats:
     weight_version: int
     drafted_tokens: int
     accepted_tokens: int
+    sparse_density: float
     device_seconds: float
     host_seconds: float
     buckets: tuple[BucketStats, ...]

@@ -48,6 +48,7 @@ class Request:
         self.output.logprobs = None if self.params.logprobs is None else []
         self.output.prompt_logprobs = None if self.score_from is None else [None] * len(self.sequence.prompt)
         self.deltas.clear()
+        self._attended = self._everything = 0  # pages, of sparse attention
         self._text = Detokenizer(self._tokenizer, self.params.stop)
         self._matcher = self._grammar and self._grammar.copy()
         self.allowed = self._matcher and self._matcher.mask()  # of the next token; None for anything
@@ -110,13 +111,19 @@ class Request:
                               self.params.prompt_logprobs or 0)
                 self.output.prompt_logprobs[start + offset + 1] = scores
 
-    def close(self, note: str) -> Delta:
+    def add_pages(self, attended: int, everything: int) -> None:
+        """Take a step's count of pages attended to, and of those that full attention would have."""
+        self._attended += attended
+        self._everything += everything
+
+    def close(self) -> Delta:
         """The last piece of text; fills in the output."""
         out = self.output
         self.closed = True
         rest = "" if out.error else self._text.finish()
         out.text, out.finish_reason, out.schedule = self._text.text, self.sequence.finish_reason, self.sequence.schedule
-        out.schedule_note, out.weight_version = note, self.sequence.version
+        out.weight_version = self.sequence.version
+        out.density = self._attended / self._everything if self._everything else 1.0
         if self._text.stopped and out.finish_reason == "length":
             out.finish_reason = "stop"  # the stop string was completed by the held-back end of the text
         return Delta(rest, [], out.finish_reason)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 from flax import nnx
+from qwen_kernels.sparse_attention import Sparsity
 from tqdm import tqdm
 
 from qwen_jax.engine.adapters import AdapterTable
 from qwen_jax.engine.batch import dry_run_batch
 from qwen_jax.engine.executables import Executables, planned, unplanned_compiles
-from qwen_jax.engine.schedule import FULL, SPARSE, Bucket
+from qwen_jax.engine.schedule import SPARSE, Bucket
 from qwen_jax.engine.steps import Models, StepBatch, StepOutput, new_state, run_bucket
 from qwen_jax.engine.weights import Weights
 from qwen_jax.errors import UserError
@@ -31,22 +31,27 @@ class Runner:
       num_pages, slots: sizes of the state on the device.
       vocab_limit: number of token ids that exist.
       draft: the model that guesses tokens, if there is one.
+      sparsity: of each layer in the sparse schedule's buckets; None for a layer that attends to everything.
       cache_dir: where programs are kept; None keeps none.
       strict: refuse to go on after a compilation that was not part of a warm-up.
     """
 
     def __init__(self, model: Qwen2, table: tuple[Bucket, ...], num_pages: int, slots: int, vocab_limit: int,
-                 adapters: AdapterTable, draft: Qwen2 | None, cache_dir: Path | None, strict: bool = False) -> None:
+                 adapters: AdapterTable, draft: Qwen2 | None, sparsity: tuple[Sparsity | None, ...],
+                 cache_dir: Path | None, strict: bool = False) -> None:
         self.table, self.adapters, self.weights = table, adapters, Weights(model)
         self._slots, self._vocab_limit, self._strict = slots, np.int32(vocab_limit), strict
         self._vocab_size = model.config.vocab_size
         dtype = model.embed.weight.dtype
         self._draft_graph, self._draft = nnx.split(draft) if draft else (None, None)
-        self._new_state = partial(new_state, model.config, num_pages, slots, dtype, draft and draft.config)
+        sparse = any(bucket.schedule == SPARSE for bucket in table)
+        self._sparsity = sparsity
+        self._new_state = partial(new_state, model.config, num_pages, slots, dtype, draft and draft.config,
+                                  table[0].pages if sparse else 0)
         self._state = None
         identity = [repr(model.config), str(dtype), num_pages, slots, adapters.identity_of_shapes,
-                    draft and repr(draft.config)]
-        self.executables = Executables(self._lower, _program_of, identity, cache_dir)
+                    draft and repr(draft.config), repr(sparsity) if sparse else None]
+        self.executables = Executables(self._lower, identity, cache_dir)
         self.prepare_seconds: dict[Bucket, float] = {}
         self.warmup_seconds = 0.0
         self._compiles_at_warmup: int | None = None
@@ -88,8 +93,7 @@ class Runner:
                 bar.update()
 
     def _bar(self, progress: bool, what: str) -> tqdm:
-        return tqdm(total=len({_program_of(bucket) for bucket in self.table}), desc=what, unit="executable",
-                    file=sys.stderr, disable=not progress)
+        return tqdm(total=len(self.table), desc=what, unit="executable", file=sys.stderr, disable=not progress)
 
     def start(self, bucket: Bucket, batch: StepBatch, version: int) -> StepOutput:
         """Runs a step; its output may still be under way when this returns.
@@ -108,13 +112,9 @@ class Runner:
     def _lower(self, bucket: Bucket) -> jax.stages.Lowered:
         def step(leaves, draft, state, batch, vocab_limit, adapters):
             models = Models(nnx.merge(self.weights.graph, jax.tree.unflatten(self.weights.treedef, leaves)),
-                            draft and nnx.merge(self._draft_graph, draft))
+                            draft and nnx.merge(self._draft_graph, draft), self._sparsity)
             return run_bucket(models, bucket, state, batch, vocab_limit, adapters)
 
         batch = dry_run_batch(bucket, self._slots, self._vocab_size)
         return jax.jit(step, donate_argnums=2).lower(*self._arguments(batch, self.weights.current))
 
-
-def _program_of(bucket: Bucket) -> Bucket:
-    """Until sparse attention has its own implementation, its buckets run full attention's programs."""
-    return replace(bucket, schedule=FULL) if bucket.schedule == SPARSE else bucket

@@ -91,6 +91,8 @@ class Limits:
     decode_steps: int = 1  # most tokens per row and dispatch
     draft_tokens: int = 0  # drafts that a decode step can check; 0 for no speculation
     draft_rows: int = 8  # no speculation with more rows
+    sparse_prefill_shapes: tuple[tuple[int, int], ...] = ()  # for the sparse schedule; empty for the same
+    sparse_decode_rows: tuple[int, ...] = ()
 
     def __post_init__(self):
         check_positive(max_batch_size=self.max_batch_size, max_seq_len=self.max_seq_len, decode_steps=self.decode_steps,
@@ -99,7 +101,7 @@ class Limits:
             check_positive(draft_tokens=self.draft_tokens)
         if not self.prefill_shapes or not self.decode_rows:
             raise UserError("limits need at least one prefill shape and one number of decode rows")
-        for _, tokens, *_ in (*self.prefill_shapes, *self.recompute_shapes):
+        for _, tokens, *_ in (*self.prefill_shapes, *self.recompute_shapes, *self.sparse_prefill_shapes):
             if tokens % PAGE:  # chunks start at page boundaries because every full chunk is whole pages
                 raise UserError(f"prefill shapes must be whole pages: {tokens} tokens is not a multiple of {PAGE}")
 
@@ -108,6 +110,10 @@ class Limits:
 _CPU_PREFILL = ((1, 64), (8, 64), (4, 128), (1, 256), (2, 256), (1, 512))
 _ACCELERATOR_PREFILL = ((1, 64), (8, 64), (32, 64), (1, 256), (8, 256), (32, 256), (1, 1024), (8, 1024),
                         (1, 4096), (2, 4096))
+# Long prompts come one or two at a time and in large chunks: few shapes do, and each is a program to compile.
+_CPU_SPARSE_PREFILL = ((1, 64), (1, 512))
+_ACCELERATOR_SPARSE_PREFILL = ((1, 64), (1, 1024), (2, 4096))
+_SPARSE_DECODE_ROWS = (2, 8)  # and as many as there may be
 # (tokens, micro_rows)
 _CPU_RECOMPUTE = ((64, 8),)
 _ACCELERATOR_RECOMPUTE = ((64, 32), (256, 32))
@@ -139,8 +145,11 @@ def default_limits(max_batch_size: int = 64, max_seq_len: int = 4096, platform: 
             micro_rows = min(micro_rows, policy.recompute_above_rows)
             if rows > policy.recompute_above_rows and tokens <= longest:
                 recompute.append((_round_up(rows, micro_rows), tokens, micro_rows))
+    sparse_shapes = _CPU_SPARSE_PREFILL if on_cpu else _ACCELERATOR_SPARSE_PREFILL
+    sparse_prefill = [(min(rows, most_rows), tokens) for rows, tokens in sparse_shapes if tokens <= longest]
+    sparse_rows = [*(rows for rows in _SPARSE_DECODE_ROWS if rows < most_decode_rows), most_decode_rows]
     return Limits(max_batch_size, max_seq_len, _unique(prefill), _unique(recompute), tuple(decode_rows), decode_steps,
-                  draft_tokens)
+                  draft_tokens, sparse_prefill_shapes=_unique(sparse_prefill), sparse_decode_rows=tuple(sparse_rows))
 
 
 def invariant_limits(max_batch_size: int, max_seq_len: int, decode_steps: int = DECODE_STEPS,
@@ -176,12 +185,15 @@ def bucket_table(limits: Limits, policy: SchedulePolicy = DEFAULT_POLICY,
     buckets = [Bucket("prefill", RECOMPUTE, rows, tokens, pages, precision, micro)
                for rows, tokens, micro in recompute_shapes]
     for attention in attentions:
-        buckets += [Bucket("prefill", attention, *shape, pages, precision) for shape in limits.prefill_shapes]
+        sparse = attention == SPARSE
+        shapes = limits.sparse_prefill_shapes if sparse and limits.sparse_prefill_shapes else limits.prefill_shapes
+        decode_rows = limits.sparse_decode_rows if sparse and limits.sparse_decode_rows else limits.decode_rows
+        buckets += [Bucket("prefill", attention, *shape, pages, precision) for shape in shapes]
         buckets += [Bucket("decode", attention, rows, 1, pages, precision, steps=limits.decode_steps)
-                    for rows in limits.decode_rows]
+                    for rows in decode_rows]
         if limits.draft_tokens:
             buckets += [Bucket("decode", attention, rows, limits.draft_tokens + 1, pages, precision)
-                        for rows in limits.decode_rows if rows <= limits.draft_rows]
+                        for rows in decode_rows if rows <= limits.draft_rows]
     order = ("prefill", "decode", FULL, RECOMPUTE, SPARSE)
     buckets.sort(key=lambda b: (order.index(b.phase), order.index(b.schedule), b.rows * b.tokens, b.rows))
     table = _unique(buckets)

@@ -21,6 +21,7 @@ from qwen_jax.engine.pages import PAGE, PagePool, pages_for
 from qwen_jax.engine.plan import PlannedRow, StepPlan
 from qwen_jax.engine.schedule import (
     DEFAULT_POLICY,
+    SPARSE,
     Bucket,
     Limits,
     SchedulePolicy,
@@ -40,12 +41,15 @@ class Scheduler:
 
     invariant: what a sequence computes must not depend on the others: prefills reuse and restart at multiples of the
       largest chunk, answers are not reused, and nobody is admitted who might be preempted.
+    dense_tail: last tokens of a prompt whose pages sparse attention computes otherwise than the rest, and so are not
+      shared; neither are its answers'.
     """
 
     def __init__(self, table: tuple[Bucket, ...], limits: Limits, pool: PagePool,
-                 policy: SchedulePolicy = DEFAULT_POLICY, prefix_cache: bool = True, invariant: bool = False):
+                 policy: SchedulePolicy = DEFAULT_POLICY, prefix_cache: bool = True, invariant: bool = False,
+                 dense_tail: int = 0):
         self.limits, self.pool, self.policy, self.prefix_cache = limits, pool, policy, prefix_cache
-        self.invariant = invariant
+        self.invariant, self.dense_tail = invariant, dense_tail
         self.prefix_queries = self.prefix_hits = 0  # pages looked up at admissions, and found
         self.preemptions = 0
         self.paused = False  # nobody is admitted but those that were preempted in the middle of their answer
@@ -263,13 +267,18 @@ class Scheduler:
         if not self.prefix_cache:
             return []
         most = seq.prefill_end - 1 if seq.reusable is None else min(seq.prefill_end - 1, seq.reusable)
-        return seq.page_keys(most // PAGE)
+        return seq.page_keys(min(most // PAGE, self._shareable(seq)))
+
+    def _shareable(self, seq: Sequence) -> int:
+        """Pages whose contents the tokens alone decide, not the way they came to be there."""
+        if self.attention(seq) == SPARSE:
+            return max(0, len(seq.prompt) - self.dense_tail) // PAGE
+        # What decode steps compute is not to the last bit what a prefill would have.
+        return len(seq.prompt) // PAGE if self.invariant else seq.num_tokens // PAGE
 
     def _keep_full_pages(self, seq: Sequence) -> None:
         """Offers the pages that this step filled to the cache; those who waited for them find them there."""
-        full = seq.num_computed // PAGE if self.prefix_cache else 0
-        if self.invariant:  # what decode steps compute is not to the last bit what a prefill would have
-            full = min(full, len(seq.prompt) // PAGE)
+        full = min(seq.num_computed // PAGE, self._shareable(seq)) if self.prefix_cache else 0
         if full > seq.num_kept:
             keys = seq.page_keys(full)
             for index in range(seq.num_kept, full):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from qwen_kernels.attention import PAGE
+from qwen_kernels.sparse_attention import Sparsity, nodes_per_page
 
 from qwen_jax.config import GenerationDefaults, ModelConfig
 from qwen_jax.engine.pages import pages_for
@@ -102,9 +103,21 @@ def platform() -> str:
     return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
 
 
-def page_bytes(config: ModelConfig, dtype: Any) -> int:
-    """Bytes of one page: keys and values of ``PAGE`` tokens in every layer."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * PAGE * jnp.dtype(dtype).itemsize
+def page_bytes(config: ModelConfig, dtype: Any, sparse_width: int = 0) -> int:
+    """Bytes of one page in every layer: keys and values of ``PAGE`` tokens, and what sparse attention selects by.
+
+    sparse_width: pages of a row, 0 without sparse attention.
+    """
+    vectors = 2 * PAGE + (2 * nodes_per_page(sparse_width) if sparse_width else 0)
+    return vectors * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
+
+
+def sparsity_of(option: Any, config: ModelConfig) -> tuple[Sparsity | None, ...]:
+    """The sparsity of every layer, from one for all or a sequence with one for each."""
+    per_layer = (option,) * config.num_layers if isinstance(option, Sparsity) else tuple(option)
+    if len(per_layer) != config.num_layers or not all(isinstance(one, Sparsity | None) for one in per_layer):
+        raise UserError(f"sparsity must be a Sparsity, or one (or None) for each of the {config.num_layers} layers")
+    return per_layer
 
 
 def draft_of(speculation: Any, config: ModelConfig, vocab_limit: int, dtype: Any) -> Qwen2 | None:
@@ -118,9 +131,11 @@ def draft_of(speculation: Any, config: ModelConfig, vocab_limit: int, dtype: Any
     return draft
 
 
-def num_pages(configs: Sequence[ModelConfig], limits: Limits, dtype: Any, kv_cache_bytes: int | None) -> int:
-    """Pages of the pool, the null page included. A page spans the layers of all models."""
-    one = sum(page_bytes(config, dtype) for config in configs)
+def num_pages(config: ModelConfig, draft: ModelConfig | None, limits: Limits, dtype: Any, kv_cache_bytes: int | None,
+              sparse: bool) -> int:
+    """Pages of the pool, the null page included. A page spans the layers of both models."""
+    one = page_bytes(config, dtype, pages_for(limits.max_seq_len) if sparse else 0)
+    one += page_bytes(draft, dtype) if draft else 0
     most = limits.max_batch_size * pages_for(limits.max_seq_len)
     if kv_cache_bytes is None:
         kv_cache_bytes = max(int(free_memory() * _KV_SHARE[platform()]), pages_for(limits.max_seq_len) * one)

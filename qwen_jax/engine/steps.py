@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from qwen_kernels.attention import PAGE, page_dtype, paged_attention, write_pages
+from qwen_kernels.sparse_attention import Sparsity, new_summaries, sparse_attention, update_summaries, visible_pages
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.adapters import Adapters, adapt_rows
@@ -28,7 +29,7 @@ from qwen_jax.engine.sampler import (
     sample,
     top_logprobs,
 )
-from qwen_jax.engine.schedule import Bucket
+from qwen_jax.engine.schedule import SPARSE, Bucket
 from qwen_jax.model import Qwen2
 
 SCORED_TOKENS = 64  # prompt positions whose logits [SCORED_TOKENS, V] exist at once
@@ -43,6 +44,7 @@ class EngineState(NamedTuple):
     v_pages: tuple[jax.Array, ...]
     draft_k_pages: tuple[jax.Array, ...]  # the draft model's, by the same page ids; empty without one
     draft_v_pages: tuple[jax.Array, ...]
+    summaries: tuple[jax.Array, ...]  # L of [P, K, nodes, 2, H], what sparse attention selects by; empty without it
     token_counts: jax.Array  # i32[S + 1, V]; the last slot belongs to padding rows
 
 
@@ -77,6 +79,7 @@ class StepOutput(NamedTuple):
     sampled: Sampled  # with an axis more: [R, C] and [R, C, 20]
     counts: jax.Array  # i32[R]: how many of the sampled tokens are part of the answer
     prompt: PromptScores | None  # None in a decode step
+    pages: jax.Array  # i32[R, 2]: pages attended to, and what full attention would; zeros where it is full attention
 
 
 class Models(NamedTuple):
@@ -84,51 +87,77 @@ class Models(NamedTuple):
 
     target: Qwen2
     draft: Qwen2 | None = None  # guesses tokens that the target then checks
+    sparsity: tuple[Sparsity | None, ...] | None = None  # of the target's layers; None is full attention
 
 
-def new_state(config: ModelConfig, num_pages: int, slots: int, dtype, draft: ModelConfig | None = None) -> EngineState:
-    """Empty pages and counts for ``slots`` sequences."""
+def new_state(config: ModelConfig, num_pages: int, slots: int, dtype, draft: ModelConfig | None = None,
+              sparse_width: int = 0) -> EngineState:
+    """Empty pages and counts for ``slots`` sequences; ``sparse_width``: pages of a row, 0 without sparse attention."""
 
     def pages(config: ModelConfig | None):
         shape = config and (num_pages, config.num_kv_heads, PAGE, config.head_dim)
         return tuple(jnp.zeros(shape, page_dtype(dtype)) for _ in range(config.num_layers if config else 0))
 
-    return EngineState(pages(config), pages(config), pages(draft), pages(draft),
+    k_pages = pages(config)
+    summaries = tuple(new_summaries(k, sparse_width) for k in k_pages) if sparse_width else ()
+    return EngineState(k_pages, pages(config), pages(draft), pages(draft), summaries,
                        jnp.zeros((slots + 1, config.vocab_size), jnp.int32))
 
 
 def run_bucket(models: Models, bucket: Bucket, state: EngineState, batch: StepBatch, vocab_limit: jax.Array,
                adapters: Adapters | None = None) -> tuple[EngineState, StepOutput]:
     """One step of ``bucket``; ``vocab_limit`` (i32 scalar) is the number of ids that exist."""
+    if bucket.schedule != SPARSE:
+        models = models._replace(sparsity=None)
     if bucket.phase == "prefill":
         return _micro_batches(models, bucket, state, batch, vocab_limit, adapters)
     if bucket.tokens > 1:
         return _check_drafts(models, state, batch, vocab_limit, adapters)
-    return _generate(models.target, bucket, state, batch, vocab_limit, adapters)
+    return _generate(models, bucket, state, batch, vocab_limit, adapters)
 
 
-def _hidden(model: Qwen2, state: EngineState, batch: StepBatch, adapters, draft: bool = False):
-    """Final hidden states ``[R, T, D]`` of a batch's tokens, whose keys and values are written to their pages."""
-    k_name, v_name = ("draft_k_pages", "draft_v_pages") if draft else ("k_pages", "v_pages")
-    k_pages, v_pages = list(getattr(state, k_name)), list(getattr(state, v_name))
-    positions = batch.start[:, None] + jnp.arange(batch.tokens.shape[1])
+def _hidden(models: Models, state: EngineState, batch: StepBatch, adapters):
+    """Final hidden states ``[R, T, D]`` of a batch's tokens, whose keys and values are written to their pages, the
+    state after it, and the pages attended to (``StepOutput.pages``)."""
+    k_pages, v_pages, summaries = list(state.k_pages), list(state.v_pages), list(state.summaries)
+    counts = []
+    where = batch.page_table, batch.start, batch.length
 
     def attend(layer, q, k, v):
-        where = batch.page_table, batch.start, batch.length
         k_pages[layer] = write_pages(k_pages[layer], k, *where)
         v_pages[layer] = write_pages(v_pages[layer], v, *where)
-        return paged_attention(q, k_pages[layer], v_pages[layer], *where)
+        if models.sparsity is None:
+            return paged_attention(q, k_pages[layer], v_pages[layer], *where)
+        everything = visible_pages(q.shape[1], batch.start, batch.length) * k.shape[2]
+        if models.sparsity[layer] is None:
+            counts.append(jnp.stack([everything, everything], axis=1))
+            return paged_attention(q, k_pages[layer], v_pages[layer], *where)
+        summaries[layer] = update_summaries(summaries[layer], k_pages[layer], *where, q.shape[1])
+        out, selection = sparse_attention(q, k_pages[layer], v_pages[layer], summaries[layer], *where,
+                                          batch.prompt_length, sparsity=models.sparsity[layer])
+        counts.append(jnp.stack([jnp.sum(selection.count, axis=(1, 2)), everything], axis=1))
+        return out
 
+    model = models.target
     adapt = adapt_rows(model.config, adapters, batch.adapters) if adapters else None
+    positions = batch.start[:, None] + jnp.arange(batch.tokens.shape[1])
     hidden = model.hidden(batch.tokens, positions, attend, adapt)
-    return hidden, state._replace(**{k_name: tuple(k_pages), v_name: tuple(v_pages)})
+    state = state._replace(k_pages=tuple(k_pages), v_pages=tuple(v_pages), summaries=tuple(summaries))
+    return hidden, state, sum(counts, jnp.zeros((len(batch.tokens), 2), jnp.int32))
+
+
+def _draft_hidden(draft: Qwen2, state: EngineState, batch: StepBatch):
+    """As `_hidden`, of the draft model, which attends to everything."""
+    own = state._replace(k_pages=state.draft_k_pages, v_pages=state.draft_v_pages, summaries=())
+    hidden, own, _ = _hidden(Models(draft), own, batch, None)
+    return hidden, state._replace(draft_k_pages=own.k_pages, draft_v_pages=own.v_pages)
 
 
 def _prefill(models: Models, state: EngineState, batch: StepBatch, vocab_limit, adapters):
     """All rows of ``batch`` at once."""
     if models.draft is not None:
-        _, state = _hidden(models.draft, state, batch, None, draft=True)
-    hidden, state = _hidden(models.target, state, batch, adapters)
+        _, state = _draft_hidden(models.draft, state, batch)
+    hidden, state, pages = _hidden(models, state, batch, adapters)
     positions = batch.start[:, None] + jnp.arange(batch.tokens.shape[1])
     counts = _count_reused(clear_counts(state.token_counts, batch.slots, batch.first), batch)
     counts = count_prompt(counts, batch.slots, batch.tokens, positions < batch.length[:, None],
@@ -139,7 +168,7 @@ def _prefill(models: Models, state: EngineState, batch: StepBatch, vocab_limit, 
     sampled = _sample(models.target, hidden, batch.sampling, batch.slots, batch.allowed, counts, vocab_limit)
     counts = count_output(counts, batch.slots, sampled.tokens, batch.samples)
     return state._replace(token_counts=counts), StepOutput(
-        jax.tree.map(lambda x: x[:, None], sampled), batch.samples.astype(jnp.int32), scores)
+        jax.tree.map(lambda x: x[:, None], sampled), batch.samples.astype(jnp.int32), scores, pages)
 
 
 def _at_step(batch: StepBatch, tokens, index, slots: int) -> StepBatch:
@@ -151,34 +180,34 @@ def _at_step(batch: StepBatch, tokens, index, slots: int) -> StepBatch:
         samples=active, sampling=batch.sampling._replace(step=batch.sampling.step + index))
 
 
-def _generate(model: Qwen2, bucket: Bucket, state: EngineState, batch: StepBatch, vocab_limit, adapters):
+def _generate(models: Models, bucket: Bucket, state: EngineState, batch: StepBatch, vocab_limit, adapters):
     """Tokens one after another, as many for each row as ``batch.counts`` says."""
-    graph, params = nnx.split(model)
+    graph, params = nnx.split(models.target)
 
     def one(state, tokens, index):
         here, tied = jax.lax.optimization_barrier((params, index))  # see _micro_batches
         now = _at_step(batch, tokens, tied, slots=len(state.token_counts) - 1)
         model = nnx.merge(graph, here)
-        hidden, state = _hidden(model, state, now, adapters)
+        hidden, state, pages = _hidden(models._replace(target=model), state, now, adapters)
         sampled = _sample(model, hidden[:, 0], now.sampling, now.slots, now.allowed, state.token_counts, vocab_limit)
         counts = count_output(state.token_counts, now.slots, sampled.tokens, now.samples)
-        return state._replace(token_counts=counts), sampled
+        return state._replace(token_counts=counts), sampled, pages
 
     def body(index, carry):
-        state, tokens, outputs = carry
-        state, sampled = one(state, tokens, index)
+        state, tokens, outputs, pages = carry
+        state, sampled, more = one(state, tokens, index)
         outputs = jax.tree.map(lambda whole, new: jax.lax.dynamic_update_slice_in_dim(whole, new[:, None], index, 1),
                                outputs, sampled)
-        return state, sampled.tokens, outputs
+        return state, sampled.tokens, outputs, pages + more
 
-    shapes = jax.eval_shape(one, state, batch.tokens[:, 0], jnp.int32(0))[1]
+    _, shapes, pages = jax.eval_shape(one, state, batch.tokens[:, 0], jnp.int32(0))
     outputs = jax.tree.map(lambda x: jnp.zeros((len(x), bucket.steps, *x.shape[1:]), x.dtype), shapes)
-    carry = state, batch.tokens[:, 0], outputs
+    carry = state, batch.tokens[:, 0], outputs, jnp.zeros(pages.shape, pages.dtype)
     if bucket.steps == 1:
-        state, _, outputs = body(0, carry)
+        state, _, outputs, pages = body(0, carry)
     else:
-        state, _, outputs = jax.lax.fori_loop(0, jnp.max(batch.counts), body, carry)
-    return state, StepOutput(outputs, batch.counts, None)
+        state, _, outputs, pages = jax.lax.fori_loop(0, jnp.max(batch.counts), body, carry)
+    return state, StepOutput(outputs, batch.counts, None, pages)
 
 
 def _check_drafts(models: Models, state: EngineState, batch: StepBatch, vocab_limit, adapters):
@@ -186,7 +215,7 @@ def _check_drafts(models: Models, state: EngineState, batch: StepBatch, vocab_li
     if models.draft is not None:
         state, drawn = _draw_drafts(models.draft, state, batch, vocab_limit)
         batch = batch._replace(tokens=jnp.where(batch.tokens < 0, drawn, batch.tokens))
-    hidden, state = _hidden(models.target, state, batch, adapters)
+    hidden, state, pages = _hidden(models, state, batch, adapters)
     rows, width = batch.tokens.shape
     sampling = jax.tree.map(lambda x: jnp.repeat(x, width, axis=0), batch.sampling)
     sampling = sampling._replace(step=sampling.step + jnp.tile(jnp.arange(width), rows))
@@ -199,7 +228,7 @@ def _check_drafts(models: Models, state: EngineState, batch: StepBatch, vocab_li
     counts = state.token_counts
     for index in range(width):
         counts = count_output(counts, batch.slots, sampled.tokens[:, index], index < emitted)
-    return state._replace(token_counts=counts), StepOutput(sampled, emitted, None)
+    return state._replace(token_counts=counts), StepOutput(sampled, emitted, None, pages)
 
 
 def _draw_drafts(draft: Qwen2, state: EngineState, batch: StepBatch, vocab_limit):
@@ -217,7 +246,7 @@ def _draw_drafts(draft: Qwen2, state: EngineState, batch: StepBatch, vocab_limit
         now = _at_step(batch, jax.lax.dynamic_index_in_dim(tokens, tied, 1, keepdims=False), tied,
                        slots=len(state.token_counts) - 1)
         model = nnx.merge(graph, here)
-        hidden, state = _hidden(model, state, now, None, draft=True)
+        hidden, state = _draft_hidden(model, state, now)
         logits = model.logits(hidden[:, 0])[:, :vocab]  # vocabularies differ at most in unused ids
         logits = jnp.pad(logits, ((0, 0), (0, vocab - logits.shape[1])), constant_values=-jnp.inf)
         guess = sample(logits, now.sampling, state.token_counts, now.slots, vocab_limit).tokens
@@ -296,7 +325,7 @@ def _micro_batches(models: Models, bucket: Bucket, state: EngineState, batch: St
     def run(state, index):
         # Tied to the index, weights are not loop-invariant: XLA:CPU would widen all of them to float32 before the loop.
         here, beside, tied = jax.lax.optimization_barrier((params, draft and draft[1], index))
-        now = Models(nnx.merge(graph, here), draft and nnx.merge(draft[0], beside))
+        now = Models(nnx.merge(graph, here), draft and nnx.merge(draft[0], beside), models.sparsity)
         return _prefill(now, state, part(tied), vocab_limit, adapters)
 
     def body(index, carry):

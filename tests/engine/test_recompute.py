@@ -66,12 +66,3 @@ def test_answers_are_those_of_full_attention(hf):
         for a, b in zip(one.prompt_logprobs[1:], other.prompt_logprobs[1:], strict=True):
             assert a.keys() == b.keys() and all(abs(a[token] - b[token]) < 1e-4 for token in a)
 
-
-def test_sparse_schedule_says_how_it_was_computed(hf):
-    policy = SchedulePolicy(sparse_above_tokens=64)
-    limits = Limits(max_batch_size=4, max_seq_len=256, prefill_shapes=((4, 64),), recompute_shapes=(), decode_rows=(4,))
-    engine = Engine(hf, limits=limits, policy=policy, progress=False)
-    short, long = engine.generate([[1] * 10, [2] * 100], SamplingParams(max_tokens=2, temperature=0.0))
-    assert (short.schedule, short.schedule_note) == (FULL, "")
-    assert long.schedule == "sparse_attention" and "full attention" in long.schedule_note
-    assert engine.stats().executables == 2, "buckets that compute the same share a program"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -16,7 +18,7 @@ _MASKED = -1e30  # finite, so that a fully masked chunk leaves exp(0) * 0 and no
 
 def paged_attention(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_table: jax.Array,
                     start: jax.Array, length: jax.Array) -> jax.Array:
-    """See ``api.paged_attention``. Online softmax (https://arxiv.org/abs/2205.14135), future chunks skipped."""
+    """See ``api.paged_attention``. Future chunks are skipped."""
     tokens = q.shape[1]
     block = min(tokens, QUERY_BLOCK)
     if tokens % block:
@@ -35,44 +37,67 @@ def paged_attention(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_t
 
 def _query_block(q: jax.Array, offset, k_pages, v_pages, page_table, start, length) -> jax.Array:
     """Attention of one block of queries that begins ``offset`` tokens after each row's start."""
+    tokens, page = q.shape[1], k_pages.shape[2]
+    pages = min(DECODE_CHUNK_PAGES if tokens == 1 else CHUNK_PAGES, page_table.shape[1])
+    page_table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % pages)))
+
+    def pages_of(chunk):
+        ids = jax.lax.dynamic_slice_in_dim(page_table, chunk * pages, pages, axis=1)
+        return ids[:, None], (chunk * pages + jnp.arange(pages))[None, None]
+
+    last = jnp.max(jnp.minimum(length, start + offset + tokens))
+    span = pages * page
+    return attend_pages(q, start + offset, length, k_pages, v_pages, pages_of, (last + span - 1) // span)
+
+
+def attend_pages(q: jax.Array, start: jax.Array, length: jax.Array, k_pages: jax.Array, v_pages: jax.Array,
+                 pages_of: Callable, chunks: jax.Array, heads: jax.Array | None = None) -> jax.Array:
+    """Causal attention of queries to chunks of pages. Online softmax (https://arxiv.org/abs/2205.14135).
+
+    Args:
+      q: ``[B, T, K, G, H]``; query t of row b stands at position ``start[b] + t``.
+      length: i32 ``[B]``, number of valid positions.
+      pages_of: of chunk i, ``(ids, places)``, each i32 ``[B or 1, K or 1, C]``: which pages, and the index that each
+        has in its row. A place beyond the row's length hides its page.
+      chunks: how many there are, known at run time.
+      heads: i32 ``[K]``, the pages' heads that q's are; by default the same.
+
+    Returns: ``[B, T, K, G, H]``; zero for a query that sees nothing.
+    """
     rows, tokens, kv_heads, group, dim = q.shape
     page = k_pages.shape[2]
-    pages = min(DECODE_CHUNK_PAGES if tokens == 1 else CHUNK_PAGES, page_table.shape[1])
-    span = pages * page
-    padding = -page_table.shape[1] % pages
-    page_table = jnp.pad(page_table, ((0, 0), (0, padding)))
-
     wide = _compute_dtype(q.dtype)
     scaled = (q.astype(jnp.float32) * dim**-0.5).astype(wide)
     q_bkmh = scaled.transpose(0, 2, 3, 1, 4).reshape(rows, kv_heads, group * tokens, dim)
-    positions = start[:, None] + offset + jnp.tile(jnp.arange(tokens), group)[None]  # [B, G * T]
+    positions = start[:, None] + jnp.tile(jnp.arange(tokens), group)[None]  # [B, G * T]
+    heads = (jnp.arange(kv_heads) if heads is None else heads)[:, None]
 
-    def gather(array, index):
-        """One chunk as ``[B, K, span, H]``."""
-        ids = jax.lax.dynamic_slice_in_dim(page_table, index * pages, pages, axis=1)
-        chunk = from_storage(array[ids]).swapaxes(1, 2)
-        return chunk.reshape(rows, kv_heads, span, dim)
+    def gather(array, ids):
+        """Pages as ``[B, K, span, H]``."""
+        chunk = from_storage(array[ids, heads])
+        return chunk.reshape(rows, kv_heads, -1, dim)
 
     def step(index, carry):
         top, total, out = carry
-        keys = index * span + jnp.arange(span)
-        scores = jnp.einsum("bkmh,bksh->bkms", q_bkmh, gather(k_pages, index).astype(wide),
+        ids, places = pages_of(index)
+        ids = jnp.broadcast_to(ids, (rows, kv_heads, ids.shape[-1]))
+        keys = (places[..., None] * page + jnp.arange(page)).reshape(*places.shape[:2], -1)  # [B or 1, K or 1, span]
+        scores = jnp.einsum("bkmh,bksh->bkms", q_bkmh, gather(k_pages, ids).astype(wide),
                             preferred_element_type=jnp.float32)
-        visible = (keys[None, None] <= positions[..., None]) & (keys[None] < length[:, None])[:, None]
-        scores = jnp.where(visible[:, None], scores, _MASKED)
+        written = keys < length[:, None, None]
+        visible = (keys[:, :, None] <= positions[:, None, :, None]) & written[:, :, None]
+        scores = jnp.where(visible, scores, _MASKED)
         new_top = jnp.maximum(top, scores.max(axis=-1))
         weights = jnp.exp(scores - new_top[..., None])
-        weights = jnp.where(visible[:, None], weights, 0)
+        weights = jnp.where(visible, weights, 0)
         decay = jnp.exp(top - new_top)
         total = total * decay + weights.sum(axis=-1)
         # Slots beyond a row's length may hold anything: a zero weight must silence even a NaN.
-        values = jnp.where((keys[None] < length[:, None])[:, None, :, None], gather(v_pages, index), 0)
+        values = jnp.where(written[..., None], gather(v_pages, ids), 0)
         added = jnp.einsum("bkms,bksh->bkmh", weights.astype(wide), values.astype(wide),
                            preferred_element_type=jnp.float32)
         return new_top, total, out * decay[..., None] + added
 
-    last = jnp.max(jnp.minimum(length, start + offset + tokens))
-    chunks = (last + span - 1) // span
     shape = (rows, kv_heads, group * tokens)
     initial = (jnp.full(shape, _MASKED, jnp.float32), jnp.zeros(shape, jnp.float32),
                jnp.zeros((*shape, dim), jnp.float32))

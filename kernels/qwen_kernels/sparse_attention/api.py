@@ -1,0 +1,77 @@
+"""Sparse attention over paged keys and values: validation and dispatch.
+
+Axes: B rows, T query tokens, Q blocks of queries, K KV heads, G query heads per KV head, H head dim, P pages, N pages
+of one row, M pages of one selection.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from qwen_kernels.attention import PAGE, page_dtype
+from qwen_kernels.sparse_attention import reference, xla
+from qwen_kernels.sparse_attention.selection import Selection, Sparsity, query_block, select
+
+IMPLEMENTATIONS = {"xla": xla, "reference": reference}
+
+
+def sparse_attention(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, summaries: jax.Array, page_table: jax.Array,
+                     start: jax.Array, length: jax.Array, prompt_length: jax.Array, *, sparsity: Sparsity,
+                     implementation: str | None = None) -> tuple[jax.Array, Selection]:
+    """Causal attention of new tokens to the pages of a paged cache that matter to them.
+
+    The pages hold the new tokens already, and ``summaries`` know them (``update_summaries``). Within a selected page
+    attention is exact. All query heads of a KV head, and in a prefill all queries of a page, share a selection.
+
+    Args:
+      q: ``[B, T, K, G, H]``; query t of row b stands at position ``start[b] + t``. Where T is a multiple of ``PAGE``,
+        ``start`` is too.
+      k_pages, v_pages: ``[P, K, PAGE, H]`` in ``page_dtype(q.dtype)``.
+      summaries: ``[P, K, nodes, 2, H]``, made by ``new_summaries`` for rows of N pages.
+      page_table: i32 ``[B, N]``; entry n holds positions ``n * PAGE`` to ``n * PAGE + PAGE - 1`` of its row.
+      start, length: i32 ``[B]``, position of the first query and number of valid positions; length 0 makes a padding
+        row, whose output is zero.
+      prompt_length: i32 ``[B]``; queries in a block with any of the last ``sparsity.dense_tail`` positions before it
+        attend to everything.
+      implementation: "xla" or "reference"; None takes the fastest available.
+
+    Returns: ``[B, T, K, G, H]`` in q's dtype, and what was selected.
+    """
+    _check(q, k_pages, v_pages, implementation)
+    selection = select(q, k_pages, summaries, page_table, start, length, prompt_length, sparsity)
+    out = attend(q, k_pages, v_pages, page_table, start, length, selection, dense_heads=sparsity.dense_heads,
+                 implementation=implementation)
+    return out, selection
+
+
+def attend(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_table: jax.Array, start: jax.Array,
+           length: jax.Array, selection: Selection, *, dense_heads: tuple[int, ...] = (),
+           implementation: str | None = None) -> jax.Array:
+    """Exact causal attention to the selected pages; arguments as ``sparse_attention``'s.
+
+    dense_heads: KV heads known to be dense in all blocks, which changes the order of work and not the result.
+    """
+    _check(q, k_pages, v_pages, implementation)
+    if selection.count.shape[1] != q.shape[1] // query_block(q.shape[1], PAGE):
+        raise ValueError(f"a selection of {selection.count.shape[1]} blocks does not fit {q.shape[1]} queries")
+    chosen = IMPLEMENTATIONS[implementation or "xla"]
+    return chosen.attend(q, k_pages, v_pages, page_table, start, length, selection, dense_heads)
+
+
+def _check(q, k_pages, v_pages, implementation: str | None) -> None:
+    if k_pages.shape != v_pages.shape or k_pages.shape[2] != PAGE:
+        raise ValueError(f"pages must be [P, K, {PAGE}, H]; got {k_pages.shape} and {v_pages.shape}")
+    if q.shape[2] != k_pages.shape[1] or q.shape[4] != k_pages.shape[3]:
+        raise ValueError(f"q {q.shape} does not match pages {k_pages.shape}")
+    if k_pages.dtype != page_dtype(q.dtype):
+        raise ValueError(f"pages of {k_pages.dtype} do not hold {q.dtype}; make them with page_dtype({q.dtype})")
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"unknown implementation {implementation!r}; known: {', '.join(IMPLEMENTATIONS)}")
+
+
+def visible_pages(tokens: int, start: jax.Array, length: jax.Array) -> jax.Array:
+    """Pages that full attention of ``tokens`` queries would attend to, summed over blocks of queries: i32 ``[B]``."""
+    size = query_block(tokens, PAGE)
+    first = start[:, None] + jnp.arange(0, tokens, size)
+    return jnp.sum(jnp.where(first < length[:, None], first // PAGE + 1, 0), axis=1)

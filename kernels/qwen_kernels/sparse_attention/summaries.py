@@ -1,0 +1,93 @@
+"""What selection knows of the keys: the least and the greatest value of every channel, over nodes of several sizes.
+
+A page has four leaves of 16 tokens, and is a leaf of a pyramid itself: a node of level l spans 4**l pages of a row. A
+node of a level above 0 is kept with its last page, so pages alone decide what is in it: rows that share a prefix share
+its nodes, and a node exists once its last page is full.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from qwen_kernels.attention.storage import from_storage, to_storage
+
+LEAF = 16    # tokens
+LEAVES = 4   # in a page
+RADIX = 4    # nodes of a level in one of the next
+TOP = 64     # nodes of the highest level, at most: they are all looked at
+
+
+def levels_above_pages(pages: int) -> int:
+    """How many levels the pyramid over ``pages`` pages has above them, so that at most ``TOP`` nodes are on top."""
+    levels = 0
+    while pages // RADIX**levels > TOP:
+        levels += 1
+    return levels
+
+
+def nodes_per_page(pages: int) -> int:
+    """Nodes kept with each page for rows of at most ``pages`` pages: four leaves, the page, and one of each level."""
+    return LEAVES + 1 + levels_above_pages(pages)
+
+
+def new_summaries(k_pages: jax.Array, width: int) -> jax.Array:
+    """Room for the nodes of ``k_pages[P, K, PAGE, H]``, ``[P, K, nodes, 2, H]``: leaves, page, levels; least, greatest.
+
+    width: most pages of a row.
+    """
+    pages, heads, _, dim = k_pages.shape
+    return jnp.zeros((pages, heads, nodes_per_page(width), 2, dim), k_pages.dtype)
+
+
+def update_summaries(summaries: jax.Array, k_pages: jax.Array, page_table: jax.Array, start: jax.Array,
+                     length: jax.Array, tokens: int) -> jax.Array:
+    """Nodes that hold any of the positions ``start .. start + tokens - 1``, computed anew; donate ``summaries``.
+
+    The keys are already in their pages. ``start, length``: i32 ``[B]``; positions at or beyond ``length`` are padding.
+    ``start`` is the first position of a page unless there are fewer tokens than a page has.
+    """
+    rows, width = page_table.shape
+    page, heads, dim = k_pages.shape[2], *k_pages.shape[1::2]
+    touched = -(-tokens // page) + (tokens % page > 1)  # fewer tokens than a page can lie across two
+    places = start[:, None] // page + jnp.arange(touched)  # [B, touched]
+    ids = _ids(page_table, places, places * page < length[:, None])
+
+    positions = places[..., None] * page + jnp.arange(page)
+    known = (positions < length[:, None, None]).reshape(rows, touched, 1, LEAVES, LEAF, 1)
+    keys = from_storage(k_pages[ids]).reshape(rows, touched, heads, LEAVES, LEAF, dim).astype(jnp.float32)
+    any_known = jnp.any(known, axis=4)
+    least = jnp.where(any_known, jnp.min(jnp.where(known, keys, jnp.inf), axis=4), 0)
+    greatest = jnp.where(any_known, jnp.max(jnp.where(known, keys, -jnp.inf), axis=4), 0)
+    leaves = jnp.stack([least, greatest], axis=4)  # [B, touched, K, LEAVES, 2, H]
+    whole = _join(jnp.where(any_known[..., None, :], leaves, _nothing(leaves.dtype)))
+    nodes = jnp.concatenate([leaves, whole[:, :, :, None]], axis=3)
+    summaries = summaries.at[ids, :, : LEAVES + 1].set(to_storage(nodes, summaries.dtype))
+
+    for level in range(1, summaries.shape[2] - LEAVES):
+        span = RADIX**level
+        ends = (places[:, :1] // span + jnp.arange(touched // span + 1)) * span + span - 1  # last pages of nodes
+        done = (ends <= places[:, -1:]) & ((ends + 1) * page <= length[:, None])
+        parts = ends[..., None] - jnp.arange(RADIX) * (span // RADIX)
+        children = from_storage(summaries[_ids(page_table, parts, done[..., None]), :, LEAVES + level - 1])
+        joined = _join(jnp.moveaxis(children, 2, 3))  # [B, nodes, K, 2, H]
+        slot = _ids(page_table, ends, done)
+        summaries = summaries.at[slot, :, LEAVES + level].set(to_storage(joined, summaries.dtype))
+    return summaries
+
+
+def _join(nodes: jax.Array) -> jax.Array:
+    """Least and greatest of nodes ``[..., n, 2, H]``."""
+    return jnp.stack([jnp.min(nodes[..., 0, :], axis=-2), jnp.max(nodes[..., 1, :], axis=-2)], axis=-2)
+
+
+def _nothing(dtype) -> jax.Array:
+    """The least and the greatest of no key."""
+    return jnp.array([[jnp.inf], [-jnp.inf]], dtype)
+
+
+def _ids(page_table: jax.Array, places: jax.Array, valid: jax.Array) -> jax.Array:
+    """Page ids of places ``[B, ...]`` in their rows; page 0, which no row owns, for the invalid ones."""
+    flat = jnp.clip(places, 0, page_table.shape[1] - 1).reshape(len(places), -1)
+    ids = jnp.take_along_axis(page_table, flat, axis=1).reshape(places.shape)
+    return jnp.where(valid, ids, 0)

@@ -1,0 +1,168 @@
+"""How close sparse attention comes to full attention on given tokens, layer by layer."""
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from qwen_kernels.attention import PAGE, page_dtype
+from qwen_kernels.attention.storage import to_storage
+from qwen_kernels.sparse_attention import Selection, Sparsity, attend, new_summaries, select, update_summaries
+from qwen_kernels.sparse_attention.reference import page_mask
+
+from qwen_jax.model import Qwen2
+from qwen_jax.model.rope import rope_tables
+
+NEEDED = 0.25
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Sparse against full attention, over blocks of queries that do not attend to everything (losses: over all).
+
+    Attributes:
+      density: pages attended to, as a share of those before the queries.
+      recall: ``[L, K]`` share of full attention that falls on the selected pages, per layer and KV head.
+      reachable: ``[L, K]`` the most that as many pages can hold.
+      needed: ``[L, K]`` how often a query gives over `NEEDED` of its attention to a page that is not taken anyway,
+        counted once for each block and page; found: how many of these pages were selected.
+      cosine: ``[L]`` between the residual streams after each layer, sparse layers before it included.
+      loss, full_loss: mean negative log-likelihood of the next token in nats.
+      divergence: mean Kullback-Leibler divergence of the next token's distribution from full attention's, in nats.
+    """
+    density: float
+    recall: np.ndarray
+    reachable: np.ndarray
+    needed: np.ndarray
+    found: np.ndarray
+    cosine: np.ndarray
+    loss: float
+    full_loss: float
+    divergence: float
+
+
+def fidelity(model: Qwen2, tokens: Sequence[int], sparsity: Sparsity, dense: np.ndarray | None = None) -> Fidelity:
+    """Runs one text with full and with sparse attention; ``dense`` bool ``[L, K]``: heads that attend to everything.
+
+    The text is taken for the middle of a prompt: its end is not attended to densely.
+    """
+    length, config = len(tokens), model.config
+    padded = np.zeros(-(-length // PAGE) * PAGE, np.int32)
+    padded[:length] = tokens
+    if dense is None:
+        dense = np.zeros((config.num_layers, config.num_kv_heads), bool)
+    graph, params = nnx.split(model)
+    measured = jax.device_get(_measure(graph, sparsity, params, jnp.asarray(padded), length, dense))
+    attended, visible, per_head, cosine, losses = measured
+    return Fidelity(float(attended / visible), *per_head, cosine, *map(float, losses))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _measure(graph, sparsity: Sparsity, params, tokens: jax.Array, length, dense: jax.Array):
+    model: Qwen2 = nnx.merge(graph, params)
+    positions = jnp.arange(len(tokens))[None]
+    cos, sin = rope_tables(model.config.rope, model.config.head_dim, positions)
+    full = sparse = jnp.take(model.embed.weight[...], tokens, axis=0)[None]
+    per_head, cosines = [], []
+    attended = visible = 0
+    for index, layer in enumerate(model.layers):
+        seen = {}
+
+        def attend_fully(q, k, v, index=index, seen=seen):
+            pages = _Paged(k, v, length)
+            selection = pages.select(q, sparsity)
+            seen["selection"] = _with(selection, dense[index], length)
+            seen["per_head"] = _recall(q, k, seen["selection"], sparsity, length)
+            return pages.attend(q, _with(selection, True, length))
+
+        def attend_sparsely(q, k, v, index=index):
+            pages = _Paged(k, v, length)
+            return pages.attend(q, _with(pages.select(q, sparsity), dense[index], length))
+
+        full = layer(full, cos, sin, attend_fully)
+        sparse = layer(sparse, cos, sin, attend_sparsely)
+        attended += jnp.sum(seen["selection"].count)
+        visible += jnp.sum(_with(seen["selection"], True, length).count)
+        per_head.append(seen["per_head"])
+        known = jnp.arange(len(tokens)) < length
+        similar = jnp.sum(full * sparse, -1) / (jnp.linalg.norm(full, axis=-1) * jnp.linalg.norm(sparse, axis=-1))
+        cosines.append(jnp.sum(jnp.where(known, similar[0], 0)) / length)
+    losses = _losses(model, model.norm(sparse)[0], model.norm(full)[0], tokens, length)
+    return attended, visible, jax.tree.map(lambda *x: jnp.stack(x), *per_head), jnp.stack(cosines), losses
+
+
+class _Paged:
+    """Keys and values ``[1, S, K, H]`` of one text on pages in order."""
+
+    def __init__(self, k: jax.Array, v: jax.Array, length):
+        def pages(x):
+            stored = to_storage(x[0].reshape(-1, PAGE, *x.shape[2:]).swapaxes(1, 2), page_dtype(x.dtype))
+            return jnp.concatenate([jnp.zeros_like(stored[:1]), stored])
+
+        self.k, self.v = pages(k), pages(v)
+        self.table = jnp.arange(1, len(self.k))[None]
+        self.start, self.length = jnp.zeros(1, jnp.int32), jnp.asarray(length, jnp.int32)[None]
+
+    def select(self, q: jax.Array, sparsity: Sparsity) -> Selection:
+        summaries = update_summaries(new_summaries(self.k, self.table.shape[1]), self.k, self.table, self.start,
+                                     self.length, q.shape[1])
+        return select(q, self.k, summaries, self.table, self.start, self.length, jnp.full(1, 1 << 30), sparsity)
+
+    def attend(self, q: jax.Array, selection: Selection) -> jax.Array:
+        return attend(q, self.k, self.v, self.table, self.start, self.length, selection)
+
+
+def _with(selection: Selection, dense, length) -> Selection:
+    """A selection in which some heads, bool ``[K]``, attend to every page before each block."""
+    block = jnp.arange(selection.count.shape[1])[:, None]
+    everything = jnp.where(block * PAGE < length, block + 1, 0)
+    return selection._replace(count=jnp.where(dense, everything, selection.count),
+                              dense=jnp.where(dense, True, selection.dense))
+
+
+def _recall(q: jax.Array, k: jax.Array, selection: Selection, sparsity: Sparsity, length):
+    """Recall, the most reachable, and how many pages were needed and found, ``[K]`` each."""
+    _, tokens, kv_heads, group, dim = q.shape
+    width = tokens // PAGE
+    blocks = q[0].reshape(width, PAGE, kv_heads, group, dim).transpose(0, 2, 3, 1, 4)
+    blocks = blocks.reshape(width, kv_heads, group * PAGE, dim).astype(jnp.float32) * dim**-0.5
+    keys, mask = k[0].astype(jnp.float32), page_mask(selection, width)[0]
+
+    def one(item):
+        index, queries, mask, count = item
+        at = index * PAGE + jnp.tile(jnp.arange(PAGE), group)
+        scores = jnp.einsum("krh,skh->krs", queries, keys)
+        scores = jnp.where(jnp.arange(tokens) <= at[:, None], scores, -jnp.inf)
+        shares = jax.nn.softmax(scores, axis=-1).reshape(kv_heads, -1, width, PAGE).sum(-1)  # [K, R, N]
+        known = (at < length)[:, None]
+        mean = jnp.sum(jnp.where(known, shares, 0), axis=1) / jnp.maximum(jnp.sum(known), 1)  # [K, N]
+        best = -jnp.sort(-mean, axis=-1)
+        pages = jnp.arange(width)
+        ranked = (pages >= sparsity.sink) & (pages <= index - sparsity.local)
+        needed = jnp.any(jnp.where(known, shares, 0) > NEEDED, axis=1) & ranked
+        return (jnp.sum(mean * mask, -1), jnp.sum(jnp.where(pages < count[:, None], best, 0), -1),
+                jnp.sum(needed, -1), jnp.sum(needed & mask, -1), (count < index + 1) & (index * PAGE < length))
+
+    recall, best, needed, found, counted = jax.lax.map(one, (jnp.arange(width), blocks, mask, selection.count[0]))
+    weight = counted / jnp.maximum(jnp.sum(counted, axis=0), 1)
+    whole = ~jnp.any(counted, axis=0)  # everything was attended to
+    return (jnp.where(whole, 1, jnp.sum(recall * weight, 0)), jnp.where(whole, 1, jnp.sum(best * weight, 0)),
+            jnp.sum(needed * counted, 0), jnp.sum(found * counted, 0))
+
+
+def _losses(model: Qwen2, sparse: jax.Array, full: jax.Array, tokens: jax.Array, length) -> tuple[jax.Array, ...]:
+    """Loss of both, and the divergence, over positions before ``length - 1``; logits exist for one page at a time."""
+    targets = jnp.roll(tokens, -1).reshape(-1, PAGE, 1)
+    wanted = (jnp.arange(len(tokens)) < length - 1).reshape(-1, PAGE)
+
+    def one(item):
+        *states, targets, wanted = item
+        ours, theirs = (jax.nn.log_softmax(model.logits(x), axis=-1) for x in states)
+        divergence = jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1)
+        said = [-jnp.take_along_axis(x, targets, axis=1)[:, 0] for x in (ours, theirs)]
+        return tuple(jnp.sum(jnp.where(wanted, x, 0)) for x in (*said, divergence))
+
+    pages = [x.reshape(-1, PAGE, x.shape[-1]) for x in (sparse, full)]
+    return tuple(jnp.sum(x) / (length - 1) for x in jax.lax.map(one, (*pages, targets, wanted)))
