@@ -89,18 +89,18 @@ class Engine:
         vocab_limit = min(len(tokenizer), self.config.vocab_size) if tokenizer else self.config.vocab_size
         table = bucket_table(self.limits, policy, "f32" if dtype == np.float32 else "bf16")
         draft = settings.draft_of(speculation, self.config, vocab_limit, dtype)
-        per_layer = settings.sparsity_of(sparsity, self.config)
+        self.sparsity = settings.sparsity_of(sparsity, self.config)
         sparse = any(bucket.schedule == SPARSE for bucket in table)
         num_pages = settings.num_pages(self.config, draft and draft.config, self.limits, dtype, kv_cache_bytes, sparse)
         self.pool = PagePool(num_pages)
-        dense_tail = max((layer.dense_tail for layer in per_layer if layer), default=0)
+        dense_tail = max((layer.dense_tail for layer in self.sparsity if layer), default=0)
         self.scheduler = Scheduler(table, self.limits, self.pool, policy, prefix_cache, batch_invariant, dense_tail)
         self.adapters = AdapterTable(self.config, max_adapters, max_adapter_rank, dtype)
         self.intake = Intake(tokenizer, self.generation_config, vocab_limit, self.config.vocab_size, self.scheduler,
                              self.adapters)
         directory = default_cache_dir() if cache_dir is ... else cache_dir and Path(cache_dir)
         self.runner = Runner(module, table, num_pages, self.limits.max_batch_size, vocab_limit, self.adapters, draft,
-                             per_layer, directory or None, strict_compiles)
+                             self.sparsity, directory or None, strict_compiles)
         kind = DRAFT_MODEL if draft else speculation
         self.loop = Loop(self.scheduler, self.runner, kind and Speculation(kind, self.limits.draft_tokens))
         self._progress = progress

@@ -45,13 +45,15 @@ def _query_block(q: jax.Array, offset, k_pages, v_pages, page_table, start, leng
         ids = jax.lax.dynamic_slice_in_dim(page_table, chunk * pages, pages, axis=1)
         return ids[:, None], (chunk * pages + jnp.arange(pages))[None, None]
 
-    last = jnp.max(jnp.minimum(length, start + offset + tokens))
-    span = pages * page
-    return attend_pages(q, start + offset, length, k_pages, v_pages, pages_of, (last + span - 1) // span)
+    first, span = start + offset, pages * page
+    last = jnp.max(jnp.minimum(length, first + tokens))
+    plain = jnp.where(first < length, (first + 1) // span, page_table.shape[1])
+    return attend_pages(q, first, length, k_pages, v_pages, pages_of, (last + span - 1) // span, jnp.min(plain))
 
 
 def attend_pages(q: jax.Array, start: jax.Array, length: jax.Array, k_pages: jax.Array, v_pages: jax.Array,
-                 pages_of: Callable, chunks: jax.Array, heads: jax.Array | None = None) -> jax.Array:
+                 pages_of: Callable, chunks: jax.Array, plain: jax.Array,
+                 heads: jax.Array | None = None) -> jax.Array:
     """Causal attention of queries to chunks of pages. Online softmax (https://arxiv.org/abs/2205.14135).
 
     Args:
@@ -60,9 +62,10 @@ def attend_pages(q: jax.Array, start: jax.Array, length: jax.Array, k_pages: jax
       pages_of: of chunk i, ``(ids, places)``, each i32 ``[B or 1, K or 1, C]``: which pages, and the index that each
         has in its row. A place beyond the row's length hides its page.
       chunks: how many there are, known at run time.
+      plain: how many chunks come first of which every query of a row sees every key, unless none of the row's is real.
       heads: i32 ``[K]``, the pages' heads that q's are; by default the same.
 
-    Returns: ``[B, T, K, G, H]``; zero for a query that sees nothing.
+    Returns: ``[B, T, K, G, H]``; zero for a row without real queries.
     """
     rows, tokens, kv_heads, group, dim = q.shape
     page = k_pages.shape[2]
@@ -77,23 +80,26 @@ def attend_pages(q: jax.Array, start: jax.Array, length: jax.Array, k_pages: jax
         chunk = from_storage(array[ids, heads])
         return chunk.reshape(rows, kv_heads, -1, dim)
 
-    def step(index, carry):
+    def step(index, carry, masked: bool):
         top, total, out = carry
         ids, places = pages_of(index)
         ids = jnp.broadcast_to(ids, (rows, kv_heads, ids.shape[-1]))
-        keys = (places[..., None] * page + jnp.arange(page)).reshape(*places.shape[:2], -1)  # [B or 1, K or 1, span]
         scores = jnp.einsum("bkmh,bksh->bkms", q_bkmh, gather(k_pages, ids).astype(wide),
                             preferred_element_type=jnp.float32)
-        written = keys < length[:, None, None]
-        visible = (keys[:, :, None] <= positions[:, None, :, None]) & written[:, :, None]
-        scores = jnp.where(visible, scores, _MASKED)
+        values = gather(v_pages, ids)
+        if masked:
+            keys = (places[..., None] * page + jnp.arange(page)).reshape(*places.shape[:2], -1)  # as `ids`, and span
+            written = keys < length[:, None, None]
+            visible = (keys[:, :, None] <= positions[:, None, :, None]) & written[:, :, None]
+            scores = jnp.where(visible, scores, _MASKED)
+            # Slots beyond a row's length may hold anything: a zero weight must silence even a NaN.
+            values = jnp.where(written[..., None], values, 0)
         new_top = jnp.maximum(top, scores.max(axis=-1))
         weights = jnp.exp(scores - new_top[..., None])
-        weights = jnp.where(visible, weights, 0)
+        if masked:
+            weights = jnp.where(visible, weights, 0)
         decay = jnp.exp(top - new_top)
         total = total * decay + weights.sum(axis=-1)
-        # Slots beyond a row's length may hold anything: a zero weight must silence even a NaN.
-        values = jnp.where(written[..., None], gather(v_pages, ids), 0)
         added = jnp.einsum("bkms,bksh->bkmh", weights.astype(wide), values.astype(wide),
                            preferred_element_type=jnp.float32)
         return new_top, total, out * decay[..., None] + added
@@ -101,8 +107,14 @@ def attend_pages(q: jax.Array, start: jax.Array, length: jax.Array, k_pages: jax
     shape = (rows, kv_heads, group * tokens)
     initial = (jnp.full(shape, _MASKED, jnp.float32), jnp.zeros(shape, jnp.float32),
                jnp.zeros((*shape, dim), jnp.float32))
-    _, total, out = jax.lax.fori_loop(0, chunks, step, initial)
+    # The mask takes a third of a prefill's time on CPU, and most chunks need none. In decode a loop is enough.
+    plain = jnp.minimum(plain, chunks) if tokens > 1 else 0
+    carry = initial
+    if tokens > 1:
+        carry = jax.lax.fori_loop(0, plain, lambda index, carry: step(index, carry, masked=False), carry)
+    _, total, out = jax.lax.fori_loop(plain, chunks, lambda index, carry: step(index, carry, masked=True), carry)
     out = out / jnp.where(total > 0, total, 1)[..., None]
+    out = jnp.where((start < length)[:, None, None, None], out, 0)
     out = out.reshape(rows, kv_heads, group, tokens, dim).transpose(0, 3, 1, 2, 4)
     return out.astype(q.dtype)
 

@@ -134,11 +134,14 @@ def oracle(q, view: View, first, last, most):
     return view.pages(), view.shares(jax.nn.logsumexp(jnp.where(visible[:, None], scores, -jnp.inf), axis=-1))
 
 
+OPENED = 32  # nodes of a level, at most: what bounds selection by O(log N) for a block
+
+
 def pyramid(q, view: View, first, last, most):
     """Bounds of nodes of a pyramid over the pages, from the top down; at every level only the best are opened.
 
-    Looks at no more than ``TOP`` nodes at the top and ``RADIX * most + RADIX - 1`` at each of the log(N) levels below,
-    and ranks them by their share of all that it looked at: nodes left closed count with their own bounds.
+    Looks at no more than ``TOP`` nodes at the top and ``RADIX * OPENED + RADIX - 1`` at each of the log(N) levels
+    below, and ranks them by their share of all that it looked at: nodes left closed count with their own bounds.
     """
     rows, heads = q.shape[:2]
     top = view.summaries.shape[2] - LEAVES - 1
@@ -157,7 +160,7 @@ def pyramid(q, view: View, first, last, most):
     valid = (index + 1) * RADIX**top <= last[:, None, None]
     for level in range(top, 0, -1):
         scores = score(level, index, valid)
-        best, at = jax.lax.top_k(_rank(scores, closed, view.known), min(most, index.shape[-1]))
+        best, at = jax.lax.top_k(_rank(scores, closed, view.known), min(most, OPENED, index.shape[-1]))
         opened = jnp.any(jnp.arange(index.shape[-1]) == at[..., None], axis=-2)
         closed = jnp.logaddexp(closed, jax.nn.logsumexp(jnp.where(opened[:, :, None], -jnp.inf, scores), axis=-1))
         children = jnp.take_along_axis(index, at, axis=-1)[..., None] * RADIX + jnp.arange(RADIX)

@@ -43,7 +43,8 @@ def _attend(q, k_pages, v_pages, page_table, start, length, selection: Selection
             return jnp.where(places < HIDDEN, ids, 0), places
 
         chunks = (jnp.max(count) + pages - 1) // pages
-        return attend_pages(queries, start + index * size, length, k_pages, v_pages, pages_of, chunks, heads)
+        plain = jnp.min(jnp.where(count > 0, (count - 1) // pages, chunks))  # the last page is the queries' own
+        return attend_pages(queries, start + index * size, length, k_pages, v_pages, pages_of, chunks, plain, heads)
 
     places = jax.tree.map(lambda x: x.swapaxes(0, 1), (listed, selection.count, selection.dense))
     if len(blocks) == 1:

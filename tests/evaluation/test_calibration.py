@@ -1,0 +1,95 @@
+"""Fidelity of sparse attention against brute force, and the choice and the file of dense heads."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from oracle import random_qwen2
+from qwen_kernels.attention import PAGE
+from qwen_kernels.sparse_attention import Sparsity
+
+from qwen_jax import Engine
+from qwen_jax.checkpoint import from_transformers, read_sparsity, resolve, write_sparsity
+from qwen_jax.engine.schedule import Limits, SchedulePolicy
+from qwen_jax.errors import UserError
+from qwen_jax.evaluation import calibration
+from qwen_jax.evaluation.calibration import calibrate
+from qwen_jax.evaluation.fidelity import fidelity
+from qwen_jax.model import build
+
+SPARSITY = Sparsity(budget=0.5)
+TEXT = np.random.default_rng(0).integers(0, 320, 14 * PAGE - 9).tolist()
+
+
+@pytest.fixture(scope="module")
+def hf():
+    return random_qwen2()
+
+
+@pytest.fixture(scope="module")
+def model(hf):
+    return build(*from_transformers(hf, "float32"))
+
+
+def test_fidelity_of_a_text(model):
+    measured = fidelity(model, TEXT, SPARSITY)
+    assert 0.3 < measured.density < 0.8
+    assert (measured.recall <= measured.reachable + 1e-6).all() and (measured.recall > 0.3).all()
+    assert (measured.found <= measured.needed).all()
+    assert (measured.cosine < 1).all() and (measured.cosine > 0.5).all()
+    logits = np.asarray(jax.nn.log_softmax(model(np.array([TEXT]))[0], axis=-1))
+    want = -np.mean(logits[np.arange(len(TEXT) - 1), TEXT[1:]])
+    assert measured.full_loss == pytest.approx(want, abs=1e-4)
+    assert measured.divergence > 1e-4
+
+
+def test_full_attention_is_faithful(model):
+    for options in ({"sparsity": Sparsity(budget=9)}, {"sparsity": SPARSITY, "dense": np.ones((2, 2), bool)}):
+        measured = fidelity(model, TEXT, **options)
+        assert measured.density == 1 and measured.divergence == pytest.approx(0, abs=1e-5)
+        np.testing.assert_allclose(measured.cosine, 1, atol=1e-5)
+        np.testing.assert_allclose([measured.recall, measured.reachable], 1)
+
+
+def test_the_head_that_matters_most_is_left_dense(model, monkeypatch):
+    monkeypatch.setattr(calibration, "MOST_DENSE", 0.25)  # one of four
+    monkeypatch.setattr(calibration, "WORTH", 1.0)
+    monkeypatch.setattr("qwen_jax.evaluation.fidelity.NEEDED", 0.0)  # random heads have no sharp attention
+    jax.clear_caches()
+    found = calibrate(model, [TEXT], SPARSITY)
+    alone = {}
+    for place in np.ndindex(2, 2):
+        dense = np.zeros((2, 2), bool)
+        dense[place] = True
+        alone[place] = fidelity(model, TEXT, SPARSITY, dense).divergence
+    assert np.argwhere(found.dense).tolist() == [list(min(alone, key=alone.get))]
+    assert found.after.divergence == pytest.approx(min(alone.values())) and found.after.density > found.before.density
+    jax.clear_caches()
+
+
+def test_short_texts_are_refused(model):
+    with pytest.raises(UserError, match="too short"):
+        calibrate(model, [TEXT[:100]], SPARSITY)
+
+
+def test_the_engine_reads_what_was_found(hf, tmp_path):
+    hf.save_pretrained(tmp_path)
+    config = resolve(tmp_path).config
+    assert read_sparsity(tmp_path, config) is None
+    write_sparsity(tmp_path, SPARSITY, np.array([[False, True], [False, False]]), {"density": .5})
+    stored = read_sparsity(tmp_path, config)
+    assert stored == (Sparsity(budget=0.5, dense_heads=(1,)), SPARSITY)
+    limits = Limits(max_batch_size=2, max_seq_len=512, prefill_shapes=((1, 64),), recompute_shapes=(), decode_rows=(2,))
+    engine = Engine.from_pretrained(tmp_path, tokenizer=None, limits=limits, warmup=False,
+                                    policy=SchedulePolicy(sparse_above_tokens=64))
+    assert engine.sparsity == stored
+
+
+@pytest.mark.parametrize("change", [{"dense_heads": [[2, 0]]}, {"budget": -1}, {"dense_heads": 3}, {"colour": 1}])
+def test_a_damaged_file_is_refused(hf, tmp_path, change):
+    config = from_transformers(hf, "float32")[0]
+    path = write_sparsity(tmp_path, SPARSITY, np.zeros((2, 2), bool), {})
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match="qwen-jax calibrate"):
+        read_sparsity(tmp_path, config)
