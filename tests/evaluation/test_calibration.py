@@ -11,6 +11,7 @@ from qwen_kernels.sparse_attention import Sparsity
 
 from qwen_jax import Engine
 from qwen_jax.checkpoint import from_transformers, read_sparsity, resolve, write_sparsity
+from qwen_jax.cli import main
 from qwen_jax.engine.schedule import Limits, SchedulePolicy
 from qwen_jax.errors import UserError
 from qwen_jax.evaluation import calibration
@@ -93,3 +94,11 @@ def test_a_damaged_file_is_refused(hf, tmp_path, change):
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match="qwen-jax calibrate"):
         read_sparsity(tmp_path, config)
+
+
+def test_mistakes_on_the_command_line_are_one_sentence(hf, tmp_path, capsys):
+    hf.save_pretrained(tmp_path)
+    assert main(["calibrate", str(tmp_path)]) == 2
+    assert "has no tokenizer" in capsys.readouterr().err
+    assert main(["eval", "yardstick", "--selector", "best"]) == 2
+    assert "--selector is one of dense, pyramid" in capsys.readouterr().err

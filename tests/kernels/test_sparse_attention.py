@@ -130,11 +130,12 @@ def test_bfloat16_stays_close_to_float32():
     np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(want), atol=0.05)
 
 
-@pytest.mark.parametrize("tokens", [2 * PAGE, 1])
-def test_a_budget_for_all_pages_is_full_attention(tokens):
-    cache = Cache([20 * PAGE], 20)
-    start = jnp.array([20 * PAGE - tokens])
-    got, selection = cache.run(queries(1, tokens), start, Sparsity(budget=10.0))
+@pytest.mark.parametrize("tokens, pages", [(2 * PAGE, 20), (1, 20), (1, 210)])
+def test_a_budget_for_all_pages_is_full_attention(tokens, pages):
+    cache = Cache([pages * PAGE], pages)
+    start = jnp.array([pages * PAGE - tokens])
+    cache.prompt_length = start
+    got, selection = cache.run(queries(1, tokens), start, Sparsity(budget=30.0))
     want = paged_attention(queries(1, tokens), cache.k_pages, cache.v_pages, cache.table, start, cache.length)
     np.testing.assert_allclose(got, want, atol=1e-6)
     assert int(selection.count.sum()) == KV_HEADS * int(visible_pages(tokens, start, cache.length)[0])

@@ -35,10 +35,6 @@ class Sparsity:
         """How many pages are chosen by rank for queries with ``pages`` pages before them."""
         return math.ceil(self.budget * math.log2(max(pages, 1)))
 
-    def most(self, width: int) -> int:
-        """Pages that a block of queries takes at most in rows of ``width`` pages."""
-        return min(width, self.sink + self.local + self.ranked(width))
-
 
 class Selection(NamedTuple):
     """For every row B, block of queries Q, and KV head K: the pages it attends to."""

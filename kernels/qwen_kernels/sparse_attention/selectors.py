@@ -134,7 +134,7 @@ def oracle(q, view: View, first, last, most):
     return view.pages(), view.shares(jax.nn.logsumexp(jnp.where(visible[:, None], scores, -jnp.inf), axis=-1))
 
 
-OPENED = 32  # nodes of a level, at most: what bounds selection by O(log N) for a block
+OPENED = 32  # nodes of a level, unless more pages are wanted than these have: it bounds selection by O(log N) a block
 
 
 def pyramid(q, view: View, first, last, most):
@@ -145,6 +145,7 @@ def pyramid(q, view: View, first, last, most):
     """
     rows, heads = q.shape[:2]
     top = view.summaries.shape[2] - LEAVES - 1
+    opened_most = min(most, max(OPENED, -(-(most + first) // RADIX)))
 
     def every(index):  # i32[B, C] or [C] to [B, K, C]
         return jnp.broadcast_to(index, (rows, heads, index.shape[-1])) if index.ndim == 1 else jnp.broadcast_to(
@@ -160,7 +161,7 @@ def pyramid(q, view: View, first, last, most):
     valid = (index + 1) * RADIX**top <= last[:, None, None]
     for level in range(top, 0, -1):
         scores = score(level, index, valid)
-        best, at = jax.lax.top_k(_rank(scores, closed, view.known), min(most, OPENED, index.shape[-1]))
+        best, at = jax.lax.top_k(_rank(scores, closed, view.known), min(opened_most, index.shape[-1]))
         opened = jnp.any(jnp.arange(index.shape[-1]) == at[..., None], axis=-2)
         closed = jnp.logaddexp(closed, jax.nn.logsumexp(jnp.where(opened[:, :, None], -jnp.inf, scores), axis=-1))
         children = jnp.take_along_axis(index, at, axis=-1)[..., None] * RADIX + jnp.arange(RADIX)
