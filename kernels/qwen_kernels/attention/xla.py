@@ -108,11 +108,11 @@ def attend_pages(q: jax.Array, start: jax.Array, length: jax.Array, k_pages: jax
     initial = (jnp.full(shape, _MASKED, jnp.float32), jnp.zeros(shape, jnp.float32),
                jnp.zeros((*shape, dim), jnp.float32))
     # The mask takes a third of a prefill's time on CPU, and most chunks need none. In decode a loop is enough.
-    plain = jnp.minimum(plain, chunks) if tokens > 1 else 0
-    carry = initial
+    carry, done = initial, 0
     if tokens > 1:
-        carry = jax.lax.fori_loop(0, plain, lambda index, carry: step(index, carry, masked=False), carry)
-    _, total, out = jax.lax.fori_loop(plain, chunks, lambda index, carry: step(index, carry, masked=True), carry)
+        done = jnp.minimum(plain, chunks)
+        carry = jax.lax.fori_loop(0, done, lambda index, carry: step(index, carry, masked=False), carry)
+    _, total, out = jax.lax.fori_loop(done, chunks, lambda index, carry: step(index, carry, masked=True), carry)
     out = out / jnp.where(total > 0, total, 1)[..., None]
     out = jnp.where((start < length)[:, None, None, None], out, 0)
     out = out.reshape(rows, kv_heads, group, tokens, dim).transpose(0, 3, 1, 2, 4)

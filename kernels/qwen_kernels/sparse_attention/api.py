@@ -9,7 +9,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from qwen_kernels.attention import PAGE, page_dtype
+from qwen_kernels.attention import PAGE
+from qwen_kernels.attention.api import check_pages
 from qwen_kernels.sparse_attention import reference, xla
 from qwen_kernels.sparse_attention.selection import Selection, Sparsity, query_block, select
 
@@ -60,12 +61,7 @@ def attend(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_table: jax
 
 
 def _check(q, k_pages, v_pages, implementation: str | None) -> None:
-    if k_pages.shape != v_pages.shape or k_pages.shape[2] != PAGE:
-        raise ValueError(f"pages must be [P, K, {PAGE}, H]; got {k_pages.shape} and {v_pages.shape}")
-    if q.shape[2] != k_pages.shape[1] or q.shape[4] != k_pages.shape[3]:
-        raise ValueError(f"q {q.shape} does not match pages {k_pages.shape}")
-    if k_pages.dtype != page_dtype(q.dtype):
-        raise ValueError(f"pages of {k_pages.dtype} do not hold {q.dtype}; make them with page_dtype({q.dtype})")
+    check_pages(q, k_pages, v_pages)
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"unknown implementation {implementation!r}; known: {', '.join(IMPLEMENTATIONS)}")
 
