@@ -109,8 +109,9 @@ def _eval(args: argparse.Namespace) -> None:
         lengths = sorted({int(length) for length in args.lengths.split(",")})
     except ValueError:
         raise UserError(f"--lengths takes numbers of tokens, such as 4096,8192, not {args.lengths!r}") from None
-    if args.picture and not args.picture.endswith(".png"):
-        raise UserError(f"--picture writes a PNG: name a file that ends in .png, not {args.picture}")
+    for option in ("picture", "recall"):
+        if (name := getattr(args, option)) and not name.endswith(".png"):
+            raise UserError(f"--{option} writes a PNG: name a file that ends in .png, not {name}")
     families = args.families.split(",") if args.families else tuple(FAMILIES)
     check(lengths, families, args.samples)
     options = {} if args.selector is None else _attention(args)
@@ -130,6 +131,25 @@ def _eval(args: argparse.Namespace) -> None:
     if args.picture:
         heat_map(cells, args.picture, f"long context, {args.model}")
         print(args.picture, file=sys.stderr)
+    if args.recall:
+        _recall(args, lengths)
+
+
+def _recall(args: argparse.Namespace, lengths: list[int]) -> None:
+    """A picture of what every selector finds, on the texts that calibration uses."""
+    from qwen_kernels.sparse_attention import SELECTORS
+
+    from qwen_jax.checkpoint import load_model, load_tokenizer, resolve
+    from qwen_jax.evaluation.calibration import default_texts
+    from qwen_jax.evaluation.selectors import compare, picture
+
+    source = resolve(args.model)
+    model, tokenizer = load_model(source, "float32"), load_tokenizer(source)
+    points = [point for length in lengths for point in compare(
+        model, default_texts(tokenizer, length, args.seed), list(SELECTORS),
+        progress=lambda line: print(line, file=sys.stderr))]
+    picture(points, args.recall, f"selectors on {args.model}")
+    print(args.recall, file=sys.stderr)
 
 
 def _attention(args: argparse.Namespace) -> dict:
@@ -295,6 +315,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_argument("--picture", metavar="FILE.png", help="write a heat map")
     evaluation.add_argument("--selector", help="attention of long prompts: dense (full attention), pyramid (the "
                             "default), quest, strided, ...")
+    evaluation.add_argument("--recall", metavar="FILE.png", help="draw how much of full attention every selector "
+                            "finds, by density")
     evaluation.add_argument("--json", action="store_true", help="one JSON object per family and length")
     for sub in (generate, chat, evaluation):
         sub.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")

@@ -10,7 +10,7 @@ import random
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 
 from qwen_jax.checkpoint.load import load_params
 from qwen_jax.checkpoint.source import resolve
+from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.evaluation.fraud_account import DAYS
 from qwen_jax.evaluation.fraud_names import pieces
@@ -123,6 +124,12 @@ def stage_of(stages: Sequence[Stage], step: int) -> Stage:
     raise ValueError("past the last stage")
 
 
+def scale_queries(params: Mapping[str, jax.Array], config: ModelConfig, scale: float) -> dict[str, jax.Array]:
+    """Parameters whose queries, and so all attention scores, are `scale` times as large."""
+    return {path: value.at[:, :config.group_size].multiply(scale) if path.endswith((".wqkv", ".bqkv")) else value
+            for path, value in params.items()}
+
+
 def right_answers(batch: Batch, predicted: np.ndarray) -> list[bool]:
     """For each turn of one row, whether each token of its answer was predicted, or one that only comes later in it.
 
@@ -193,7 +200,8 @@ def main():
     run = Run(args.run, steps, recipe.evaluate_every, keep=1, max_skipped=10, facts=asdict(recipe))
     trained = unstack(fit(state, step, {}, batch_of, run, evaluate).trainable)
     plot_curves(args.run / "metrics.jsonl", args.run / "curves.png")
-    write_folder({path: value.astype(jnp.bfloat16) for path, value in trained.items()}, config, tokenizer, out)
+    sharpened = scale_queries(trained, config, recipe.query_scale)
+    write_folder({path: value.astype(jnp.bfloat16) for path, value in sharpened.items()}, config, tokenizer, out)
     print(out)
 
 

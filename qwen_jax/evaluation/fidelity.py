@@ -7,15 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from qwen_kernels.attention import PAGE, page_dtype
-from qwen_kernels.attention.storage import to_storage
-from qwen_kernels.sparse_attention import Selection, Sparsity, attend, new_summaries, select, update_summaries
-from qwen_kernels.sparse_attention.reference import page_mask
+from qwen_kernels.attention import PAGE
+from qwen_kernels.sparse_attention import Selection, Sparsity
 
+from qwen_jax.evaluation.recall import Paged, recall_of, true_shares
 from qwen_jax.model import Qwen2
 from qwen_jax.model.rope import rope_tables
-
-NEEDED = 0.25
 
 
 @dataclass(frozen=True)
@@ -26,8 +23,8 @@ class Fidelity:
       density: pages attended to, as a share of those before the queries.
       recall: ``[L, K]`` share of full attention that falls on the selected pages, per layer and KV head.
       reachable: ``[L, K]`` the most that as many pages can hold.
-      needed: ``[L, K]`` how often a query gives over `NEEDED` of its attention to a page that is not taken anyway,
-        counted once for each block and page; found: how many of these pages were selected.
+      needed: ``[L, K]`` how often a query gives over `recall.NEEDED` of its attention to a page that is not taken
+        anyway, counted once for each block and page; found: how many of these pages were selected.
       cosine: ``[L]`` between the residual streams after each layer, sparse layers before it included.
       loss, full_loss: mean negative log-likelihood of the next token in nats.
       divergence: mean Kullback-Leibler divergence of the next token's distribution from full attention's, in nats.
@@ -71,14 +68,14 @@ def _measure(graph, sparsity: Sparsity, params, tokens: jax.Array, length, dense
         seen = {}
 
         def attend_fully(q, k, v, index=index, seen=seen):
-            pages = _Paged(k, v, length)
+            pages = Paged(k, v, length)
             selection = pages.select(q, sparsity)
             seen["selection"] = _with(selection, dense[index], length)
-            seen["per_head"] = _recall(q, k, seen["selection"], sparsity, length)
+            seen["per_head"] = recall_of(true_shares(q, k, length), seen["selection"], sparsity, length)
             return pages.attend(q, _with(selection, True, length))
 
         def attend_sparsely(q, k, v, index=index):
-            pages = _Paged(k, v, length)
+            pages = Paged(k, v, length)
             return pages.attend(q, _with(pages.select(q, sparsity), dense[index], length))
 
         full = layer(full, cos, sin, attend_fully)
@@ -93,63 +90,12 @@ def _measure(graph, sparsity: Sparsity, params, tokens: jax.Array, length, dense
     return attended, visible, jax.tree.map(lambda *x: jnp.stack(x), *per_head), jnp.stack(cosines), losses
 
 
-class _Paged:
-    """Keys and values ``[1, S, K, H]`` of one text on pages in order."""
-
-    def __init__(self, k: jax.Array, v: jax.Array, length):
-        def pages(x):
-            stored = to_storage(x[0].reshape(-1, PAGE, *x.shape[2:]).swapaxes(1, 2), page_dtype(x.dtype))
-            return jnp.concatenate([jnp.zeros_like(stored[:1]), stored])
-
-        self.k, self.v = pages(k), pages(v)
-        self.table = jnp.arange(1, len(self.k))[None]
-        self.start, self.length = jnp.zeros(1, jnp.int32), jnp.asarray(length, jnp.int32)[None]
-
-    def select(self, q: jax.Array, sparsity: Sparsity) -> Selection:
-        summaries = update_summaries(new_summaries(self.k, self.table.shape[1]), self.k, self.table, self.start,
-                                     self.length, q.shape[1])
-        return select(q, self.k, summaries, self.table, self.start, self.length, jnp.full(1, 1 << 30), sparsity)
-
-    def attend(self, q: jax.Array, selection: Selection) -> jax.Array:
-        return attend(q, self.k, self.v, self.table, self.start, self.length, selection)
-
-
 def _with(selection: Selection, dense, length) -> Selection:
     """A selection in which some heads, bool ``[K]``, attend to every page before each block."""
     block = jnp.arange(selection.count.shape[1])[:, None]
     everything = jnp.where(block * PAGE < length, block + 1, 0)
     return selection._replace(count=jnp.where(dense, everything, selection.count),
                               dense=jnp.where(dense, True, selection.dense))
-
-
-def _recall(q: jax.Array, k: jax.Array, selection: Selection, sparsity: Sparsity, length):
-    """Recall, the most reachable, and how many pages were needed and found, ``[K]`` each."""
-    _, tokens, kv_heads, group, dim = q.shape
-    width = tokens // PAGE
-    blocks = q[0].reshape(width, PAGE, kv_heads, group, dim).transpose(0, 2, 3, 1, 4)
-    blocks = blocks.reshape(width, kv_heads, group * PAGE, dim).astype(jnp.float32) * dim**-0.5
-    keys, mask = k[0].astype(jnp.float32), page_mask(selection, width)[0]
-
-    def one(item):
-        index, queries, mask, count = item
-        at = index * PAGE + jnp.tile(jnp.arange(PAGE), group)
-        scores = jnp.einsum("krh,skh->krs", queries, keys)
-        scores = jnp.where(jnp.arange(tokens) <= at[:, None], scores, -jnp.inf)
-        shares = jax.nn.softmax(scores, axis=-1).reshape(kv_heads, -1, width, PAGE).sum(-1)  # [K, R, N]
-        known = (at < length)[:, None]
-        mean = jnp.sum(jnp.where(known, shares, 0), axis=1) / jnp.maximum(jnp.sum(known), 1)  # [K, N]
-        best = -jnp.sort(-mean, axis=-1)
-        pages = jnp.arange(width)
-        ranked = (pages >= sparsity.sink) & (pages <= index - sparsity.local)
-        needed = jnp.any(jnp.where(known, shares, 0) > NEEDED, axis=1) & ranked
-        return (jnp.sum(mean * mask, -1), jnp.sum(jnp.where(pages < count[:, None], best, 0), -1),
-                jnp.sum(needed, -1), jnp.sum(needed & mask, -1), (count < index + 1) & (index * PAGE < length))
-
-    recall, best, needed, found, counted = jax.lax.map(one, (jnp.arange(width), blocks, mask, selection.count[0]))
-    weight = counted / jnp.maximum(jnp.sum(counted, axis=0), 1)
-    whole = ~jnp.any(counted, axis=0)  # everything was attended to
-    return (jnp.where(whole, 1, jnp.sum(recall * weight, 0)), jnp.where(whole, 1, jnp.sum(best * weight, 0)),
-            jnp.sum(needed * counted, 0), jnp.sum(found * counted, 0))
 
 
 def _losses(model: Qwen2, sparse: jax.Array, full: jax.Array, tokens: jax.Array, length) -> tuple[jax.Array, ...]:

@@ -149,6 +149,7 @@ class YardstickRecipe:
     optimizer: Optimizer
     model: ModelShape
     start_from: str | None = None  # a model of that shape, whose tokenizer is kept; default: from nothing
+    query_scale: float = 1.0   # of all queries once trained: contexts longer than the rows dilute attention
 
 
 def load_recipe(path: str | Path, kind: type[Kind] = Recipe) -> Kind:

@@ -17,6 +17,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.evaluation import calibration
 from qwen_jax.evaluation.calibration import calibrate
 from qwen_jax.evaluation.fidelity import fidelity
+from qwen_jax.evaluation.selectors import compare, picture
 from qwen_jax.model import build
 
 SPARSITY = Sparsity(budget=0.5)
@@ -56,7 +57,7 @@ def test_full_attention_is_faithful(model):
 def test_the_head_that_matters_most_is_left_dense(model, monkeypatch):
     monkeypatch.setattr(calibration, "MOST_DENSE", 0.25)  # one of four
     monkeypatch.setattr(calibration, "WORTH", 1.0)
-    monkeypatch.setattr("qwen_jax.evaluation.fidelity.NEEDED", 0.0)  # random heads have no sharp attention
+    monkeypatch.setattr("qwen_jax.evaluation.recall.NEEDED", 0.0)  # random heads have no sharp attention
     jax.clear_caches()
     found = calibrate(model, [TEXT], SPARSITY)
     alone = {}
@@ -67,6 +68,22 @@ def test_the_head_that_matters_most_is_left_dense(model, monkeypatch):
     assert np.argwhere(found.dense).tolist() == [list(min(alone, key=alone.get))]
     assert found.after.divergence == pytest.approx(min(alone.values())) and found.after.density > found.before.density
     jax.clear_caches()
+
+
+def test_selectors_are_compared_at_the_same_density(model, tmp_path):
+    points = list(compare(model, [TEXT], ["pyramid", "window", "oracle"], budgets=(0.5, 1.0)))
+    assert [(point.selector, point.budget) for point in points] == [
+        (name, budget) for name in ("pyramid", "window", "oracle") for budget in (0.5, 1.0)]
+    for one, *others in (points[0::2], points[1::2]):
+        assert {point.density for point in others} == {one.density} and {p.reachable for p in others} == {one.reachable}
+        measured = fidelity(model, TEXT, Sparsity(budget=one.budget))  # of the same queries and keys
+        assert one.density == pytest.approx(measured.density)
+        assert one.recall == pytest.approx(measured.recall.mean(), abs=1e-3)
+        assert one.reachable == pytest.approx(measured.reachable.mean(), abs=1e-3)
+        assert one.found == pytest.approx(measured.found.sum() / measured.needed.sum(), abs=0.02)
+        assert others[1].found >= one.found and others[0].recall != one.recall
+    picture(points, tmp_path / "recall.png", "selectors")
+    assert (tmp_path / "recall.png").stat().st_size > 5000
 
 
 def test_short_texts_are_refused(model):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import checkify
 from qwen_kernels.attention import PAGE, causal_attention, page_dtype, paged_attention, write_pages
 from qwen_kernels.attention.storage import from_storage, to_storage
 
@@ -165,3 +166,17 @@ def test_what_is_refused():
         paged_attention(q[..., :8], k_pages, v_pages, table, start, length)
     with pytest.raises(ValueError, match="do not hold"):
         paged_attention(q.astype(jnp.bfloat16), k_pages, v_pages, table, start, length)
+
+
+@pytest.mark.parametrize("change, message", [
+    (None, None), ({"table": 99}, "names a page outside 1 .. 12"), ({"table": 0}, "names a page outside"),
+    ({"length": 800}, "a row of 800 tokens exceeds its page table")])
+def test_checkify_finds_bad_page_tables(change, message):
+    """Unused entries may hold anything."""
+    q, _, _, k_pages, v_pages, table, start, length = paged_case(np.random.default_rng(5), 1, [100], [1])
+    table[0, 5:] = 1 << 20
+    if change:
+        table[0, 1] = change.get("table", table[0, 1])
+        length[0] = change.get("length", length[0])
+    error, _ = jax.jit(checkify.checkify(paged_attention))(q, k_pages, v_pages, table, start, length)
+    assert message in error.get() if message else error.get() is None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import checkify
 
 from qwen_kernels.attention import reference, xla, xla_dense
 from qwen_kernels.attention.storage import page_dtype, to_storage
@@ -44,21 +45,32 @@ def paged_attention(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_t
     Returns: ``[B, T, K, G, H]`` in q's dtype. Cost follows ``max(length)``, not the table's width. Queries at or
     beyond ``length`` are padding: their output is finite and meaningless.
     """
-    check_pages(q, k_pages, v_pages)
+    check_pages(q, k_pages, v_pages, page_table, length)
     if implementation not in (None, "xla", "reference"):
         raise ValueError(f"unknown implementation {implementation!r}; known: xla, reference")
     chosen = reference if implementation == "reference" else xla
     return chosen.paged_attention(q, k_pages, v_pages, page_table, start, length)
 
 
-def check_pages(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array) -> None:
-    """ValueError for pages that do not hold the keys and values of ``q[B, T, K, G, H]``."""
+def check_pages(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_table: jax.Array,
+                length: jax.Array) -> None:
+    """ValueError for pages that do not hold the keys and values of ``q[B, T, K, G, H]``.
+
+    A table that names pages that do not exist is found in a function transformed by ``checkify.checkify``; elsewhere
+    it costs nothing and gives some other page's contents.
+    """
     if k_pages.shape != v_pages.shape or k_pages.shape[2] != PAGE:
         raise ValueError(f"pages must be [P, K, {PAGE}, H]; got {k_pages.shape} and {v_pages.shape}")
     if q.shape[2] != k_pages.shape[1] or q.shape[4] != k_pages.shape[3]:
         raise ValueError(f"q {q.shape} does not match pages {k_pages.shape}")
     if k_pages.dtype != page_dtype(q.dtype):
         raise ValueError(f"pages of {k_pages.dtype} do not hold {q.dtype}; make them with page_dtype({q.dtype})")
+    used = jnp.arange(page_table.shape[1]) * PAGE < length[:, None]
+    known = (page_table > 0) & (page_table < len(k_pages))
+    checkify.debug_check(jnp.all(length <= page_table.shape[1] * PAGE), "a row of {most} tokens exceeds its page table",
+                         most=jnp.max(length))
+    checkify.debug_check(jnp.all(known | ~used), "a page table names a page outside 1 .. {last}",
+                         last=jnp.asarray(len(k_pages) - 1))
 
 
 def write_pages(pages: jax.Array, values: jax.Array, page_table: jax.Array, start: jax.Array,

@@ -39,7 +39,7 @@ def sparse_attention(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, summa
 
     Returns: ``[B, T, K, G, H]`` in q's dtype, and what was selected.
     """
-    _check(q, k_pages, v_pages, implementation)
+    _check(q, k_pages, v_pages, page_table, length, implementation)
     selection = select(q, k_pages, summaries, page_table, start, length, prompt_length, sparsity)
     out = attend(q, k_pages, v_pages, page_table, start, length, selection, dense_heads=sparsity.dense_heads,
                  implementation=implementation)
@@ -53,15 +53,15 @@ def attend(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_table: jax
 
     dense_heads: KV heads known to be dense in all blocks, which changes the order of work and not the result.
     """
-    _check(q, k_pages, v_pages, implementation)
+    _check(q, k_pages, v_pages, page_table, length, implementation)
     if selection.count.shape[1] != q.shape[1] // query_block(q.shape[1], PAGE):
         raise ValueError(f"a selection of {selection.count.shape[1]} blocks does not fit {q.shape[1]} queries")
     chosen = IMPLEMENTATIONS[implementation or "xla"]
     return chosen.attend(q, k_pages, v_pages, page_table, start, length, selection, dense_heads)
 
 
-def _check(q, k_pages, v_pages, implementation: str | None) -> None:
-    check_pages(q, k_pages, v_pages)
+def _check(q, k_pages, v_pages, page_table, length, implementation: str | None) -> None:
+    check_pages(q, k_pages, v_pages, page_table, length)
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"unknown implementation {implementation!r}; known: {', '.join(IMPLEMENTATIONS)}")
 

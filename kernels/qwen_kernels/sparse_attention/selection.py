@@ -44,6 +44,7 @@ class Selection(NamedTuple):
     dense: jax.Array   # bool[B, Q, K]: takes every page before it, whatever ``places`` say; counted in ``count``
 
 
+BLOCKS = 4        # that choose at once: choosing is many small operations
 HIDDEN = 1 << 24  # the place of no page: beyond every row
 
 
@@ -85,7 +86,7 @@ def select(q: jax.Array, k_pages: jax.Array, summaries: jax.Array, page_table: j
     if len(blocks) == 1:
         found = jax.tree.map(lambda x: x[None], one((0, blocks[0])))
     else:
-        found = jax.lax.map(one, (jnp.arange(len(blocks)), blocks))
+        found = jax.lax.map(one, (jnp.arange(len(blocks)), blocks), batch_size=min(len(blocks), BLOCKS))
     return Selection(*(x.swapaxes(0, 1) for x in found))
 
 

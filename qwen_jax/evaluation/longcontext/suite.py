@@ -55,12 +55,17 @@ def found(answer: str, expected: Sequence[str]) -> float:
 
 
 def sample(family: str, seed: str, length: int, tokenizer: Any) -> Sample:
-    """One prompt for a checkpoint's tokenizer, through its chat template if it has one. UserError for a short length.
+    """`samples` with one question."""
+    return samples_of(family, seed, length, tokenizer, 1)[0]
 
-    The same arguments give the same prompt.
+
+def samples_of(family: str, seed: str, length: int, tokenizer: Any, questions: int) -> list[Sample]:
+    """At most `questions` prompts about one document, through the tokenizer's chat template if it has one: they begin
+    alike. UserError for a short length.
+
+    The same arguments give the same prompts.
     """
-    def parts(document: Document) -> tuple[list[int], int, Question]:
-        question, = document.questions
+    def build(document: Document, question: Question) -> Sample:
         text = f"{document.text}\n{question.text}"
         if tokenizer.chat_template:
             text = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True,
@@ -70,14 +75,16 @@ def sample(family: str, seed: str, length: int, tokenizer: Any) -> Sample:
         # The prefix is encoded apart: it follows a line end, where Qwen2's pre-tokenizer always splits.
         prompt = [*tokenizer.encode(text, add_special_tokens=False),
                   *tokenizer.encode(question.prefix, add_special_tokens=False)]
-        return prompt, 16 + 2 * len(tokenizer.encode(question.answer, add_special_tokens=False)), question
+        room = 16 + 2 * len(tokenizer.encode(question.answer, add_special_tokens=False))
+        return Sample(prompt, room, question.expected)
 
     def count(document: Document) -> int:
-        prompt, room, _ = parts(document)
-        return len(prompt) + room
+        longest = max(document.questions, key=lambda question: len(question.text + question.prefix + question.answer))
+        one = build(document, longest)
+        return len(one.prompt) + one.max_tokens
 
-    prompt, room, question = parts(draw(family, seed, length, count))
-    return Sample(prompt, room, question.expected)
+    document = draw(family, seed, length, count, questions)
+    return [build(document, question) for question in document.questions]
 
 
 def check(lengths: Sequence[int], families: Sequence[str], samples: int) -> None:

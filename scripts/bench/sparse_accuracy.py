@@ -1,0 +1,151 @@
+"""What sparse attention costs in right answers: the long-context suite with full and with sparse attention.
+
+    python scripts/bench/sparse_accuracy.py [MODEL] [--lengths 4096,8192] [--answers 200] [--json FILE]
+
+Every document is asked several questions, each a prompt of its own; the engine finds the document in its prefix cache.
+Three engines answer the same prompts: full attention; sparse attention as it is; and sparse attention without a dense
+tail, which is how a question in the middle of a prompt is attended to. Then answers of 512 tokens that keep referring
+back to the prompt: a grammar dictates all but the values of a list of notes. Ratios are sparse to full, with the 95 %
+interval of a bootstrap over documents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import sys
+import time
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import numpy as np  # noqa: E402
+from qwen_kernels.sparse_attention import Sparsity  # noqa: E402
+from workload import say  # noqa: E402
+
+from qwen_jax import Engine, SamplingParams, StructuredOutput  # noqa: E402
+from qwen_jax.checkpoint import read_sparsity, resolve  # noqa: E402
+from qwen_jax.engine.schedule import SchedulePolicy  # noqa: E402
+from qwen_jax.evaluation.longcontext.samples import draw  # noqa: E402
+from qwen_jax.evaluation.longcontext.suite import RETRIEVAL, Sample, found, samples_of  # noqa: E402
+from qwen_jax.evaluation.longcontext.tasks import Document  # noqa: E402
+
+QUESTIONS = {"single_needle": 12, "many_keys": 16, "many_values": 8, "many_queries": 12, "variable_tracking": 4,
+             "account_history": 16}  # about one document
+LONG = "long answers"
+NOTES, LONG_TOKENS, LONG_DOCUMENTS = 80, 512, 8
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", default="yardstick")
+    parser.add_argument("--lengths", default="4096,8192")
+    parser.add_argument("--answers", type=int, default=200, help="at least so many of every family at every length")
+    parser.add_argument("--families", default=",".join((*RETRIEVAL, LONG)))
+    parser.add_argument("--engines", default="full,sparse,middle")
+    parser.add_argument("--selector", help="instead of the default")
+    parser.add_argument("--json", help="file to append one line to for every family and length")
+    args = parser.parse_args()
+    lengths = sorted(int(length) for length in args.lengths.split(","))
+    names = args.engines.split(",")
+    began = time.perf_counter()
+    engines = {name: engine(args.model, name, lengths[-1], args.selector) for name in names}
+    say(f"{len(names)} engines ready after {time.perf_counter() - began:.0f} s")
+    print(f"{'':>28}{'answers':>9}" + "".join(f"{name:>9}" for name in names)
+          + "".join(f"{name + ' / full':>26}" for name in names[1:]))
+    for length in lengths:
+        for family in args.families.split(","):
+            measured = (long_answers if family == LONG else short_answers)(engines, family, length, args.answers)
+            row = {"family": family, "length": length, "answers": sum(len(one) for one in measured["full"]),
+                   **{name: float(np.mean(np.concatenate(right))) for name, right in measured.items()}}
+            cells = ""
+            for name in names[1:]:
+                ratio, low, high = row[f"{name} / full"] = ratio_of(measured[name], measured["full"])
+                cells += f"{ratio:>11.3f} [{low:.3f}, {high:.3f}]"
+            print(f"{length:>6,} {family:<21}{row['answers']:>9}" + "".join(f"{row[name]:>9.1%}" for name in names)
+                  + cells, flush=True)
+            if args.json:
+                with open(args.json, "a") as file:
+                    file.write(json.dumps(row) + "\n")
+    print("density: " + ", ".join(f"{name} {one.stats().sparse_density:.3f}" for name, one in engines.items()))
+    say(f"{time.perf_counter() - began:.0f} s")
+    return 0
+
+
+def engine(model: str, name: str, length: int, selector: str | None) -> Engine:
+    """An engine of full attention, of sparse attention, or of the latter without a dense tail."""
+    source = resolve(model)
+    layers = read_sparsity(source.path, source.config) or (Sparsity(),) * source.config.num_layers
+    if selector:
+        layers = tuple(dataclasses.replace(layer, selector=selector) for layer in layers)
+    if name == "middle":
+        layers = tuple(dataclasses.replace(layer, dense_tail=0) for layer in layers)
+    policy = SchedulePolicy(sparse_above_tokens=1 << 30) if name == "full" else SchedulePolicy()
+    return Engine.from_pretrained(model, dtype="float32", max_seq_len=length, max_batch_size=4, policy=policy,
+                                  sparsity=layers, progress=False)
+
+
+def short_answers(engines: dict[str, Engine], family: str, length: int, answers: int) -> dict[str, list[list[bool]]]:
+    """Whether each answer about each document is right, by engine."""
+    documents: list[list[Sample]] = []
+    while sum(map(len, documents)) < answers:
+        documents.append(samples_of(family, f"accuracy {len(documents)}", length,
+                                    next(iter(engines.values())).tokenizer, QUESTIONS[family]))
+    right = {name: [] for name in engines}
+    for index, document in enumerate(documents):
+        for name, one in engines.items():
+            # The first alone: the others find its pages.
+            outputs = [output for part in (document[:1], document[1:]) if part for output in one.generate(
+                [asked.prompt for asked in part], [SamplingParams(
+                    max_tokens=asked.max_tokens, temperature=0.0, repetition_penalty=1.0) for asked in part])]
+            right[name].append([found(output.text, asked.expected) == 1
+                                for output, asked in zip(outputs, document, strict=True)])
+        say(f"{family} at {length}: document {index + 1} of {len(documents)}, right "
+            + ", ".join(f"{name} {sum(map(sum, some))}" for name, some in right.items()))
+    return right
+
+
+def long_answers(engines: dict[str, Engine], family: str, length: int, answers: int) -> dict[str, list[list[bool]]]:
+    """Whether each value in lists of `LONG_TOKENS` tokens is right, by engine."""
+    tokenizer = next(iter(engines.values())).tokenizer
+
+    def prompt_of(document: Document) -> list[int]:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": document.text}], add_generation_prompt=True,
+                                             tokenize=False)
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    right = {name: [] for name in engines}
+    index = 0
+    while index < LONG_DOCUMENTS or sum(map(len, right["full"])) < answers:
+        document = draw("many_keys", f"{family} {index}", length - LONG_TOKENS,
+                        lambda document: len(prompt_of(document)), NOTES)
+        form = StructuredOutput(regex="\n".join(f"{re.escape(asked.prefix)} [a-z]+\\." for asked in document.questions))
+        params = SamplingParams(max_tokens=LONG_TOKENS, temperature=0.0, repetition_penalty=1.0, structured_output=form)
+        for name, one in engines.items():
+            output, = one.generate([prompt_of(document)], params)
+            said = output.text.split("\n")[:-1] if output.finish_reason == "length" else output.text.split("\n")
+            right[name].append([line == asked.prefix + asked.answer
+                                for line, asked in zip(said, document.questions)])
+        least = min(len(some[-1]) for some in right.values())  # the same notes of all
+        for some in right.values():
+            some[-1] = some[-1][:least]
+        index += 1
+        say(f"{family} at {length}: {sum(map(len, right['full']))} notes, right "
+            + ", ".join(f"{name} {sum(map(sum, some))}" for name, some in right.items()))
+    return right
+
+
+def ratio_of(ours: list[list[bool]], theirs: list[list[bool]], draws: int = 10_000) -> tuple[float, float, float]:
+    """Right answers of ours to theirs, and the 95 % interval over documents."""
+    counts = np.array([[sum(one), sum(other)] for one, other in zip(ours, theirs, strict=True)], np.float64)
+    chosen = np.random.default_rng(0).integers(len(counts), size=(draws, len(counts)))
+    sums = counts[chosen].sum(axis=1)
+    low, high = np.quantile(sums[:, 0] / np.maximum(sums[:, 1], 1), [.025, .975])
+    total = counts.sum(axis=0)
+    return float(total[0] / max(total[1], 1)), float(low), float(high)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
