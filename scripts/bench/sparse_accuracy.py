@@ -46,12 +46,14 @@ def main() -> int:
     parser.add_argument("--families", default=",".join((*RETRIEVAL, LONG)))
     parser.add_argument("--engines", default="full,sparse,middle")
     parser.add_argument("--selector", help="instead of the default")
+    parser.add_argument("--budget", type=float, help="instead of what is stored with the model")
     parser.add_argument("--json", help="file to append one line to for every family and length")
     args = parser.parse_args()
     lengths = sorted(int(length) for length in args.lengths.split(","))
     names = args.engines.split(",")
     began = time.perf_counter()
-    engines = {name: engine(args.model, name, lengths[-1], args.selector) for name in names}
+    engines = {name: engine(args.model, name, lengths[-1], selector=args.selector, budget=args.budget)
+               for name in names}
     say(f"{len(names)} engines ready after {time.perf_counter() - began:.0f} s")
     print(f"{'':>28}{'answers':>9}" + "".join(f"{name:>9}" for name in names)
           + "".join(f"{name + ' / full':>26}" for name in names[1:]))
@@ -74,14 +76,17 @@ def main() -> int:
     return 0
 
 
-def engine(model: str, name: str, length: int, selector: str | None) -> Engine:
-    """An engine of full attention, of sparse attention, or of the latter without a dense tail."""
+def engine(model: str, name: str, length: int, **other) -> Engine:
+    """An engine of full attention, of sparse attention, or of the latter without a dense tail.
+
+    other: fields of `Sparsity` that differ from what is stored with the model; None for those that do not.
+    """
     source = resolve(model)
     layers = read_sparsity(source.path, source.config) or (Sparsity(),) * source.config.num_layers
-    if selector:
-        layers = tuple(dataclasses.replace(layer, selector=selector) for layer in layers)
+    changed = {field: value for field, value in other.items() if value is not None}
     if name == "middle":
-        layers = tuple(dataclasses.replace(layer, dense_tail=0) for layer in layers)
+        changed["dense_tail"] = 0
+    layers = tuple(dataclasses.replace(layer, **changed) for layer in layers)
     policy = SchedulePolicy(sparse_above_tokens=1 << 30) if name == "full" else SchedulePolicy()
     return Engine.from_pretrained(model, dtype="float32", max_seq_len=length, max_batch_size=4, policy=policy,
                                   sparsity=layers, progress=False)

@@ -10,7 +10,16 @@ from qwen_jax.checkpoint import load_tokenizer, resolve
 from qwen_jax.errors import UserError
 from qwen_jax.evaluation.longcontext.report import heat_map, table
 from qwen_jax.evaluation.longcontext.samples import FAMILIES, draw
-from qwen_jax.evaluation.longcontext.suite import AGGREGATION, RETRIEVAL, Cell, evaluate, found, sample, wilson
+from qwen_jax.evaluation.longcontext.suite import (
+    AGGREGATION,
+    RETRIEVAL,
+    Cell,
+    evaluate,
+    found,
+    sample,
+    samples_of,
+    wilson,
+)
 
 NOTE = re.compile(r"Note (\w+ \w+(?: (?:dawn|noon|lunch|night))?) (\w+)\.")
 
@@ -138,3 +147,12 @@ def test_the_table():
     assert lines[2].split()[-6:] == ["90.0", "[60,", "98]", "90.0", "[60,", "98]"]
     assert lines[-2].split()[-2:] == ["98.3", "98.3"] and lines[-1].split()[-2:] == ["100.0", "100.0"]
     assert set(RETRIEVAL) | set(AGGREGATION) == set(FAMILIES)
+
+
+def test_questions_about_one_document_share_its_tokens():
+    tokenizer = load_tokenizer(resolve("bundled"))
+    several = samples_of("many_keys", "0", 800, tokenizer, 5)
+    assert len(several) == 5 and len({tuple(one.prompt) for one in several}) == 5
+    shared = next(i for i, tokens in enumerate(zip(*(one.prompt for one in several))) if len(set(tokens)) > 1)
+    assert shared > 600 and all(len(one.prompt) + one.max_tokens <= 800 for one in several)
+    assert several == samples_of("many_keys", "0", 800, tokenizer, 5)

@@ -7,6 +7,9 @@ pages hold raw 16-bit patterns; everywhere else they hold the elements themselve
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -28,3 +31,12 @@ def to_storage(values: jax.Array, stored) -> jax.Array:
 def from_storage(stored: jax.Array) -> jax.Array:
     """The elements that ``to_storage`` kept."""
     return jax.lax.bitcast_convert_type(stored, jnp.bfloat16) if stored.dtype == jnp.uint16 else stored
+
+
+def map_blocks(one: Callable, blocks: Any, dtype) -> jax.Array:
+    """``jax.lax.map`` for results of ``dtype``.
+
+    They are stacked as pages are stored: XLA:CPU would widen a whole bf16 stack, and narrow it again, for every block.
+    """
+    stacked = jax.lax.map(lambda block: to_storage(one(block), page_dtype(dtype)), blocks)
+    return from_storage(stacked)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from qwen_kernels.attention.storage import from_storage
+from qwen_kernels.attention.storage import from_storage, map_blocks
 
 QUERY_BLOCK = 128  # tokens; scores of one block and one chunk stay in cache
 CHUNK_PAGES = 4
@@ -31,7 +31,7 @@ def paged_attention(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_t
         index, q_block = item
         return _query_block(q_block, index * block, k_pages, v_pages, page_table, start, length)
 
-    out = jax.lax.map(one, (jnp.arange(tokens // block), blocks))
+    out = map_blocks(one, (jnp.arange(tokens // block), blocks), q.dtype)
     return out.swapaxes(0, 1).reshape(q.shape)
 
 

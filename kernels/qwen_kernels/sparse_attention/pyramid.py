@@ -36,6 +36,8 @@ def pyramid(q, view: View, first, last, most):
     one row that retrieves something.
     """
     rows, heads = q.shape[:2]
+    if view.page_table.shape[1] <= most + first + RERANKED:
+        return flat(q, view, first, last, most)
     top = view.summaries.shape[2] - LEAVES - 1
     opened_most = min(most, max(OPENED, -(-(most + first) // RADIX)))
 

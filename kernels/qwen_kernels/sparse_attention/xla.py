@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qwen_kernels.attention.storage import map_blocks
 from qwen_kernels.attention.xla import CHUNK_PAGES, DECODE_CHUNK_PAGES, attend_pages
 from qwen_kernels.sparse_attention.selection import HIDDEN, Selection
 
@@ -49,5 +50,5 @@ def _attend(q, k_pages, v_pages, page_table, start, length, selection: Selection
     places = jax.tree.map(lambda x: x.swapaxes(0, 1), (listed, selection.count, selection.dense))
     if len(blocks) == 1:
         return one((0, blocks[0], jax.tree.map(lambda x: x[0], places)))
-    out = jax.lax.map(one, (jnp.arange(len(blocks)), blocks, places))
+    out = map_blocks(one, (jnp.arange(len(blocks)), blocks, places), q.dtype)
     return out.swapaxes(0, 1).reshape(q.shape)
