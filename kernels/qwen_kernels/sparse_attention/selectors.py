@@ -5,8 +5,8 @@ float32, it proposes pages ``places`` i32[B, K, C] and how much each is wanted, 
 any page; only those of ``first <= place < last[b]`` count, of which the ``most`` best are taken. To add one, write the
 function and enter it in ``SELECTORS``.
 
-A rank is the largest share, over the rows of the block, of the attention that a row is estimated to give to a page:
-one row that retrieves something must not drown among others that do not.
+A rank is the log of a share of attention, of a row or over the rows of the block: one row that retrieves something must
+not drown among others that do not.
 """
 
 from __future__ import annotations
