@@ -55,7 +55,7 @@ def found(answer: str, expected: Sequence[str]) -> float:
 
 
 def sample(family: str, seed: str, length: int, tokenizer: Any) -> Sample:
-    """`samples` with one question."""
+    """`samples_of` with one question."""
     return samples_of(family, seed, length, tokenizer, 1)[0]
 
 
