@@ -116,6 +116,18 @@ def test_pages_of_a_dense_tail_are_not_shared(usual):
     assert usual.stats().prefix_hits - before == (len(short) - SPARSITY.dense_tail) // PAGE == 9
 
 
+def test_speculation_and_many_steps_change_nothing(hf, usual):
+    prompt = [1, 2, 3, 4, 5, 6, 7, 8] * 60
+    params = SamplingParams(max_tokens=96, temperature=0.0, ignore_eos=True)
+    plain = usual.generate([prompt], params)[0]
+    limits = Limits(max_batch_size=2, max_seq_len=1280, prefill_shapes=((1, 4 * PAGE),), recompute_shapes=(),
+                    decode_rows=(2,), decode_steps=4, draft_tokens=4)
+    guessing = Engine(hf, limits=limits, policy=POLICY, sparsity=SPARSITY, speculation="ngram", draft_tokens=4,
+                      progress=False)
+    assert guessing.generate([prompt], params)[0].token_ids == plain.token_ids
+    assert guessing.stats().accepted_tokens > 0
+
+
 def test_bad_sparsity_is_refused(hf):
     with pytest.raises(UserError, match="one .or None. for each of the 2 layers"):
         engine(hf, sparsity=[Sparsity()])
