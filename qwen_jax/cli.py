@@ -184,9 +184,11 @@ def _calibrate(args: argparse.Namespace) -> None:
                       lambda line: print(line, file=sys.stderr))
     measured = {"tokens": args.length, "density": float(found.after.density),
                 "divergence": float(found.after.divergence),
-                "divergence_without_dense_heads": float(found.before.divergence)}
-    path = write_sparsity(args.output or source.path, sparsity, found.dense, measured)
-    print(f"{found.dense.sum()} of {found.dense.size} heads dense, density {found.after.density:.3f}, divergence "
+                "divergence_before": float(found.before.divergence)}
+    path = write_sparsity(args.output or source.path, found.layers, measured)
+    dense = sum(len(layer.dense_heads) for layer in found.layers)
+    print(f"{dense} of {source.config.num_layers * source.config.num_kv_heads} heads dense, budgets "
+          f"{', '.join(f'{layer.budget:g}' for layer in found.layers)}: density {found.after.density:.3f}, divergence "
           f"{found.before.divergence:.4f} to {found.after.divergence:.4f} nats: {path}")
 
 

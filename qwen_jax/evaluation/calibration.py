@@ -1,6 +1,6 @@
-"""Which heads a checkpoint needs dense: those without which sparse attention changes what the model says."""
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+"""How sparse each layer of a checkpoint may be: heads left dense, and layers that attend to more pages than others."""
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,15 +14,17 @@ from qwen_jax.evaluation.longcontext.tasks import Document
 from qwen_jax.model import Qwen2
 
 MOST_DENSE = 0.2  # of all KV heads
+MOST_BUDGET = 4   # times the budget asked for, in any layer
 WORTH = 0.9       # a head is left dense if what the model says then differs by less than this share of before
+WORTH_TWICE = 0.75  # and a layer's budget is doubled, which costs more
 QUESTIONS = {"single_needle": 6, "many_keys": 10, "many_values": 3, "many_queries": 3, "variable_tracking": 4,
              "account_history": 6}  # about one document, answered one after another
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """``dense``: bool ``[L, K]``. The figures are means over the texts, without dense heads and with them."""
-    dense: np.ndarray
+    """What was found for every layer. The figures are means over the texts, with the sparsity asked for and with it."""
+    layers: tuple[Sparsity, ...]
     before: Fidelity
     after: Fidelity
 
@@ -44,39 +46,53 @@ def conversation(family: str, seed: str, length: int, tokenizer: Any) -> list[in
 
 def calibrate(model: Qwen2, texts: Sequence[Sequence[int]], sparsity: Sparsity,
               progress: Callable[[str], None] = lambda _: None) -> Calibration:
-    """Leaves dense, one after another, the head that brings the next token's distribution closest to full attention's.
+    """Brings the next token's distribution closer to full attention's, one change after another, each the best one.
 
-    Only heads that miss a page that some query needed are tried, at most `MOST_DENSE` of all are taken, and none that
-    does not help (`WORTH`). UserError when the texts are too short for anything to be left out.
+    First heads are left dense, at most `MOST_DENSE` of all; then the budgets of layers are doubled, each at most to
+    `MOST_BUDGET` times ``sparsity``'s. Only heads that miss a page that some query needed are tried, and layers of
+    such heads; a change that helps too little (`WORTH`, `WORTH_TWICE`) ends each part. UserError when the texts are too short for
+    anything to be left out.
     """
-    dense = np.zeros((model.config.num_layers, model.config.num_kv_heads), bool)
+    layers = (sparsity,) * model.config.num_layers
+    most_dense = int(MOST_DENSE * model.config.num_layers * model.config.num_kv_heads)
 
-    def measure(dense: np.ndarray) -> list[Fidelity]:
-        return [fidelity(model, text, sparsity, dense) for text in texts]
+    def measure(layers: tuple[Sparsity, ...]) -> Fidelity:
+        return _mean([fidelity(model, text, layers) for text in texts])
 
-    before = now = measure(dense)
-    if min(one.density for one in before) == 1:
+    def improve(changes: Callable[[], Iterator[tuple[str, int, Sparsity]]], worth: float) -> bool:
+        nonlocal layers, now
+        tried = []
+        for what, layer, changed in changes():
+            candidate = (*layers[:layer], changed, *layers[layer + 1:])
+            tried.append((measure(candidate), candidate))
+            progress(f"layer {layer}, {what}: divergence {tried[-1][0].divergence:.4f} nats")
+        best, candidate = min(tried, key=lambda one: one[0].divergence, default=(now, layers))
+        if not tried or best.divergence > worth * now.divergence:
+            return False
+        now, layers = best, candidate
+        return True
+
+    def dense_heads():
+        for layer, head in np.argwhere(now.needed > now.found):
+            dense = (*layers[layer].dense_heads, int(head))
+            yield f"head {head} dense", layer, replace(layers[layer], dense_heads=tuple(sorted(dense)))
+
+    def budgets():
+        for layer in np.flatnonzero(np.any(now.needed > now.found, axis=1)):
+            doubled = 2 * layers[layer].budget
+            if doubled <= MOST_BUDGET * sparsity.budget:
+                yield f"budget {doubled:g}", layer, replace(layers[layer], budget=doubled)
+
+    before = now = measure(layers)
+    if before.density == 1:
         raise UserError("the texts are too short: sparse attention would leave nothing out of them")
-    missed = sum(one.needed - one.found for one in before)
-    progress(f"no head dense: divergence {_divergence(now):.4f} nats; {np.sum(missed > 0)} heads miss something")
-    while np.sum(dense) + 1 <= MOST_DENSE * dense.size:
-        tried = {}
-        for layer, head in zip(*np.nonzero((missed > 0) & ~dense), strict=True):
-            with_it = dense.copy()
-            with_it[layer, head] = True
-            tried[layer, head] = measure(with_it)
-            progress(f"layer {layer}, head {head} dense: divergence {_divergence(tried[layer, head]):.4f} nats")
-        if not tried:
-            break
-        best = min(tried, key=lambda place: _divergence(tried[place]))
-        if _divergence(tried[best]) > WORTH * _divergence(now):
-            break
-        dense[best], now = True, tried[best]
-    return Calibration(dense, _mean(before), _mean(now))
-
-
-def _divergence(results: Sequence[Fidelity]) -> float:
-    return float(np.mean([one.divergence for one in results]))
+    progress(f"no head dense: divergence {now.divergence:.4f} nats; "
+             f"{np.sum(now.needed > now.found)} heads miss something")
+    while sum(len(layer.dense_heads) for layer in layers) < most_dense and improve(dense_heads, WORTH):
+        pass
+    while improve(budgets, WORTH_TWICE):
+        pass
+    return Calibration(layers, before, now)
 
 
 def _mean(results: Sequence[Fidelity]) -> Fidelity:

@@ -1,6 +1,6 @@
 """How close sparse attention comes to full attention on given tokens, layer by layer."""
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -13,6 +13,7 @@ from qwen_kernels.sparse_attention import Selection, Sparsity
 from qwen_jax.evaluation.recall import Paged, recall_of, true_shares
 from qwen_jax.model import Qwen2
 from qwen_jax.model.rope import rope_tables
+from qwen_jax.quantization import rows
 
 
 @dataclass(frozen=True)
@@ -40,41 +41,44 @@ class Fidelity:
     divergence: float
 
 
-def fidelity(model: Qwen2, tokens: Sequence[int], sparsity: Sparsity, dense: np.ndarray | None = None) -> Fidelity:
-    """Runs one text with full and with sparse attention; ``dense`` bool ``[L, K]``: heads that attend to everything.
+def fidelity(model: Qwen2, tokens: Sequence[int], layers: Sequence[Sparsity]) -> Fidelity:
+    """Runs one text with full attention and with the sparsity of every layer.
 
     The text is taken for the middle of a prompt: its end is not attended to densely.
     """
-    length, config = len(tokens), model.config
+    length = len(tokens)
     padded = np.zeros(-(-length // PAGE) * PAGE, np.int32)
     padded[:length] = tokens
-    if dense is None:
-        dense = np.zeros((config.num_layers, config.num_kv_heads), bool)
+    # Dense heads as an array: other heads need no other program.
+    dense = np.zeros((model.config.num_layers, model.config.num_kv_heads), bool)
+    for layer, one in enumerate(layers):
+        dense[layer, list(one.dense_heads)] = True
+    ranked = tuple(replace(layer, dense_heads=()) for layer in layers)
     graph, params = nnx.split(model)
-    measured = jax.device_get(_measure(graph, sparsity, params, jnp.asarray(padded), length, dense))
+    measured = jax.device_get(_measure(graph, ranked, params, jnp.asarray(padded), length, dense))
     attended, visible, per_head, cosine, losses = measured
     return Fidelity(float(attended / visible), *per_head, cosine, *map(float, losses))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _measure(graph, sparsity: Sparsity, params, tokens: jax.Array, length, dense: jax.Array):
+def _measure(graph, layers: tuple[Sparsity, ...], params, tokens: jax.Array, length, dense: jax.Array):
     model: Qwen2 = nnx.merge(graph, params)
     positions = jnp.arange(len(tokens))[None]
     cos, sin = rope_tables(model.config.rope, model.config.head_dim, positions)
-    full = sparse = jnp.take(model.embed.weight[...], tokens, axis=0)[None]
+    full = sparse = rows(model.embed.weight.get_value(), tokens, model.dtype)[None]
     per_head, cosines = [], []
     attended = visible = 0
-    for index, layer in enumerate(model.layers):
+    for index, (layer, sparsity) in enumerate(zip(model.layers, layers, strict=True)):
         seen = {}
 
-        def attend_fully(q, k, v, index=index, seen=seen):
+        def attend_fully(q, k, v, index=index, sparsity=sparsity, seen=seen):
             pages = Paged(k, v, length)
             selection = pages.select(q, sparsity)
             seen["selection"] = _with(selection, dense[index], length)
             seen["per_head"] = recall_of(true_shares(q, k, length), seen["selection"], sparsity, length)
             return pages.attend(q, _with(selection, True, length))
 
-        def attend_sparsely(q, k, v, index=index):
+        def attend_sparsely(q, k, v, index=index, sparsity=sparsity):
             pages = Paged(k, v, length)
             return pages.attend(q, _with(pages.select(q, sparsity), dense[index], length))
 

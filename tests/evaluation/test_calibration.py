@@ -1,6 +1,7 @@
 """Fidelity of sparse attention against brute force, and the choice and the file of dense heads."""
 
 import json
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -21,6 +22,7 @@ from qwen_jax.evaluation.selectors import compare, picture
 from qwen_jax.model import build
 
 SPARSITY = Sparsity(budget=0.5)
+LAYERS = (SPARSITY,) * 2
 TEXT = np.random.default_rng(0).integers(0, 320, 14 * PAGE - 9).tolist()
 
 
@@ -35,7 +37,7 @@ def model(hf):
 
 
 def test_fidelity_of_a_text(model):
-    measured = fidelity(model, TEXT, SPARSITY)
+    measured = fidelity(model, TEXT, LAYERS)
     assert 0.3 < measured.density < 0.8
     assert (measured.recall <= measured.reachable + 1e-6).all() and (measured.recall > 0.3).all()
     assert (measured.found <= measured.needed).all()
@@ -47,27 +49,53 @@ def test_fidelity_of_a_text(model):
 
 
 def test_full_attention_is_faithful(model):
-    for options in ({"sparsity": Sparsity(budget=9)}, {"sparsity": SPARSITY, "dense": np.ones((2, 2), bool)}):
-        measured = fidelity(model, TEXT, **options)
+    for everything in (Sparsity(budget=9), replace(SPARSITY, dense_heads=(0, 1))):
+        measured = fidelity(model, TEXT, (everything,) * 2)
         assert measured.density == 1 and measured.divergence == pytest.approx(0, abs=1e-5)
         np.testing.assert_allclose(measured.cosine, 1, atol=1e-5)
         np.testing.assert_allclose([measured.recall, measured.reachable], 1)
 
 
-def test_the_head_that_matters_most_is_left_dense(model, monkeypatch):
-    monkeypatch.setattr(calibration, "MOST_DENSE", 0.25)  # one of four
+@pytest.fixture
+def any_help(monkeypatch):
+    """Everything is tried, and kept if it helps at all."""
     monkeypatch.setattr(calibration, "WORTH", 1.0)
+    monkeypatch.setattr(calibration, "WORTH_TWICE", 1.0)
     monkeypatch.setattr("qwen_jax.evaluation.recall.NEEDED", 0.0)  # random heads have no sharp attention
     jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+def test_the_head_that_matters_most_is_left_dense(model, any_help, monkeypatch):
+    monkeypatch.setattr(calibration, "MOST_DENSE", 0.25)  # one of four
+    monkeypatch.setattr(calibration, "MOST_BUDGET", 1)
     found = calibrate(model, [TEXT], SPARSITY)
     alone = {}
-    for place in np.ndindex(2, 2):
-        dense = np.zeros((2, 2), bool)
-        dense[place] = True
-        alone[place] = fidelity(model, TEXT, SPARSITY, dense).divergence
-    assert np.argwhere(found.dense).tolist() == [list(min(alone, key=alone.get))]
+    for layer, head in np.ndindex(2, 2):
+        with_it = replace(SPARSITY, dense_heads=(head,))
+        layers = (with_it, SPARSITY) if layer == 0 else (SPARSITY, with_it)
+        alone[layers] = fidelity(model, TEXT, layers).divergence
+    assert found.layers == min(alone, key=alone.get)
     assert found.after.divergence == pytest.approx(min(alone.values())) and found.after.density > found.before.density
-    jax.clear_caches()
+
+
+def test_layers_that_need_it_attend_to_more(model, any_help, monkeypatch):
+    monkeypatch.setattr(calibration, "MOST_DENSE", 0)
+    monkeypatch.setattr(calibration, "MOST_BUDGET", 2)
+    tried = {}
+
+    def divergence_of(model, text, layers):
+        measured = fidelity(model, text, layers)
+        tried[tuple(layer.budget for layer in layers)] = measured.divergence
+        return measured
+
+    monkeypatch.setattr(calibration, "fidelity", divergence_of)
+    found = calibrate(model, [TEXT], SPARSITY)
+    once = min([(1.0, 0.5), (0.5, 1.0)], key=tried.get)
+    assert tried[once] < tried[0.5, 0.5] and tried[1.0, 1.0] < tried[once]
+    assert list(tried) == [(0.5, 0.5), (1.0, 0.5), (0.5, 1.0), (1.0, 1.0)]
+    assert tuple(layer.budget for layer in found.layers) == (1.0, 1.0)
 
 
 def test_selectors_are_compared_at_the_same_density(model, tmp_path):
@@ -76,7 +104,7 @@ def test_selectors_are_compared_at_the_same_density(model, tmp_path):
         (name, budget) for name in ("pyramid", "window", "oracle") for budget in (0.5, 1.0)]
     for one, *others in (points[0::2], points[1::2]):
         assert {point.density for point in others} == {one.density} and {p.reachable for p in others} == {one.reachable}
-        measured = fidelity(model, TEXT, Sparsity(budget=one.budget))  # of the same queries and keys
+        measured = fidelity(model, TEXT, (Sparsity(budget=one.budget),) * 2)  # of the same queries and keys
         assert one.density == pytest.approx(measured.density)
         assert one.recall == pytest.approx(measured.recall.mean(), abs=1e-3)
         assert one.reachable == pytest.approx(measured.reachable.mean(), abs=1e-3)
@@ -95,20 +123,22 @@ def test_the_engine_reads_what_was_found(hf, tmp_path):
     hf.save_pretrained(tmp_path)
     config = resolve(tmp_path).config
     assert read_sparsity(tmp_path, config) is None
-    write_sparsity(tmp_path, SPARSITY, np.array([[False, True], [False, False]]), {"density": .5})
+    layers = (Sparsity(budget=0.5, dense_heads=(1,)), Sparsity(budget=2, threshold=0.1))
+    write_sparsity(tmp_path, layers, {"density": .5})
     stored = read_sparsity(tmp_path, config)
-    assert stored == (Sparsity(budget=0.5, dense_heads=(1,)), SPARSITY)
+    assert stored == layers
     limits = Limits(max_batch_size=2, max_seq_len=512, prefill_shapes=((1, 64),), recompute_shapes=(), decode_rows=(2,))
     engine = Engine.from_pretrained(tmp_path, tokenizer=None, limits=limits, warmup=False,
                                     policy=SchedulePolicy(sparse_above_tokens=64))
     assert engine.sparsity == stored
 
 
-@pytest.mark.parametrize("change", [{"dense_heads": [[2, 0]]}, {"budget": -1}, {"dense_heads": 3}, {"colour": 1}])
+@pytest.mark.parametrize("change", [{"dense_heads": [2]}, {"budget": -1}, {"dense_heads": 3}, {"colour": 1}, None])
 def test_a_damaged_file_is_refused(hf, tmp_path, change):
     config = from_transformers(hf, "float32")[0]
-    path = write_sparsity(tmp_path, SPARSITY, np.zeros((2, 2), bool), {})
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    path = write_sparsity(tmp_path, LAYERS, {})
+    first, second = json.loads(path.read_text())["layers"]
+    path.write_text(json.dumps({"layers": [first | change, second] if change else [first]}))
     with pytest.raises(UserError, match="qwen-jax calibrate"):
         read_sparsity(tmp_path, config)
 
