@@ -74,7 +74,7 @@ class Engine:
         self.config = module.config
         self.tokenizer = tokenizer
         self.generation_config: GenerationDefaults = generation_config or defaults
-        dtype = module.embed.weight.dtype
+        dtype = module.dtype
         if batch_invariant:
             if limits is not None or speculation is not None:
                 raise UserError("batch_invariant decides the shapes: give neither limits nor speculation with it")

@@ -42,7 +42,7 @@ class Runner:
         self.table, self.adapters, self.weights = table, adapters, Weights(model)
         self._slots, self._vocab_limit, self._strict = slots, np.int32(vocab_limit), strict
         self._vocab_size = model.config.vocab_size
-        dtype = model.embed.weight.dtype
+        dtype = model.dtype
         self._draft_graph, self._draft = nnx.split(draft) if draft else (None, None)
         sparse = any(bucket.schedule == SPARSE for bucket in table)
         self._sparsity = sparsity

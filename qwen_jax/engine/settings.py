@@ -54,7 +54,7 @@ def as_module(model: Any, dtype: Any) -> tuple[Qwen2, GenerationDefaults]:
         check_dtype(dtype)
     if isinstance(model, Qwen2):
         config, params = model.config, params_of(model)
-        wanted = jnp.dtype(dtype or model.embed.weight.dtype)
+        wanted = jnp.dtype(dtype or model.dtype)
         if any(value.dtype != wanted for value in params.values()):
             model = build(config, {path: value.astype(wanted) for path, value in params.items()})
         return model, GenerationDefaults.from_hf({}, config)

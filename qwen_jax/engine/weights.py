@@ -32,7 +32,7 @@ class Weights:
         self.current, self.previous = 0, None
         self._versions: dict[int, tuple[jax.Array, ...]] = {0: tuple(leaves)}
         self._shardings = {path: value.sharding for path, value in params_of(model).items()}
-        self._dtype = model.embed.weight.dtype
+        self._dtype = model.dtype
         self._candidate: int | None = None
         self._count = 1
 

@@ -17,6 +17,7 @@ from qwen_kernels.attention import causal_attention
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.model.rope import apply_rope, rope_tables
+from qwen_jax.quantization import FP8Tensor, matrix, product, rows
 
 # (layer index, q[B, T, K, G, H], k[B, T, K, H], v[B, T, K, H]) -> [B, T, K, G, H]
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -38,11 +39,6 @@ def _param(shape: tuple[int, ...], axes: tuple[str, ...], rngs: nnx.Rngs, dtype,
 
 def _unchanged(site: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return y
-
-
-def _matmul(spec: str, x: jax.Array, weight: jax.Array) -> jax.Array:
-    """``einsum`` accumulated in float32 and rounded once (a bf16 result makes XLA:CPU fall into a naive loop)."""
-    return jnp.einsum(spec, x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -76,8 +72,8 @@ class Attention(nnx.Module):
     def project(self, x: jax.Array, cos: jax.Array, sin: jax.Array, adapt=_unchanged
                 ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """``x[B, T, D]`` to rotated ``q[B, T, K, G, H]``, rotated ``k[B, T, K, H]``, and ``v[B, T, K, H]``."""
-        kv, rows, dim, model = self.wqkv.shape
-        qkv = _matmul("btd,nd->btn", x, self.wqkv[...].reshape(-1, model)).reshape(*x.shape[:2], kv, rows, dim)
+        kv, rows, dim, _ = self.wqkv.shape
+        qkv = product("btd,nd->btn", x, matrix(self.wqkv.get_value(), 1)).reshape(*x.shape[:2], kv, rows, dim)
         qkv = adapt("qkv", x, qkv) + self.bqkv[...]
         rotated = apply_rope(qkv[..., :-1, :], cos[:, :, None, None], sin[:, :, None, None])
         return rotated[..., :-1, :], rotated[..., -1, :], qkv[..., -1, :]
@@ -85,7 +81,7 @@ class Attention(nnx.Module):
     def output(self, attended: jax.Array, adapt=_unchanged) -> jax.Array:
         """``[B, T, K, G, H]`` to ``[B, T, D]``."""
         flat = attended.reshape(*attended.shape[:2], -1)
-        return adapt("o", flat, _matmul("btn,dn->btd", flat, self.wo[...].reshape(self.wo.shape[0], -1)))
+        return adapt("o", flat, product("btn,dn->btd", flat, matrix(self.wo.get_value(), 3)))
 
 
 class MLP(nnx.Module):
@@ -101,9 +97,9 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array, adapt=_unchanged) -> jax.Array:
         twice = jnp.broadcast_to(x, (2, *x.shape))
-        gate, up = adapt("gate_up", x, _matmul("gbtd,gfd->gbtf", twice, self.gate_up[...]))
+        gate, up = adapt("gate_up", x, product("gbtd,gfd->gbtf", twice, self.gate_up.get_value()))
         inner = jax.nn.silu(gate) * up
-        return adapt("down", inner, _matmul("btf,df->btd", inner, self.down[...]))
+        return adapt("down", inner, product("btf,df->btd", inner, self.down.get_value()))
 
 
 class Layer(nnx.Module):
@@ -162,21 +158,25 @@ class Qwen2(nnx.Module):
     def hidden(self, tokens: jax.Array, positions: jax.Array, attend: Attend, adapt: Adapt | None = None) -> jax.Array:
         """Final normalised hidden states ``[B, T, D]``, with attention, and adapters if any, as the caller wants."""
         cos, sin = rope_tables(self.config.rope, self.config.head_dim, positions)
-        x = jnp.take(self.embed.weight[...], tokens, axis=0)
+        x = rows(self.embed.weight.get_value(), tokens, self.dtype)
         for index, layer in enumerate(self.layers):
             x = layer(x, cos, sin, partial(attend, index), partial(adapt, index) if adapt else _unchanged)
         return self.norm(x)
 
     @property
-    def head_weight(self) -> jax.Array:
+    def dtype(self) -> jnp.dtype:
+        """The element type it computes in; 8-bit weights are stored in another."""
+        return self.norm.scale.dtype
+
+    @property
+    def head_weight(self) -> jax.Array | FP8Tensor:
         """``[V, D]``: the embedding's own when it is tied."""
-        return (self.embed if self.head is None else self.head).weight[...]
+        return (self.embed if self.head is None else self.head).weight.get_value()
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 logits ``[..., V]`` of ``hidden[..., D]``."""
-        weight = self.head_weight
-        rows = hidden.reshape(-1, hidden.shape[-1])
+        flat = hidden.reshape(-1, hidden.shape[-1])
         # XLA:CPU widens the whole matrix for a bf16 product of a single row.
-        padded = jnp.pad(rows, ((0, max(0, 2 - len(rows))), (0, 0)))
-        logits = jnp.einsum("nd,vd->nv", padded, weight, preferred_element_type=jnp.float32)[: len(rows)]
+        padded = jnp.pad(flat, ((0, max(0, 2 - len(flat))), (0, 0)))
+        logits = product("nd,vd->nv", padded, self.head_weight, jnp.float32)[: len(flat)]
         return logits.reshape(*hidden.shape[:-1], -1)
