@@ -50,8 +50,8 @@ def calibrate(model: Qwen2, texts: Sequence[Sequence[int]], sparsity: Sparsity,
 
     First heads are left dense, at most `MOST_DENSE` of all; then the budgets of layers are doubled, each at most to
     `MOST_BUDGET` times ``sparsity``'s. Only heads that miss a page that some query needed are tried, and layers of
-    such heads; a change that helps too little (`WORTH`, `WORTH_TWICE`) ends each part. UserError when the texts are too short for
-    anything to be left out.
+    such heads; a change that helps too little (`WORTH`, `WORTH_TWICE`) ends each part. UserError when the texts are too
+    short for anything to be left out.
     """
     layers = (sparsity,) * model.config.num_layers
     most_dense = int(MOST_DENSE * model.config.num_layers * model.config.num_kv_heads)

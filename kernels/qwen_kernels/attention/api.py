@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import checkify
 
 from qwen_kernels.attention import reference, xla, xla_dense
+from qwen_kernels.attention.eight_bit import EightBitPages
 from qwen_kernels.attention.storage import page_dtype, to_storage
 
 PAGE = 64
@@ -36,7 +37,7 @@ def paged_attention(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_t
 
     Args:
       q: ``[B, T, K, G, H]``; query t of row b stands at position ``start[b] + t``.
-      k_pages, v_pages: ``[P, K, PAGE, H]`` in ``page_dtype(q.dtype)``.
+      k_pages, v_pages: ``[P, K, PAGE, H]`` in ``page_dtype(q.dtype)``, or `EightBitPages`.
       page_table: int32 ``[B, N]``; entry n holds positions ``n * PAGE`` to ``n * PAGE + PAGE - 1`` of its row.
       start: int32 ``[B]``, position of each row's first query.
       length: int32 ``[B]``, number of valid positions; 0 makes a padding row, whose output is zero.
@@ -63,7 +64,7 @@ def check_pages(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_table
         raise ValueError(f"pages must be [P, K, {PAGE}, H]; got {k_pages.shape} and {v_pages.shape}")
     if q.shape[2] != k_pages.shape[1] or q.shape[4] != k_pages.shape[3]:
         raise ValueError(f"q {q.shape} does not match pages {k_pages.shape}")
-    if k_pages.dtype != page_dtype(q.dtype):
+    if not isinstance(k_pages, EightBitPages) and k_pages.dtype != page_dtype(q.dtype):
         raise ValueError(f"pages of {k_pages.dtype} do not hold {q.dtype}; make them with page_dtype({q.dtype})")
     used = jnp.arange(page_table.shape[1]) * PAGE < length[:, None]
     known = (page_table > 0) & (page_table < len(k_pages))
@@ -73,13 +74,17 @@ def check_pages(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_table
                          last=jnp.asarray(len(k_pages) - 1))
 
 
-def write_pages(pages: jax.Array, values: jax.Array, page_table: jax.Array, start: jax.Array,
-                length: jax.Array) -> jax.Array:
+def write_pages(pages: jax.Array | EightBitPages, values: jax.Array, page_table: jax.Array, start: jax.Array,
+                length: jax.Array) -> jax.Array | EightBitPages:
     """Store ``values[B, T, K, H]`` at positions ``start[b] + t`` of ``pages[P, K, PAGE, H]``; donate ``pages``.
 
-    Tokens at or beyond ``length[b]`` are padding and go to page 0, which no row owns.
+    8-bit pages take values without the bias that they add. Tokens at or beyond ``length[b]`` are padding and go to page
+    0, which no row owns.
     """
     positions = start[:, None] + jnp.arange(values.shape[1])
     page = jnp.take_along_axis(page_table, jnp.minimum(positions // PAGE, page_table.shape[1] - 1), axis=1)
     page = jnp.where(positions < length[:, None], page, 0)
+    if isinstance(pages, EightBitPages):
+        stored = pages.stored.at[page, :, positions % PAGE].set(pages.encode(values))
+        return EightBitPages(stored, pages.form)
     return pages.at[page, :, positions % PAGE].set(to_storage(values, pages.dtype))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from qwen_kernels.attention.storage import from_storage
+from qwen_kernels.attention.storage import read_rows
 
 
 def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, segment_ids: jax.Array | None = None,
@@ -25,13 +25,8 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, segment_ids: j
 def paged_attention(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_table: jax.Array,
                     start: jax.Array, length: jax.Array) -> jax.Array:
     """See ``api.paged_attention``. Gathers every page of the table."""
-    rows, tokens = q.shape[:2]
-
-    def gather(pages):  # [B, N, K, page, H] -> [B, S, K, H]
-        chosen = from_storage(pages[page_table]).swapaxes(2, 3)
-        return chosen.reshape(rows, -1, *chosen.shape[3:])
-
-    k, v = gather(k_pages), gather(v_pages)
+    tokens = q.shape[1]
+    k, v = (read_rows(pages, page_table) for pages in (k_pages, v_pages))
     positions = start[:, None] + jnp.arange(tokens)
     visible = jnp.arange(k.shape[1])[None, None] <= positions[:, :, None]
     visible &= (jnp.arange(k.shape[1])[None] < length[:, None])[:, None]

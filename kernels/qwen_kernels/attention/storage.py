@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qwen_kernels.attention.eight_bit import EightBitPages
+
 
 def page_dtype(dtype) -> jnp.dtype:
     """The dtype of the array that stores ``dtype`` elements on the default backend."""
@@ -31,6 +33,23 @@ def to_storage(values: jax.Array, stored) -> jax.Array:
 def from_storage(stored: jax.Array) -> jax.Array:
     """The elements that ``to_storage`` kept."""
     return jax.lax.bitcast_convert_type(stored, jnp.bfloat16) if stored.dtype == jnp.uint16 else stored
+
+
+def read_pages(pages: jax.Array | EightBitPages, ids: jax.Array, heads: jax.Array, places: jax.Array) -> jax.Array:
+    """The elements of heads i32 ``[K, 1]`` of pages i32 ``[..., K or 1, C]``, ``[..., K, C, PAGE, H]``.
+
+    places: like ``ids``, where in their rows the pages stand.
+    """
+    if isinstance(pages, EightBitPages):
+        return pages.read(ids, heads, places)
+    return from_storage(pages[ids, heads])
+
+
+def read_rows(pages: jax.Array | EightBitPages, page_table: jax.Array) -> jax.Array:
+    """Every element of the rows of ``page_table[B, N]``, ``[B, N * PAGE, K, H]``."""
+    places = jnp.arange(page_table.shape[1])[None, None]
+    chosen = read_pages(pages, page_table[:, None], jnp.arange(pages.shape[1])[:, None], places)
+    return chosen.reshape(*chosen.shape[:2], -1, chosen.shape[-1]).swapaxes(1, 2)
 
 
 def map_blocks(one: Callable, blocks: Any, dtype) -> jax.Array:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from qwen_kernels.attention.storage import from_storage, map_blocks
+from qwen_kernels.attention.storage import map_blocks, read_pages
 
 QUERY_BLOCK = 128  # tokens; scores of one block and one chunk stay in cache
 CHUNK_PAGES = 4
@@ -75,18 +75,17 @@ def attend_pages(q: jax.Array, start: jax.Array, length: jax.Array, k_pages: jax
     positions = start[:, None] + jnp.tile(jnp.arange(tokens), group)[None]  # [B, G * T]
     heads = (jnp.arange(kv_heads) if heads is None else heads)[:, None]
 
-    def gather(array, ids):
+    def gather(pages, ids, places):
         """Pages as ``[B, K, span, H]``."""
-        chunk = from_storage(array[ids, heads])
-        return chunk.reshape(rows, kv_heads, -1, dim)
+        return read_pages(pages, ids, heads, places).reshape(rows, kv_heads, -1, dim)
 
     def step(index, carry, masked: bool):
         top, total, out = carry
         ids, places = pages_of(index)
         ids = jnp.broadcast_to(ids, (rows, kv_heads, ids.shape[-1]))
-        scores = jnp.einsum("bkmh,bksh->bkms", q_bkmh, gather(k_pages, ids).astype(wide),
+        scores = jnp.einsum("bkmh,bksh->bkms", q_bkmh, gather(k_pages, ids, places).astype(wide),
                             preferred_element_type=jnp.float32)
-        values = gather(v_pages, ids)
+        values = gather(v_pages, ids, places)
         if masked:
             keys = (places[..., None] * page + jnp.arange(page)).reshape(*places.shape[:2], -1)  # as `ids`, and span
             written = keys < length[:, None, None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from qwen_kernels.attention.storage import from_storage
+from qwen_kernels.attention.storage import read_rows
 from qwen_kernels.sparse_attention.selection import Selection
 
 
@@ -19,14 +19,8 @@ def page_mask(selection: Selection, width: int) -> jax.Array:
 def attend(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_table: jax.Array, start: jax.Array,
            length: jax.Array, selection: Selection, dense_heads: tuple[int, ...] = ()) -> jax.Array:
     """See ``api.attend``. All scores exist in memory."""
-    rows, tokens = q.shape[:2]
-    page = k_pages.shape[2]
-
-    def gather(pages):  # [B, S, K, H]
-        chosen = from_storage(pages[page_table]).swapaxes(2, 3)
-        return chosen.reshape(rows, -1, *chosen.shape[3:]).astype(jnp.float32)
-
-    k, v = gather(k_pages), gather(v_pages)
+    tokens, page = q.shape[1], k_pages.shape[2]
+    k, v = (read_rows(pages, page_table).astype(jnp.float32) for pages in (k_pages, v_pages))
     keys, positions = jnp.arange(k.shape[1]), start[:, None] + jnp.arange(tokens)
     selected = page_mask(selection, page_table.shape[1])
     selected = jnp.repeat(jnp.repeat(selected, page, axis=3), tokens // selected.shape[1], axis=1)  # [B, T, K, S]

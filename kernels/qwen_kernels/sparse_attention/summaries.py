@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from qwen_kernels.attention.storage import from_storage, to_storage
+from qwen_kernels.attention.storage import from_storage, read_pages, to_storage
 
 LEAF = 16    # tokens
 LEAVES = 4   # in a page
@@ -31,13 +31,13 @@ def nodes_per_page(pages: int) -> int:
     return LEAVES + 1 + levels_above_pages(pages)
 
 
-def new_summaries(k_pages: jax.Array, width: int) -> jax.Array:
+def new_summaries(k_pages: jax.Array, width: int, dtype=None) -> jax.Array:
     """Room for the nodes of ``k_pages[P, K, PAGE, H]``, ``[P, K, nodes, 2, H]``: leaves, page, levels; least, greatest.
 
-    width: most pages of a row.
+    width: most pages of a row. dtype: of the nodes as stored, by default the pages'; 8-bit pages need another.
     """
     pages, heads, _, dim = k_pages.shape
-    return jnp.zeros((pages, heads, nodes_per_page(width), 2, dim), k_pages.dtype)
+    return jnp.zeros((pages, heads, nodes_per_page(width), 2, dim), dtype or k_pages.dtype)
 
 
 def update_summaries(summaries: jax.Array, k_pages: jax.Array, page_table: jax.Array, start: jax.Array,
@@ -55,7 +55,8 @@ def update_summaries(summaries: jax.Array, k_pages: jax.Array, page_table: jax.A
 
     positions = places[..., None] * page + jnp.arange(page)
     known = (positions < length[:, None, None]).reshape(rows, touched, 1, LEAVES, LEAF, 1)
-    keys = from_storage(k_pages[ids]).reshape(rows, touched, heads, LEAVES, LEAF, dim).astype(jnp.float32)
+    keys = read_pages(k_pages, ids[:, None], jnp.arange(heads)[:, None], places[:, None]).swapaxes(1, 2)
+    keys = keys.reshape(rows, touched, heads, LEAVES, LEAF, dim).astype(jnp.float32)
     any_known = jnp.any(known, axis=4)
     least = jnp.where(any_known, jnp.min(jnp.where(known, keys, jnp.inf), axis=4), 0)
     greatest = jnp.where(any_known, jnp.max(jnp.where(known, keys, -jnp.inf), axis=4), 0)

@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_kernels.attention.storage import from_storage
+from qwen_kernels.attention.eight_bit import EightBitPages
+from qwen_kernels.attention.storage import from_storage, read_pages
 from qwen_kernels.sparse_attention.summaries import LEAVES, RADIX
 
 
 class View(NamedTuple):
     """What a selector may look at, for one block of queries of every row."""
 
-    k_pages: jax.Array     # [P, K, PAGE, H] as stored
+    k_pages: jax.Array | EightBitPages  # [P, K, PAGE, H] as stored
     summaries: jax.Array   # [P, K, nodes, 2, H] as stored
     page_table: jax.Array  # i32[B, N]
     heads: np.ndarray      # i32[K]: which of the pages' heads the queries' are
@@ -26,7 +27,8 @@ class View(NamedTuple):
 
     def keys(self) -> jax.Array:
         """Every key of the rows, ``[B, K, N, PAGE, H]``: linear in the context, which a fast selector avoids."""
-        return from_storage(self.k_pages[self.page_table[:, None], self.heads[:, None]]).astype(jnp.float32)
+        places = jnp.arange(self.page_table.shape[1])
+        return read_pages(self.k_pages, self.page_table[:, None], self.heads[:, None], places).astype(jnp.float32)
 
     def nodes(self, level: int, index: jax.Array) -> jax.Array:
         """Nodes ``index`` i32[B, K, C] of a level (0: pages), ``[B, K, C, 2, H]``; those of no whole node: anything."""
