@@ -19,40 +19,51 @@ from qwen_jax.errors import UserError
 
 if TYPE_CHECKING:
     from qwen_jax.model.qwen2 import Qwen2
+    from qwen_jax.quantization import FP8Tensor, Precision
 
 
-def load_model(ref: str | Path | Source, dtype: Any = "bfloat16") -> Qwen2:
+def load_model(ref: str | Path | Source, dtype: Any = "bfloat16", precision: Precision | None = None) -> Qwen2:
     """A Flax NNX module: ``model(tokens[B, T]) -> logits[B, T, V]`` in float32.
 
     Args:
       ref: a Hugging Face folder, a converted checkpoint, a hub id, or ``bundled``.
       dtype: element type of the parameters; None keeps the stored one.
+      precision: which parameters become 8-bit as they are read; by default none.
     """
     from qwen_jax.model.abstract import build
 
     source = resolve(ref)
     config = source.config
-    return build(config, load_params(source, config, dtype))
+    return build(config, load_params(source, config, dtype, precision=precision))
 
 
 def load_params(source: Source, config: ModelConfig, dtype: Any = None,
-                shardings: Mapping[str, jax.sharding.Sharding] | None = None) -> dict[str, jax.Array]:
+                shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+                precision: Precision | None = None) -> dict[str, jax.Array | FP8Tensor]:
     """Parameters by canonical path, in the order of ``hf_layout.layout``.
 
     Args:
       dtype: bfloat16, float16 or float32; None keeps what is stored.
       shardings: canonical path -> sharding; paths not named go to the first local device.
+      precision: which parameters become 8-bit; by default none.
 
     Host memory beyond the result stays within one group of tensors (256 MB, or the largest tensor).
     Raises UserError for damaged or mismatched weights, and for NaN or Inf in a Hugging Face folder's.
     """
-    params = dict(iter_params(source, config, dtype, shardings))
+    params = dict(iter_params(source, config, dtype, shardings, precision))
     return {path: params[path] for path in layout(config)}
 
 
 def iter_params(source: Source, config: ModelConfig, dtype: Any = None,
-                shardings: Mapping[str, jax.sharding.Sharding] | None = None) -> Iterator[tuple[str, jax.Array]]:
+                shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+                precision: Precision | None = None) -> Iterator[tuple[str, jax.Array | FP8Tensor]]:
     """What `load_params` loads, one after another, so that the caller can let go of something for each."""
+    for path, value in _iter_params(source, config, dtype, shardings):
+        yield path, precision.store(path, value) if precision else value
+
+
+def _iter_params(source: Source, config: ModelConfig, dtype: Any,
+                 shardings: Mapping[str, jax.sharding.Sharding] | None) -> Iterator[tuple[str, jax.Array]]:
     target = None if dtype is None else as_dtype(dtype)
     table = layout(config)
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

@@ -38,10 +38,12 @@ class Engine:
       tokenizer: a transformers fast tokenizer; without one, prompts are token ids and ``text`` stays empty.
       generation_config: defaults of the sampling options and the end-of-sequence ids; a transformers model's own by
         default.
-      tp_size, pp_size, fp8_enabled: 1, 1 and False; other values are refused until they are implemented.
+      tp_size, pp_size: 1 and 1; other values are refused until they are implemented.
+      fp8_enabled: e4m3 weights in all layers but the first and the last, and an 8-bit KV cache.
       max_batch_size: sequences that run at once.
       max_seq_len: prompt and answer together, in tokens; by default 4096 or the model's context if that is shorter.
       dtype: element type of weights and KV cache, "bfloat16" or "float32"; None keeps the model's.
+      kv_cache_dtype: "e4m3", or None for ``dtype``; "auto" is e4m3 with ``fp8_enabled``, else None.
       kv_cache_bytes: memory for KV pages; by default what ``max_batch_size`` full sequences need, at most a share of
         the free memory.
       limits, policy: the bucket shapes and the schedule's thresholds, as data.
@@ -63,13 +65,14 @@ class Engine:
 
     def __init__(self, model: Any, *, tokenizer: Any = None, generation_config: Any = None, tp_size: int = 1,
                  pp_size: int = 1, fp8_enabled: bool = False, max_batch_size: int = 64, max_seq_len: int | None = None,
-                 dtype: Any = None, kv_cache_bytes: int | None = None, limits: Limits | None = None,
+                 dtype: Any = None, kv_cache_dtype: str | None = "auto", kv_cache_bytes: int | None = None,
+                 limits: Limits | None = None,
                  policy: SchedulePolicy = DEFAULT_POLICY, prefix_cache: bool = True, max_adapters: int = 0,
                  max_adapter_rank: int = 16, cache_dir: str | Path | None | type(...) = ...,
                  speculation: Any = None, draft_tokens: int | None = None, strict_compiles: bool = False,
                  sparsity: Sparsity | Sequence[Sparsity | None] = DEFAULT_SPARSITY, batch_invariant: bool = False,
                  warmup: bool = True, progress: bool = True) -> None:
-        settings.check_parallelism(tp_size, pp_size, fp8_enabled)
+        settings.check_parallelism(tp_size, pp_size)
         module, defaults = settings.as_module(model, dtype)
         self.config = module.config
         self.tokenizer = tokenizer
@@ -87,20 +90,25 @@ class Engine:
             raise UserError(f"draft_tokens={draft_tokens} with limits for {self.limits.draft_tokens} and "
                             f"speculation={speculation!r}: these do not go together")
         vocab_limit = min(len(tokenizer), self.config.vocab_size) if tokenizer else self.config.vocab_size
-        table = bucket_table(self.limits, policy, "f32" if dtype == np.float32 else "bf16")
+        self.precision = settings.precision_of(self.config, fp8_enabled, kv_cache_dtype)
+        eight_bit = self.precision.eight_bit
+        table = bucket_table(self.limits, policy, "f32" if dtype == np.float32 else "bf16", eight_bit)
         draft = settings.draft_of(speculation, self.config, vocab_limit, dtype)
         self.sparsity = settings.sparsity_of(sparsity, self.config)
         sparse = any(bucket.schedule == SPARSE for bucket in table)
-        num_pages = settings.num_pages(self.config, draft and draft.config, self.limits, dtype, kv_cache_bytes, sparse)
+        num_pages = settings.num_pages(self.config, draft and draft.config, self.limits, dtype, kv_cache_bytes, sparse,
+                                       self.precision)
+        wide_pages = settings.wide_pages(self.limits, self.precision)
         self.pool = PagePool(num_pages)
         dense_tail = max((layer.dense_tail for layer in self.sparsity if layer), default=0)
-        self.scheduler = Scheduler(table, self.limits, self.pool, policy, prefix_cache, batch_invariant, dense_tail)
+        self.scheduler = Scheduler(table, self.limits, self.pool, policy, prefix_cache, batch_invariant, dense_tail,
+                                   PagePool(wide_pages) if eight_bit else None)
         self.adapters = AdapterTable(self.config, max_adapters, max_adapter_rank, dtype)
         self.intake = Intake(tokenizer, self.generation_config, vocab_limit, self.config.vocab_size, self.scheduler,
                              self.adapters)
         directory = default_cache_dir() if cache_dir is ... else cache_dir and Path(cache_dir)
         self.runner = Runner(module, table, num_pages, self.limits.max_batch_size, vocab_limit, self.adapters, draft,
-                             self.sparsity, directory or None, strict_compiles)
+                             self.sparsity, self.precision, wide_pages, directory or None, strict_compiles)
         kind = DRAFT_MODEL if draft else speculation
         self.loop = Loop(self.scheduler, self.runner, kind and Speculation(kind, self.limits.draft_tokens))
         self._progress = progress
@@ -118,12 +126,14 @@ class Engine:
         source = resolve(ref)
         parallel = [options.get(name, default) for name, default in settings.PARALLELISM]
         settings.check_parallelism(*parallel)  # before gigabytes are read
+        precision = settings.precision_of(source.config, options.get("fp8_enabled", False),
+                                          options.get("kv_cache_dtype", "auto"))
         for name, load in (("tokenizer", load_tokenizer), ("generation_config", load_generation_config)):
             if name not in options:  # a tokenizer takes seconds to load
                 options[name] = load(source)
         if isinstance(options.get("speculation"), str | Path) and options["speculation"] != NGRAM:
             options["speculation"] = load_model(options["speculation"], dtype)
-        model = load_model(source, dtype)
+        model = load_model(source, dtype, precision)
         if "sparsity" not in options and (stored := read_sparsity(source.path, model.config)):
             options["sparsity"] = stored
         return cls(model, **options)
@@ -301,6 +311,7 @@ class Engine:
             drafted_tokens=speculation.drafted if speculation else 0,
             accepted_tokens=speculation.accepted if speculation else 0,
             sparse_density=figures.attended_pages / figures.visible_pages if figures.visible_pages else 1.0,
+            guard_trips=dict(sorted(figures.trips.items())),
             device_seconds=figures.device_seconds, host_seconds=figures.host_seconds, buckets=tuple(buckets),
         )
 

@@ -192,9 +192,10 @@ def _code_digest() -> str:
     """Digest of the sources that are traced into programs."""
     package, kernels = Path(__file__).parents[1], Path(qwen_kernels.__file__).parent
     steps = [package / "engine" / f"{name}.py"
-             for name in ("steps", "adapters", "sampler", "draw", "grammar", "schedule")]
+             for name in ("steps", "adapters", "guard", "sampler", "draw", "grammar", "schedule")]
     digest = hashlib.sha256()
     for path in [package / "config.py", *steps, *sorted((package / "model").rglob("*.py")),
+                 *sorted((package / "quantization").rglob("*.py")),
                  *sorted(kernels.rglob("*.py"))]:
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()

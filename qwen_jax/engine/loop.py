@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from collections.abc import Sequence as Sized
 from dataclasses import dataclass, field
 
 import jax
@@ -16,7 +17,7 @@ from qwen_jax.engine.request import Request
 from qwen_jax.engine.runner import Runner
 from qwen_jax.engine.schedule import SPARSE, Bucket
 from qwen_jax.engine.scheduler import Scheduler
-from qwen_jax.engine.sequence import State
+from qwen_jax.engine.sequence import Sequence, State
 from qwen_jax.engine.speculation import Speculation
 from qwen_jax.engine.steps import StepOutput
 from qwen_jax.errors import UserError
@@ -47,6 +48,7 @@ class Figures:
     attended_pages: int = 0  # in steps of the sparse schedule
     visible_pages: int = 0  # what full attention would have read there
     finished: dict[str, int] = field(default_factory=dict)  # by finish_reason
+    trips: dict[int, int] = field(default_factory=dict)  # by layer
 
 
 class Loop:
@@ -116,7 +118,7 @@ class Loop:
         self._account(plan, output, ready - started, started - began + time.perf_counter() - ready)
         return True
 
-    def complete(self, requests: Sequence[Request], version: int | None = None) -> None:
+    def complete(self, requests: Sized[Request], version: int | None = None) -> None:
         """Submit requests and run until all of them are closed; whatever interrupts takes them out again."""
         try:
             self.submit(requests, version)
@@ -149,8 +151,13 @@ class Loop:
     def _commit(self, plan: StepPlan, output: StepOutput) -> None:
         """Tokens into their sequences, whose pages are free at once when they end; their texts come later."""
         taken, stopped = [], []
-        for row, tokens, count in zip(plan.rows, output.sampled.tokens.tolist(), output.counts.tolist(), strict=False):
+        trips = output.trips.tolist()
+        for row, tokens, count, trip in zip(plan.rows, output.sampled.tokens.tolist(), output.counts.tolist(), trips,
+                                            strict=False):
             request = self._requests.get(row.seq.request_id)
+            if trip:
+                taken.append(None)
+                continue
             tokens = tokens[:count] if row.samples and request else []
             end = request.ends_at(tokens) if tokens else None
             if end is not None:
@@ -162,10 +169,25 @@ class Loop:
         self.scheduler.commit(plan, taken)
         for sequence, reason in stopped:
             self.scheduler.finish(sequence, reason)
+        for row, trip in zip(plan.rows, trips, strict=False):
+            if trip and row.seq.state is not State.FINISHED:
+                self._fall_back(row.seq, trip - 1)
         self._undelivered = plan, output, taken
         if any(row.seq.request_id in self._requests and self._requests[row.seq.request_id].stops_at_text
                for row in plan.rows):
             self._deliver()  # whether a stop string has appeared decides who runs next
+
+    def _fall_back(self, sequence: Sequence, layer: int) -> None:
+        """A row's numbers were of no use: once more in 16 bits, or the end."""
+        self.figures.trips[layer] = self.figures.trips.get(layer, 0) + 1
+        if self.scheduler.wide_pool is not None and not sequence.wide:
+            logger.info("request %s is computed again in 16 bits: its numbers left the range of 8 bits in layer %d",
+                        sequence.request_id, layer)
+            self.scheduler.fall_back(sequence)
+            return
+        request = self._requests[sequence.request_id]
+        request.output.error = f"what it computes is not finite or has damaged scales, first in layer {layer}"
+        self.scheduler.finish(sequence, "error")
 
     def _deliver(self) -> bool:
         """Hands the last step's results to its requests. Returns whether there were any."""
@@ -176,6 +198,10 @@ class Loop:
         for index, (row, tokens) in enumerate(zip(plan.rows, taken, strict=True)):
             request = self._requests.get(row.seq.request_id)
             if request is None:  # an error ended it while this step was under way
+                continue
+            if tokens is None:
+                if row.seq.state is State.FINISHED:
+                    self._close(request)
                 continue
             if sparse:
                 request.add_pages(*map(int, output.pages[index]))
@@ -209,7 +235,7 @@ class Loop:
 
     def _account(self, plan: StepPlan, output: StepOutput, device: float, host: float) -> None:
         figures, usage = self.figures, self.figures.usage[plan.bucket]
-        sampled = int(output.counts[: len(plan.rows)].sum())
+        sampled = int(output.counts[: len(plan.rows)][output.trips[: len(plan.rows)] == 0].sum())
         decode = plan.bucket.phase == "decode"
         usage.steps += 1
         usage.rows += len(plan.rows)

@@ -93,6 +93,8 @@ class EngineStats:
     device waited for between steps while there was work. ``finished`` counts requests by finish_reason,
     ``accepted_tokens`` those of the ``drafted_tokens`` (speculation) that became part of an answer.
     ``sparse_density`` is the share of pages that steps of the sparse schedule read, 1 before the first.
+    ``guard_trips`` counts, by layer, rows whose 8-bit numbers were of no use and that were computed again in 16 bits,
+    or ended with an error when those were not either; the number of layers stands for what comes after the last one.
     """
 
     compiles_after_warmup: int
@@ -112,6 +114,7 @@ class EngineStats:
     drafted_tokens: int
     accepted_tokens: int
     sparse_density: float
+    guard_trips: dict[int, int]
     device_seconds: float
     host_seconds: float
     buckets: tuple[BucketStats, ...]

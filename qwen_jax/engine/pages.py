@@ -48,6 +48,8 @@ class PagePool:
         self._page_of: dict[bytes, int] = {}   # kept pages
         self._key_of: dict[int, bytes] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()  # kept pages without a user, longest unused first
+        self._before: dict[bytes, bytes] = {}  # of kept pages, the key before theirs in the chain
+        self._after: dict[bytes, set[bytes]] = {}  # and back
 
     @property
     def capacity(self) -> int:
@@ -73,8 +75,17 @@ class PagePool:
 
     def _evict(self) -> int:
         page, _ = self._idle.popitem(last=False)
-        del self._page_of[self._key_of.pop(page)]
+        self._unkeep(page)
         return page
+
+    def _unkeep(self, page: int) -> bytes:
+        key = self._key_of.pop(page)
+        del self._page_of[key]
+        before = self._before.pop(key)
+        self._after[before].discard(key)
+        if not self._after[before]:
+            del self._after[before]
+        return key
 
     def free(self, pages: list[int]) -> None:
         """One user of each of `pages` less. ValueError, and nothing changed, when one is not in use (double free, null,
@@ -92,12 +103,31 @@ class PagePool:
 
     # --- the prefix cache
 
-    def keep(self, key: bytes, page: int) -> None:
-        """From now on `page`, which is in use and full, is what `match` finds under `key`; the first one stays."""
+    def keep(self, key: bytes, page: int, before: bytes = b"") -> None:
+        """From now on `page`, which is in use and full, is what `match` finds under `key`; the first one stays.
+
+        before: the key before it in its chain.
+        """
         if page not in self._users:
             raise ValueError(f"page {page} is not in use")
         if key not in self._page_of and page not in self._key_of:
             self._page_of[key], self._key_of[page] = page, key
+            self._before[key] = before
+            self._after.setdefault(before, set()).add(key)
+
+    def forget(self, pages: Sequence[int]) -> None:
+        """These pages, and kept ones that come after them in a chain, are not found any more. Their users keep them."""
+        lost = [self._key_of[page] for page in pages if page in self._key_of]
+        while lost:
+            key = lost.pop()
+            page = self._page_of.get(key)
+            if page is None:
+                continue
+            lost += self._after.get(key, ())
+            self._unkeep(page)
+            if page in self._idle:
+                del self._idle[page]
+                self._free.append(page)
 
     def match(self, keys: Sequence[bytes]) -> list[int]:
         """The kept pages of the longest beginning of a chain."""

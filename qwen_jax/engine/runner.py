@@ -21,6 +21,7 @@ from qwen_jax.engine.steps import Models, StepBatch, StepOutput, new_state, run_
 from qwen_jax.engine.weights import Weights
 from qwen_jax.errors import UserError
 from qwen_jax.model import Qwen2
+from qwen_jax.quantization import Precision, forms
 
 
 class Runner:
@@ -32,14 +33,15 @@ class Runner:
       vocab_limit: number of token ids that exist.
       draft: the model that guesses tokens, if there is one.
       sparsity: of each layer in the sparse schedule's buckets; None for a layer that attends to everything.
+      precision: which parts are 8-bit; wide_pages: size of the pool of pages for what 8 bits cannot compute.
       cache_dir: where programs are kept; None keeps none.
       strict: refuse to go on after a compilation that was not part of a warm-up.
     """
 
     def __init__(self, model: Qwen2, table: tuple[Bucket, ...], num_pages: int, slots: int, vocab_limit: int,
                  adapters: AdapterTable, draft: Qwen2 | None, sparsity: tuple[Sparsity | None, ...],
-                 cache_dir: Path | None, strict: bool = False) -> None:
-        self.table, self.adapters, self.weights = table, adapters, Weights(model)
+                 precision: Precision, wide_pages: int, cache_dir: Path | None, strict: bool = False) -> None:
+        self.table, self.adapters, self.weights = table, adapters, Weights(model, precision)
         self._slots, self._vocab_limit, self._strict = slots, np.int32(vocab_limit), strict
         self._vocab_size = model.config.vocab_size
         dtype = model.dtype
@@ -47,10 +49,10 @@ class Runner:
         sparse = any(bucket.schedule == SPARSE for bucket in table)
         self._sparsity = sparsity
         self._new_state = partial(new_state, model.config, num_pages, slots, dtype, draft and draft.config,
-                                  table[0].pages if sparse else 0)
+                                  table[0].pages if sparse else 0, precision.kv_cache, wide_pages)
         self._state = None
         identity = [repr(model.config), str(dtype), num_pages, slots, adapters.identity_of_shapes,
-                    draft and repr(draft.config), repr(sparsity) if sparse else None]
+                    draft and repr(draft.config), repr(sparsity) if sparse else None, repr(precision), wide_pages]
         self.executables = Executables(self._lower, identity, cache_dir)
         self.prepare_seconds: dict[Bucket, float] = {}
         self.warmup_seconds = 0.0
@@ -111,8 +113,13 @@ class Runner:
 
     def _lower(self, bucket: Bucket) -> jax.stages.Lowered:
         def step(leaves, draft, state, batch, vocab_limit, adapters):
-            models = Models(nnx.merge(self.weights.graph, jax.tree.unflatten(self.weights.treedef, leaves)),
-                            draft and nnx.merge(self._draft_graph, draft), self._sparsity)
+            params, scales = jax.tree.unflatten(self.weights.treedef, leaves)
+            model = nnx.merge(self.weights.graph, params)
+            rotation = model.config.rope.frequencies(model.config.head_dim)
+            pages = tuple(one and forms(layer.attention.bqkv[...], one, *rotation)
+                          for layer, one in zip(model.layers, scales, strict=True))
+            models = Models(model, draft and nnx.merge(self._draft_graph, draft), self._sparsity,
+                            pages if any(pages) else ())
             return run_bucket(models, bucket, state, batch, vocab_limit, adapters)
 
         batch = dry_run_batch(bucket, self._slots, self._vocab_size)

@@ -7,6 +7,7 @@ from qwen_jax.engine.pages import PAGE, pages_for
 from qwen_jax.errors import UserError
 
 FULL, SPARSE, RECOMPUTE = "full_attention", "sparse_attention", "recompute"
+EIGHT_BIT = "8-bit"
 MAX_BUCKETS = 64
 STEP_OVERHEAD_TOKENS = 64  # the fixed cost of a step (dispatch, reading the weights once), in prefill tokens
 
@@ -65,7 +66,7 @@ class Bucket:
     rows: int
     tokens: int  # per row; in decode 1, or more to check that many less one drafts
     pages: int  # width of the page table
-    precision: str = "bf16"  # "bf16" | "f32"
+    precision: str = "bf16"  # "bf16" | "f32" | "8-bit", of weights, pages or both
     micro_rows: int = 0  # rows per micro-batch inside the executable; 0 means all rows at once
     steps: int = 1  # decode: tokens per row that one dispatch can generate one after another
 
@@ -76,7 +77,8 @@ class Bucket:
             raise ValueError(f"{self.rows} rows do not split into micro-batches of {self.micro_rows}")
 
     def __str__(self) -> str:
-        return f"{self.phase}/{self.schedule} {self.rows}x{self.tokens}"
+        name = f"{self.phase}/{self.schedule} {self.rows}x{self.tokens}"
+        return f"{name} {EIGHT_BIT}" if self.precision == EIGHT_BIT else name
 
 
 @dataclass(frozen=True)
@@ -160,15 +162,18 @@ def invariant_limits(max_batch_size: int, max_seq_len: int, decode_steps: int = 
                   (_round_up(max_batch_size, _DECODE_ROWS[0]),), decode_steps)
 
 
-def bucket_table(limits: Limits, policy: SchedulePolicy = DEFAULT_POLICY,
-                 precision: str = "bf16") -> tuple[Bucket, ...]:
+def bucket_table(limits: Limits, policy: SchedulePolicy = DEFAULT_POLICY, precision: str = "bf16",
+                 eight_bit: bool = False) -> tuple[Bucket, ...]:
     """Every bucket the engine may run, in the order they are warmed up: the only enumeration there is.
 
     Sparse buckets exist only if a prompt can be long enough for them, recompute ones only if a batch can be large
     enough. UserError when the limits leave a schedule of the policy without a bucket, or need over `MAX_BUCKETS`.
+
+    eight_bit: all of them in 8 bits, and a few in ``precision`` for requests that 8 bits cannot compute.
     """
     if precision not in ("bf16", "f32"):
         raise UserError(f"unknown precision {precision!r}: use 'bf16' or 'f32'")
+    usual = EIGHT_BIT if eight_bit else precision
     threshold = policy.recompute_above_rows
     if any(rows > threshold for rows, _ in limits.prefill_shapes):
         raise UserError(f"a prefill shape has over {threshold} rows, where the policy asks for recompute: "
@@ -182,20 +187,26 @@ def bucket_table(limits: Limits, policy: SchedulePolicy = DEFAULT_POLICY,
 
     pages = pages_for(limits.max_seq_len)
     attentions = (FULL, SPARSE) if limits.max_seq_len > policy.sparse_above_tokens else (FULL,)
-    buckets = [Bucket("prefill", RECOMPUTE, rows, tokens, pages, precision, micro)
+    buckets = [Bucket("prefill", RECOMPUTE, rows, tokens, pages, usual, micro)
                for rows, tokens, micro in recompute_shapes]
     for attention in attentions:
         sparse = attention == SPARSE
         shapes = limits.sparse_prefill_shapes if sparse and limits.sparse_prefill_shapes else limits.prefill_shapes
         decode_rows = limits.sparse_decode_rows if sparse and limits.sparse_decode_rows else limits.decode_rows
-        buckets += [Bucket("prefill", attention, *shape, pages, precision) for shape in shapes]
-        buckets += [Bucket("decode", attention, rows, 1, pages, precision, steps=limits.decode_steps)
+        buckets += [Bucket("prefill", attention, *shape, pages, usual) for shape in shapes]
+        buckets += [Bucket("decode", attention, rows, 1, pages, usual, steps=limits.decode_steps)
                     for rows in decode_rows]
         if limits.draft_tokens:
-            buckets += [Bucket("decode", attention, rows, limits.draft_tokens + 1, pages, precision)
+            buckets += [Bucket("decode", attention, rows, limits.draft_tokens + 1, pages, usual)
                         for rows in decode_rows if rows <= limits.draft_rows]
+    if eight_bit:
+        single = sorted(tokens for rows, tokens in limits.prefill_shapes if rows == min(limits.prefill_shapes)[0])
+        shapes = _unique((min(limits.prefill_shapes)[0], tokens) for tokens in (single[0], single[-1]))
+        buckets += [Bucket("prefill", FULL, *shape, pages, precision) for shape in shapes]
+        buckets.append(Bucket("decode", FULL, min(limits.decode_rows), 1, pages, precision, steps=limits.decode_steps))
     order = ("prefill", "decode", FULL, RECOMPUTE, SPARSE)
-    buckets.sort(key=lambda b: (order.index(b.phase), order.index(b.schedule), b.rows * b.tokens, b.rows))
+    buckets.sort(key=lambda b: (b.precision != usual, order.index(b.phase), order.index(b.schedule), b.rows * b.tokens,
+                                b.rows))
     table = _unique(buckets)
     if len(table) > MAX_BUCKETS:
         raise UserError(f"these limits need {len(table)} executables, over {MAX_BUCKETS}: give fewer shapes")

@@ -1,11 +1,11 @@
 """Which sequences run in the next step, in which bucket.
 
 Sequences have a rank: priority, then order of arrival. Steps alternate between prefill and decode while both have work.
-A step runs sequences of one group: one attention, one version of the weights. Among prefills, whoever has the least
-left goes first, so that a short prompt does not wait for a long one; every fourth prefill step goes by rank, so that a
-long one does not wait for ever. When pages run out, the last by rank gives its pages back and starts again later; the
-first by rank is never preempted, so every sequence finishes. Memory is never overtaken: a sequence is not admitted into
-pages that one before it waits for.
+A step runs sequences of one group: one attention, one version of the weights, one precision. Among prefills, whoever
+has the least left goes first, so that a short prompt does not wait for a long one; every fourth prefill step goes by
+rank, so that a long one does not wait for ever. When pages run out, the last by rank gives its pages back and starts
+again later; the first by rank is never preempted, so every sequence finishes. Memory is never overtaken: a sequence is
+not admitted into pages that one before it waits for.
 
 Full pages are offered to the pool's prefix cache once computed, and admission starts after the pages found there. A
 sequence whose next page another one is about to compute waits for it, so a prefix that many share is computed once.
@@ -21,6 +21,7 @@ from qwen_jax.engine.pages import PAGE, PagePool, pages_for
 from qwen_jax.engine.plan import PlannedRow, StepPlan
 from qwen_jax.engine.schedule import (
     DEFAULT_POLICY,
+    FULL,
     SPARSE,
     Bucket,
     Limits,
@@ -43,13 +44,14 @@ class Scheduler:
       largest chunk, answers are not reused, and nobody is admitted who might be preempted.
     dense_tail: last tokens of a prompt whose pages sparse attention computes otherwise than the rest, and so are not
       shared; neither are its answers'.
+    wide_pool: pages of sequences that fell back from 8-bit to 16-bit steps (`fall_back`); None where all are 16-bit.
     """
 
     def __init__(self, table: tuple[Bucket, ...], limits: Limits, pool: PagePool,
                  policy: SchedulePolicy = DEFAULT_POLICY, prefix_cache: bool = True, invariant: bool = False,
-                 dense_tail: int = 0):
+                 dense_tail: int = 0, wide_pool: PagePool | None = None):
         self.limits, self.pool, self.policy, self.prefix_cache = limits, pool, policy, prefix_cache
-        self.invariant, self.dense_tail = invariant, dense_tail
+        self.invariant, self.dense_tail, self.wide_pool = invariant, dense_tail, wide_pool
         self.prefix_queries = self.prefix_hits = 0  # pages looked up at admissions, and found
         self.preemptions = 0
         self.paused = False  # nobody is admitted but those that were preempted in the middle of their answer
@@ -133,6 +135,17 @@ class Scheduler:
         seq.keys.clear()
         seq.prefill_end = seq.num_tokens
 
+    def fall_back(self, seq: Sequence) -> None:
+        """Back into the line, to be computed in 16 bits from its first token; what was sampled so far stays.
+
+        The pages it used, and what others computed after them, are not found by anybody any more.
+        """
+        if self.wide_pool is None or seq.wide:
+            raise ValueError(f"request {seq.request_id!r} has nothing to fall back to")
+        self.pool.forget(seq.pages)
+        self._preempt(seq)
+        seq.wide, seq.schedule = True, FULL
+
     def plan(self, steps: int = 1, propose: Callable[[Sequence], Sized[int]] | None = None) -> StepPlan | None:
         """The next step; None only when there is no work, or none but for those kept out by `paused`. Its sequences own
         pages and slots when this returns.
@@ -150,16 +163,17 @@ class Scheduler:
                 return plan
         return None
 
-    def commit(self, plan: StepPlan, sampled: Sized[Sized[int]]) -> list[Sequence]:
+    def commit(self, plan: StepPlan, sampled: Sized[Sized[int] | None]) -> list[Sequence]:
         """Records that `plan` ran; `sampled[i]` are the tokens of row i: those that count, one at least where the row
-        samples (ignored elsewhere).
+        samples (ignored elsewhere). None: what the row computed is of no use, and the caller sees to the sequence.
 
         Returns the sequences that this ended, by length. Rows aborted since `plan` are skipped.
         """
         if len(sampled) != len(plan.rows):
             raise ValueError(f"sampled tokens of {len(sampled)} rows for {len(plan.rows)} rows")
         results = zip(plan.rows, sampled, strict=True)
-        live = [(row, tokens) for row, tokens in results if row.seq.state is not State.FINISHED]
+        live = [(row, tokens) for row, tokens in results
+                if row.seq.state is not State.FINISHED and tokens is not None]
         for row, tokens in live:
             if row.seq.state is State.WAITING or row.start != row.seq.num_computed:
                 raise ValueError(f"the plan is stale: request {row.seq.request_id!r} has moved on since")
@@ -195,8 +209,9 @@ class Scheduler:
         by_rank = self._prefills % RANK_EVERY == RANK_EVERY - 1
         line.sort(key=lambda item: (item[0].priority, 0 if by_rank else left(item), item[0].arrival))
         line = [item for item in line if self.group(item[0]) == self.group(line[0][0])]
-        schedule = dynamic_schedule(len(line), len(line[0][0].prompt), self.policy)
-        bucket = pick_prefill(self._buckets("prefill", schedule), list(map(left, line)))
+        wide = line[0][0].wide
+        schedule = FULL if wide else dynamic_schedule(len(line), len(line[0][0].prompt), self.policy)
+        bucket = pick_prefill(self._buckets("prefill", schedule, wide), list(map(left, line)))
         chosen = line[:bucket.rows]
         for _, found in chosen:  # all before the first allocation, which could evict them
             self.pool.share(found)
@@ -220,10 +235,12 @@ class Scheduler:
         admissible, reused, claimed = [], set(), set()
         if not self.waiting:
             return admissible
-        free = self.pool.num_free - sum(map(self._growth, self.running))
+        free = {wide: pool.num_free - sum(self._growth(seq) for seq in self.running if seq.wide == wide)
+                for wide, pool in ((False, self.pool), (True, self.wide_pool)) if pool}
         slots = len(self._free_slots)
+        full = set()  # pools that somebody before waits for
         for seq in self.waiting:
-            if self.paused and not seq.output:
+            if self.paused and not seq.output or seq.wide in full:
                 continue
             keys = self._reusable_keys(seq)
             found = self.pool.match(keys)
@@ -233,13 +250,16 @@ class Scheduler:
             pages, idle = pages_for(seq.prefill_end), {page for page in found if self.pool.is_idle(page)} - reused
             cost = pages - len(found) + len(idle)
             growth = self._growth(seq, pages)
-            if not slots or cost + (growth if self.invariant else 0) > free:
+            if not slots:
                 break
+            if cost + (growth if self.invariant else 0) > free[seq.wide]:
+                full.add(seq.wide)
+                continue
             if not (missing and (missing[0] in self._computing or missing[0] in claimed)):
                 admissible.append((seq, found))
             reused |= idle
             claimed.update(missing)
-            free -= cost + growth
+            free[seq.wide] -= cost + growth
             slots -= 1
         return admissible
 
@@ -249,7 +269,7 @@ class Scheduler:
         bisect.insort(self.running, seq, key=_rank)
         seq.state = State.RUNNING
         seq.slot = heapq.heappop(self._free_slots)
-        seq.pages = found + self.pool.allocate(pages_for(seq.prefill_end) - len(found))
+        seq.pages = found + self._pool(seq).allocate(pages_for(seq.prefill_end) - len(found))
         seq.num_kept = len(found)
         seq.num_computed = seq.num_reused = len(found) * PAGE
         if seq.schedule is None:
@@ -264,7 +284,7 @@ class Scheduler:
 
     def _reusable_keys(self, seq: Sequence) -> list[bytes]:
         """Keys of the pages that `seq` could find instead of computing: one token at least is computed."""
-        if not self.prefix_cache:
+        if not self.prefix_cache or seq.wide:
             return []
         most = seq.prefill_end - 1 if seq.reusable is None else min(seq.prefill_end - 1, seq.reusable)
         return seq.page_keys(min(most // PAGE, self._shareable(seq)))
@@ -278,11 +298,11 @@ class Scheduler:
 
     def _keep_full_pages(self, seq: Sequence) -> None:
         """Offers the pages that this step filled to the cache; those who waited for them find them there."""
-        full = min(seq.num_computed // PAGE, self._shareable(seq)) if self.prefix_cache else 0
+        full = min(seq.num_computed // PAGE, self._shareable(seq)) if self.prefix_cache and not seq.wide else 0
         if full > seq.num_kept:
             keys = seq.page_keys(full)
             for index in range(seq.num_kept, full):
-                self.pool.keep(keys[index], seq.pages[index])
+                self.pool.keep(keys[index], seq.pages[index], keys[index - 1] if index else seq.salt)
                 self._forget(seq, keys[index])
             seq.num_kept = full
 
@@ -301,11 +321,12 @@ class Scheduler:
         if steps > 1 and (len(decoding) < len(self.running) or self._admissible()):
             steps = 1
         # A second group is tried only when growing has preempted every row of the first.
-        groups: dict[tuple[str, int], list[Sequence]] = {}
+        groups: dict[tuple[str, int, bool], list[Sequence]] = {}
         for seq in sorted(decoding, key=attrgetter("last_step")):  # and of those alike, the first by rank
             groups.setdefault(self.group(seq), []).append(seq)
         for group, members in groups.items():
-            buckets = sorted(self._buckets("decode", group[0]), key=attrgetter("rows", "tokens"))
+            attention, _, wide = group
+            buckets = sorted(self._buckets("decode", attention, wide), key=attrgetter("rows", "tokens"))
             chosen = members[:buckets[-1].rows]
             chosen.sort(key=_rank)  # a row can then only preempt rows that are not planned yet
             drafts = self._drafts(chosen, buckets, propose) if propose else {}
@@ -338,16 +359,17 @@ class Scheduler:
             return 0
         if seq.num_computed + count <= len(seq.pages) * PAGE:
             return count
-        while not self.pool.can_allocate(pages_for(seq.num_computed + 1) - len(seq.pages)):
-            victim = self.running[-1]
+        pool = self._pool(seq)
+        while not pool.can_allocate(pages_for(seq.num_computed + 1) - len(seq.pages)):
+            victim = next(other for other in reversed(self.running) if other.wide == seq.wide)
             self._preempt(victim)
             self.preemptions += 1
             if victim is seq:
                 return 0
-        count = min(count, (len(seq.pages) + self.pool.num_free) * PAGE - seq.num_computed)
+        count = min(count, (len(seq.pages) + pool.num_free) * PAGE - seq.num_computed)
         missing = pages_for(seq.num_computed + count) - len(seq.pages)
         if missing > 0:
-            seq.pages += self.pool.allocate(missing)
+            seq.pages += pool.allocate(missing)
         return count
 
     def _preempt(self, seq: Sequence) -> None:
@@ -364,7 +386,7 @@ class Scheduler:
         self.running.remove(seq)
         for key in seq.keys[seq.num_kept:]:
             self._forget(seq, key)
-        self.pool.free(seq.pages)
+        self._pool(seq).free(seq.pages)
         heapq.heappush(self._free_slots, seq.slot)
         seq.pages, seq.slot = [], None
 
@@ -377,13 +399,18 @@ class Scheduler:
         more = pages_for(self._most_computed(seq)) - (len(seq.pages) if pages is None else pages)
         return more if self.invariant else min(more, 1)
 
-    def group(self, seq: Sequence) -> tuple[str, int]:
-        """What the sequences of one step have in common: the attention, and the version of the weights."""
-        return self.attention(seq), seq.version
+    def group(self, seq: Sequence) -> tuple[str, int, bool]:
+        """What the sequences of one step have in common: the attention, the version of the weights, the precision."""
+        return self.attention(seq), seq.version, seq.wide
 
     def attention(self, seq: Sequence) -> str:
         """The attention that computes this sequence, all its life."""
         return attention_of(seq.schedule or dynamic_schedule(1, len(seq.prompt), self.policy))
 
-    def _buckets(self, phase: str, schedule: str) -> tuple[Bucket, ...]:
-        return tuple(bucket for bucket in self._table if (bucket.phase, bucket.schedule) == (phase, schedule))
+    def _pool(self, seq: Sequence) -> PagePool:
+        return self.wide_pool if seq.wide else self.pool
+
+    def _buckets(self, phase: str, schedule: str, wide: bool) -> tuple[Bucket, ...]:
+        usual = self._table[0].precision
+        return tuple(bucket for bucket in self._table
+                     if (bucket.phase, bucket.schedule) == (phase, schedule) and (bucket.precision != usual) == wide)

@@ -30,7 +30,8 @@ class Sequence:
     burst: int = MOST  # tokens that one dispatch may sample
     output: list[int] = field(default_factory=list)
     arrival: int = -1  # order of `Scheduler.add`
-    schedule: str | None = None  # set at first admission and never changed
+    schedule: str | None = None  # set at first admission and never changed, except by a fall back
+    wide: bool = False  # computed in 16 bits, because 8 did not do
     pages: list[int] = field(default_factory=list)  # position p lives in pages[p // PAGE] at offset p % PAGE
     slot: int | None = None  # row of the per-sequence device state while running, 0 .. max_batch_size - 1
     num_computed: int = 0  # tokens whose K and V are in `pages`

@@ -25,9 +25,10 @@ from qwen_jax.engine.schedule import (
 )
 from qwen_jax.errors import UserError
 from qwen_jax.model import Qwen2, build, params_of
+from qwen_jax.quantization import FP8Tensor, Precision, default_precision
 
 DEFAULT_MAX_SEQ_LEN = 4096
-PARALLELISM = (("tp_size", 1), ("pp_size", 1), ("fp8_enabled", False))
+PARALLELISM = (("tp_size", 1), ("pp_size", 1))
 # Shares of free memory for the KV cache: a GPU is ours alone, a CPU's memory is not.
 _KV_SHARE = {"gpu": 0.8, "tpu": 0.8, "cpu": 0.25}
 _KV_MOST_ON_CPU = 2 << 30
@@ -35,7 +36,7 @@ _KV_MOST_ON_CPU = 2 << 30
 _ONE_TOKEN_ABOVE = 100_000_000
 
 
-def check_parallelism(tp_size: int, pp_size: int, fp8_enabled: bool) -> None:
+def check_parallelism(tp_size: int, pp_size: int) -> None:
     """UserError for what does not exist on this machine or is not implemented."""
     devices = len(jax.devices())
     check_positive(tp_size=tp_size, pp_size=pp_size)
@@ -44,8 +45,6 @@ def check_parallelism(tp_size: int, pp_size: int, fp8_enabled: bool) -> None:
                         f"{'is' if devices == 1 else 'are'} {devices}: lower them")
     if tp_size > 1 or pp_size > 1:
         raise UserError("tp_size and pp_size above 1 are not implemented yet: use 1")
-    if fp8_enabled:
-        raise UserError("fp8_enabled is not implemented yet: use fp8_enabled=False")
 
 
 def as_module(model: Any, dtype: Any) -> tuple[Qwen2, GenerationDefaults]:
@@ -55,8 +54,9 @@ def as_module(model: Any, dtype: Any) -> tuple[Qwen2, GenerationDefaults]:
     if isinstance(model, Qwen2):
         config, params = model.config, params_of(model)
         wanted = jnp.dtype(dtype or model.dtype)
-        if any(value.dtype != wanted for value in params.values()):
-            model = build(config, {path: value.astype(wanted) for path, value in params.items()})
+        if any(value.dtype != wanted for value in params.values() if not isinstance(value, FP8Tensor)):
+            model = build(config, {path: value if isinstance(value, FP8Tensor) else value.astype(wanted)
+                                   for path, value in params.items()})
         return model, GenerationDefaults.from_hf({}, config)
     if type(model).__module__.partition(".")[0] in ("transformers", "peft"):
         from qwen_jax.checkpoint import from_transformers
@@ -103,13 +103,22 @@ def platform() -> str:
     return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
 
 
-def page_bytes(config: ModelConfig, dtype: Any, sparse_width: int = 0) -> int:
+def precision_of(config: ModelConfig, fp8_enabled: bool, kv_cache_dtype: str | None) -> Precision:
+    """What is 8-bit: with ``fp8_enabled`` weights, and in "auto" pages too."""
+    if kv_cache_dtype == "auto":
+        kv_cache_dtype = "e4m3" if fp8_enabled else None
+    return default_precision(config, fp8_enabled, kv_cache_dtype)
+
+
+def page_bytes(config: ModelConfig, dtype: Any, sparse_width: int = 0, kv_cache: Sequence[str | None] = ()) -> int:
     """Bytes of one page in every layer: keys and values of ``PAGE`` tokens, and what sparse attention selects by.
 
-    sparse_width: pages of a row, 0 without sparse attention.
+    sparse_width: pages of a row, 0 without sparse attention. kv_cache: of each layer, its 8-bit type, or None.
     """
-    vectors = 2 * PAGE + (2 * nodes_per_page(sparse_width) if sparse_width else 0)
-    return vectors * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
+    wide = jnp.dtype(dtype).itemsize
+    nodes = 2 * nodes_per_page(sparse_width) * wide if sparse_width else 0
+    elements = sum(2 * PAGE * (1 if kind else wide) + nodes for kind in kv_cache or (None,) * config.num_layers)
+    return elements * config.num_kv_heads * config.head_dim
 
 
 def sparsity_of(option: Any, config: ModelConfig) -> tuple[Sparsity | None, ...]:
@@ -132,19 +141,29 @@ def draft_of(speculation: Any, config: ModelConfig, vocab_limit: int, dtype: Any
 
 
 def num_pages(config: ModelConfig, draft: ModelConfig | None, limits: Limits, dtype: Any, kv_cache_bytes: int | None,
-              sparse: bool) -> int:
-    """Pages of the pool, the null page included. A page spans the layers of both models."""
-    one = page_bytes(config, dtype, pages_for(limits.max_seq_len) if sparse else 0)
+              sparse: bool, precision: Precision) -> int:
+    """Pages of the pool, the null page included. A page spans the layers of both models.
+
+    ``kv_cache_bytes`` hold the pages of `wide_pages` too.
+    """
+    one = page_bytes(config, dtype, pages_for(limits.max_seq_len) if sparse else 0, precision.kv_cache)
     one += page_bytes(draft, dtype) if draft else 0
     most = limits.max_batch_size * pages_for(limits.max_seq_len)
+    reserved = wide_pages(limits, precision) * page_bytes(config, dtype)
     if kv_cache_bytes is None:
         kv_cache_bytes = max(int(free_memory() * _KV_SHARE[platform()]), pages_for(limits.max_seq_len) * one)
         if platform() == "cpu":
             kv_cache_bytes = min(kv_cache_bytes, max(_KV_MOST_ON_CPU, pages_for(limits.max_seq_len) * one))
-    pages = min(most, kv_cache_bytes // one)
+    pages = min(most, (kv_cache_bytes - reserved) // one)
     if pages < 1:
-        raise UserError(f"kv_cache_bytes={kv_cache_bytes} does not hold one page of {one} bytes: raise it")
+        beside = f" beside {reserved} bytes of 16-bit pages for what 8 bits cannot compute" if reserved else ""
+        raise UserError(f"kv_cache_bytes={kv_cache_bytes} does not hold one page of {one} bytes{beside}: raise it")
     return pages + 1
+
+
+def wide_pages(limits: Limits, precision: Precision) -> int:
+    """Pages for requests that 8 bits cannot compute, the null page included: one of the longest. 0 without 8 bits."""
+    return pages_for(limits.max_seq_len) + 1 if precision.eight_bit else 0
 
 
 def free_memory() -> int:

@@ -10,16 +10,26 @@ step can sample.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from qwen_kernels.attention import PAGE, page_dtype, paged_attention, write_pages
+from qwen_kernels.attention import (
+    PAGE,
+    EightBit,
+    EightBitPages,
+    eight_bit_dtype,
+    page_dtype,
+    paged_attention,
+    write_pages,
+)
 from qwen_kernels.sparse_attention import Sparsity, new_summaries, sparse_attention, update_summaries, visible_pages
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.adapters import Adapters, adapt_rows
+from qwen_jax.engine.guard import Guard
 from qwen_jax.engine.sampler import (
     Sampled,
     SamplingRows,
@@ -29,8 +39,9 @@ from qwen_jax.engine.sampler import (
     sample,
     top_logprobs,
 )
-from qwen_jax.engine.schedule import SPARSE, Bucket
+from qwen_jax.engine.schedule import EIGHT_BIT, SPARSE, Bucket
 from qwen_jax.model import Qwen2
+from qwen_jax.quantization import widened
 
 SCORED_TOKENS = 64  # prompt positions whose logits [SCORED_TOKENS, V] exist at once
 REUSED_TOKENS = 512  # entered into the counts at once
@@ -45,6 +56,8 @@ class EngineState(NamedTuple):
     draft_k_pages: tuple[jax.Array, ...]  # the draft model's, by the same page ids; empty without one
     draft_v_pages: tuple[jax.Array, ...]
     summaries: tuple[jax.Array, ...]  # L of [P, K, nodes, 2, H], what sparse attention selects by; empty without it
+    wide_k_pages: tuple[jax.Array, ...]  # a pool of its own, of the model's element type; empty without 8-bit steps
+    wide_v_pages: tuple[jax.Array, ...]
     token_counts: jax.Array  # i32[S + 1, V]; the last slot belongs to padding rows
 
 
@@ -80,6 +93,7 @@ class StepOutput(NamedTuple):
     counts: jax.Array  # i32[R]: how many of the sampled tokens are part of the answer
     prompt: PromptScores | None  # None in a decode step
     pages: jax.Array  # i32[R, 2]: pages attended to, and what full attention would; zeros where it is full attention
+    trips: jax.Array  # i32[R]: 0, or 1 + the layer in which this row's numbers first were of no use (L: after the last)
 
 
 class Models(NamedTuple):
@@ -88,27 +102,50 @@ class Models(NamedTuple):
     target: Qwen2
     draft: Qwen2 | None = None  # guesses tokens that the target then checks
     sparsity: tuple[Sparsity | None, ...] | None = None  # of the target's layers; None is full attention
+    pages: tuple[tuple[EightBit, EightBit] | None, ...] = ()  # how 8-bit pages hold each layer's keys and values
 
 
 def new_state(config: ModelConfig, num_pages: int, slots: int, dtype, draft: ModelConfig | None = None,
-              sparse_width: int = 0) -> EngineState:
-    """Empty pages and counts for ``slots`` sequences; ``sparse_width``: pages of a row, 0 without sparse attention."""
+              sparse_width: int = 0, kv_cache: Sequence[str | None] = (), wide_pages: int = 0) -> EngineState:
+    """Empty pages and counts for ``slots`` sequences.
 
-    def pages(config: ModelConfig | None):
-        shape = config and (num_pages, config.num_kv_heads, PAGE, config.head_dim)
-        return tuple(jnp.zeros(shape, page_dtype(dtype)) for _ in range(config.num_layers if config else 0))
+    sparse_width: pages of a row, 0 without sparse attention. kv_cache: of each layer, the 8-bit type of its pages, or
+    None. wide_pages: of the pool for what 8 bits cannot compute, 0 without one.
+    """
 
-    k_pages = pages(config)
-    summaries = tuple(new_summaries(k, sparse_width) for k in k_pages) if sparse_width else ()
-    return EngineState(k_pages, pages(config), pages(draft), pages(draft), summaries,
+    def pages(config: ModelConfig | None, num_pages: int, kinds: Sequence[str | None] = ()):
+        layers = config.num_layers if config and num_pages else 0
+        return tuple(jnp.zeros((num_pages, config.num_kv_heads, PAGE, config.head_dim),
+                               eight_bit_dtype(kind) if kind else page_dtype(dtype))
+                     for _, kind in zip(range(layers), kinds or (None,) * layers, strict=True))
+
+    k_pages = pages(config, num_pages, kv_cache)
+    summaries = tuple(new_summaries(k, sparse_width, page_dtype(dtype)) for k in k_pages) if sparse_width else ()
+    return EngineState(k_pages, pages(config, num_pages, kv_cache), pages(draft, num_pages), pages(draft, num_pages),
+                       summaries, pages(config, wide_pages), pages(config, wide_pages),
                        jnp.zeros((slots + 1, config.vocab_size), jnp.int32))
 
 
 def run_bucket(models: Models, bucket: Bucket, state: EngineState, batch: StepBatch, vocab_limit: jax.Array,
                adapters: Adapters | None = None) -> tuple[EngineState, StepOutput]:
-    """One step of ``bucket``; ``vocab_limit`` (i32 scalar) is the number of ids that exist."""
+    """One step of ``bucket``; ``vocab_limit`` (i32 scalar) is the number of ids that exist.
+
+    Where some steps are 8-bit, the others are for what these cannot compute: with pages of their own, without rounding
+    what 8-bit weights are multiplied with, and without a draft model.
+    """
     if bucket.schedule != SPARSE:
         models = models._replace(sparsity=None)
+    if state.wide_k_pages and bucket.precision != EIGHT_BIT:
+        graph, params = nnx.split(models.target)
+        models = models._replace(target=nnx.merge(graph, widened(params)), draft=None, pages=())
+        swapped = state._replace(k_pages=state.wide_k_pages, v_pages=state.wide_v_pages)
+        after, output = _run(models, bucket, swapped, batch, vocab_limit, adapters)
+        return after._replace(k_pages=state.k_pages, v_pages=state.v_pages, wide_k_pages=after.k_pages,
+                              wide_v_pages=after.v_pages), output
+    return _run(models, bucket, state, batch, vocab_limit, adapters)
+
+
+def _run(models: Models, bucket: Bucket, state: EngineState, batch: StepBatch, vocab_limit, adapters):
     if bucket.phase == "prefill":
         return _micro_batches(models, bucket, state, batch, vocab_limit, adapters)
     if bucket.tokens > 1:
@@ -118,38 +155,57 @@ def run_bucket(models: Models, bucket: Bucket, state: EngineState, batch: StepBa
 
 def _hidden(models: Models, state: EngineState, batch: StepBatch, adapters):
     """Final hidden states ``[R, T, D]`` of a batch's tokens, whose keys and values are written to their pages, the
-    state after it, and the pages attended to (``StepOutput.pages``)."""
+    state after it, the pages attended to (``StepOutput.pages``), and the rows that tripped."""
     k_pages, v_pages, summaries = list(state.k_pages), list(state.v_pages), list(state.summaries)
+    model = models.target
     counts = []
     where = batch.page_table, batch.start, batch.length
+    positions = batch.start[:, None] + jnp.arange(batch.tokens.shape[1])
+    guard = Guard(model, positions < batch.length[:, None])
+    pages = models.pages or (None,) * model.config.num_layers
+
+    def write(layer, k, v):
+        if pages[layer] is None:
+            k_pages[layer] = write_pages(k_pages[layer], k, *where)
+            v_pages[layer] = write_pages(v_pages[layer], v, *where)
+            return k_pages[layer], v_pages[layer]
+        forms = zip((k_pages, v_pages), pages[layer], strict=True)
+        held = [EightBitPages(stored[layer], form) for stored, form in forms]
+        guard.storable(layer, zip(held, (k, v), strict=True))
+        held = [write_pages(into, new, *where) for into, new in zip(held, (k, v), strict=True)]
+        k_pages[layer], v_pages[layer] = (one.stored for one in held)
+        return held
 
     def attend(layer, q, k, v):
-        k_pages[layer] = write_pages(k_pages[layer], k, *where)
-        v_pages[layer] = write_pages(v_pages[layer], v, *where)
+        held = write(layer, k, v)
+        out = attend_to(layer, q, *held)
+        guard.finite(layer, out)
+        return out
+
+    def attend_to(layer, q, k_held, v_held):
         if models.sparsity is None:
-            return paged_attention(q, k_pages[layer], v_pages[layer], *where)
-        everything = visible_pages(q.shape[1], batch.start, batch.length) * k.shape[2]
+            return paged_attention(q, k_held, v_held, *where)
+        everything = visible_pages(q.shape[1], batch.start, batch.length) * q.shape[2]
         if models.sparsity[layer] is None:
             counts.append(jnp.stack([everything, everything], axis=1))
-            return paged_attention(q, k_pages[layer], v_pages[layer], *where)
-        summaries[layer] = update_summaries(summaries[layer], k_pages[layer], *where, q.shape[1])
-        out, selection = sparse_attention(q, k_pages[layer], v_pages[layer], summaries[layer], *where,
-                                          batch.prompt_length, sparsity=models.sparsity[layer])
+            return paged_attention(q, k_held, v_held, *where)
+        summaries[layer] = update_summaries(summaries[layer], k_held, *where, q.shape[1])
+        out, selection = sparse_attention(q, k_held, v_held, summaries[layer], *where, batch.prompt_length,
+                                          sparsity=models.sparsity[layer])
         counts.append(jnp.stack([jnp.sum(selection.count, axis=(1, 2)), everything], axis=1))
         return out
 
-    model = models.target
     adapt = adapt_rows(model.config, adapters, batch.adapters) if adapters else None
-    positions = batch.start[:, None] + jnp.arange(batch.tokens.shape[1])
-    hidden = model.hidden(batch.tokens, positions, attend, adapt)
+    hidden = model.hidden(batch.tokens, positions, attend, adapt, tuple(one is not None for one in pages))
+    guard.finite(model.config.num_layers, hidden)
     state = state._replace(k_pages=tuple(k_pages), v_pages=tuple(v_pages), summaries=tuple(summaries))
-    return hidden, state, sum(counts, jnp.zeros((len(batch.tokens), 2), jnp.int32))
+    return hidden, state, sum(counts, jnp.zeros((len(batch.tokens), 2), jnp.int32)), guard.trips
 
 
 def _draft_hidden(draft: Qwen2, state: EngineState, batch: StepBatch):
     """As `_hidden`, of the draft model, which attends to everything."""
     own = state._replace(k_pages=state.draft_k_pages, v_pages=state.draft_v_pages, summaries=())
-    hidden, own, _ = _hidden(Models(draft), own, batch, None)
+    hidden, own, *_ = _hidden(Models(draft), own, batch, None)
     return hidden, state._replace(draft_k_pages=own.k_pages, draft_v_pages=own.v_pages)
 
 
@@ -157,7 +213,7 @@ def _prefill(models: Models, state: EngineState, batch: StepBatch, vocab_limit, 
     """All rows of ``batch`` at once."""
     if models.draft is not None:
         _, state = _draft_hidden(models.draft, state, batch)
-    hidden, state, pages = _hidden(models, state, batch, adapters)
+    hidden, state, pages, trips = _hidden(models, state, batch, adapters)
     positions = batch.start[:, None] + jnp.arange(batch.tokens.shape[1])
     counts = _count_reused(clear_counts(state.token_counts, batch.slots, batch.first), batch)
     counts = count_prompt(counts, batch.slots, batch.tokens, positions < batch.length[:, None],
@@ -168,7 +224,7 @@ def _prefill(models: Models, state: EngineState, batch: StepBatch, vocab_limit, 
     sampled = _sample(models.target, hidden, batch.sampling, batch.slots, batch.allowed, counts, vocab_limit)
     counts = count_output(counts, batch.slots, sampled.tokens, batch.samples)
     return state._replace(token_counts=counts), StepOutput(
-        jax.tree.map(lambda x: x[:, None], sampled), batch.samples.astype(jnp.int32), scores, pages)
+        jax.tree.map(lambda x: x[:, None], sampled), batch.samples.astype(jnp.int32), scores, pages, trips)
 
 
 def _at_step(batch: StepBatch, tokens, index, slots: int) -> StepBatch:
@@ -188,26 +244,26 @@ def _generate(models: Models, bucket: Bucket, state: EngineState, batch: StepBat
         here, tied = jax.lax.optimization_barrier((params, index))  # see _micro_batches
         now = _at_step(batch, tokens, tied, slots=len(state.token_counts) - 1)
         model = nnx.merge(graph, here)
-        hidden, state, pages = _hidden(models._replace(target=model), state, now, adapters)
+        hidden, state, pages, trips = _hidden(models._replace(target=model), state, now, adapters)
         sampled = _sample(model, hidden[:, 0], now.sampling, now.slots, now.allowed, state.token_counts, vocab_limit)
         counts = count_output(state.token_counts, now.slots, sampled.tokens, now.samples)
-        return state._replace(token_counts=counts), sampled, pages
+        return state._replace(token_counts=counts), sampled, pages, trips
 
     def body(index, carry):
-        state, tokens, outputs, pages = carry
-        state, sampled, more = one(state, tokens, index)
+        state, tokens, outputs, pages, trips = carry
+        state, sampled, more, tripped = one(state, tokens, index)
         outputs = jax.tree.map(lambda whole, new: jax.lax.dynamic_update_slice_in_dim(whole, new[:, None], index, 1),
                                outputs, sampled)
-        return state, sampled.tokens, outputs, pages + more
+        return state, sampled.tokens, outputs, pages + more, jnp.where(trips == 0, tripped, trips)
 
-    _, shapes, pages = jax.eval_shape(one, state, batch.tokens[:, 0], jnp.int32(0))
+    _, shapes, pages, trips = jax.eval_shape(one, state, batch.tokens[:, 0], jnp.int32(0))
     outputs = jax.tree.map(lambda x: jnp.zeros((len(x), bucket.steps, *x.shape[1:]), x.dtype), shapes)
-    carry = state, batch.tokens[:, 0], outputs, jnp.zeros(pages.shape, pages.dtype)
+    carry = state, batch.tokens[:, 0], outputs, *(jnp.zeros(x.shape, x.dtype) for x in (pages, trips))
     if bucket.steps == 1:
-        state, _, outputs, pages = body(0, carry)
+        state, _, outputs, pages, trips = body(0, carry)
     else:
-        state, _, outputs, pages = jax.lax.fori_loop(0, jnp.max(batch.counts), body, carry)
-    return state, StepOutput(outputs, batch.counts, None, pages)
+        state, _, outputs, pages, trips = jax.lax.fori_loop(0, jnp.max(batch.counts), body, carry)
+    return state, StepOutput(outputs, batch.counts, None, pages, trips)
 
 
 def _check_drafts(models: Models, state: EngineState, batch: StepBatch, vocab_limit, adapters):
@@ -215,7 +271,7 @@ def _check_drafts(models: Models, state: EngineState, batch: StepBatch, vocab_li
     if models.draft is not None:
         state, drawn = _draw_drafts(models.draft, state, batch, vocab_limit)
         batch = batch._replace(tokens=jnp.where(batch.tokens < 0, drawn, batch.tokens))
-    hidden, state, pages = _hidden(models, state, batch, adapters)
+    hidden, state, pages, trips = _hidden(models, state, batch, adapters)
     rows, width = batch.tokens.shape
     sampling = jax.tree.map(lambda x: jnp.repeat(x, width, axis=0), batch.sampling)
     sampling = sampling._replace(step=sampling.step + jnp.tile(jnp.arange(width), rows))
@@ -228,7 +284,7 @@ def _check_drafts(models: Models, state: EngineState, batch: StepBatch, vocab_li
     counts = state.token_counts
     for index in range(width):
         counts = count_output(counts, batch.slots, sampled.tokens[:, index], index < emitted)
-    return state._replace(token_counts=counts), StepOutput(sampled, emitted, None, pages)
+    return state._replace(token_counts=counts), StepOutput(sampled, emitted, None, pages, trips)
 
 
 def _draw_drafts(draft: Qwen2, state: EngineState, batch: StepBatch, vocab_limit):
@@ -325,7 +381,7 @@ def _micro_batches(models: Models, bucket: Bucket, state: EngineState, batch: St
     def run(state, index):
         # Tied to the index, weights are not loop-invariant: XLA:CPU would widen all of them to float32 before the loop.
         here, beside, tied = jax.lax.optimization_barrier((params, draft and draft[1], index))
-        now = Models(nnx.merge(graph, here), draft and nnx.merge(draft[0], beside), models.sparsity)
+        now = models._replace(target=nnx.merge(graph, here), draft=draft and nnx.merge(draft[0], beside))
         return _prefill(now, state, part(tied), vocab_limit, adapters)
 
     def body(index, carry):

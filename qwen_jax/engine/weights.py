@@ -11,8 +11,10 @@ import numpy as np
 from flax import nnx
 
 from qwen_jax.engine import settings
+from qwen_jax.engine.executables import planned
 from qwen_jax.errors import UserError
-from qwen_jax.model import Qwen2, params_of
+from qwen_jax.model import Qwen2, build, params_of
+from qwen_jax.quantization import Precision, scales_of
 
 if TYPE_CHECKING:
     from qwen_jax.checkpoint import Source
@@ -21,17 +23,20 @@ if TYPE_CHECKING:
 class Weights:
     """The version that new requests run with, the one before it, and those that older requests still run with.
 
-    A version is a tuple of arrays in the order of ``treedef``; it is a value, so putting another one in its place
-    compiles nothing.
+    A version is a tuple of arrays in the order of ``treedef``: the parameters, as ``precision`` holds them, and the
+    scales of 8-bit pages. It is a value, so putting another one in its place compiles nothing.
     """
 
-    def __init__(self, model: Qwen2) -> None:
-        self.config = model.config
-        self.graph, params = nnx.split(model)
-        leaves, self.treedef = jax.tree.flatten(params)
+    def __init__(self, model: Qwen2, precision: Precision) -> None:
+        self.config, self.precision = model.config, precision
+        params = {path: precision.store(path, value) for path, value in params_of(model).items()}
+        model = build(self.config, params)
+        self.graph, state = nnx.split(model)
+        leaves, self.treedef = jax.tree.flatten((state, scales_of(params, precision)))
         self.current, self.previous = 0, None
         self._versions: dict[int, tuple[jax.Array, ...]] = {0: tuple(leaves)}
-        self._shardings = {path: value.sharding for path, value in params_of(model).items()}
+        self._specs = {path: (value.shape, value.dtype) for path, value in params.items()}
+        self._shardings = {path: value.sharding for path, value in params.items()}
         self._dtype = model.dtype
         self._candidate: int | None = None
         self._count = 1
@@ -62,12 +67,14 @@ class Weights:
             from qwen_jax.checkpoint import load_params
 
             checked = self._checked(source)
-            return self._leaves(load_params(checked, checked.config, self._dtype, self._shardings))
+            with planned():
+                return self._leaves(load_params(checked, checked.config, self._dtype, self._shardings, self.precision))
         params = params_of(source) if isinstance(source, Qwen2) else source
         if not isinstance(params, Mapping):
             raise UserError("weights come from a folder, a hub id, a Qwen2 module or parameters by name, not from "
                             f"{type(source).__name__}")
-        return self._leaves(self._placed(params))
+        with planned():
+            return self._leaves(self._placed(params))
 
     def add(self, leaves: tuple[jax.Array, ...]) -> int:
         """A number for these arrays, which requests may then run with, until `make_current` or `forget`."""
@@ -111,14 +118,15 @@ class Weights:
         self.drop_unused(())
         if self.previous is not None:
             self.forget(self.previous)
-        leaves, places = list(self._versions.pop(self.current)), {path: n for n, path in enumerate(self._shardings)}
+        params = self._by_path(self._versions.pop(self.current))
         try:
-            for path, value in iter_params(checked, checked.config, self._dtype, self._shardings):
-                leaves[places[path]] = None  # the old one is freed before the next is read
-                leaves[places[path]] = value
+            with planned():
+                for path, value in iter_params(checked, checked.config, self._dtype, self._shardings, self.precision):
+                    params[path] = value  # the old one is freed before the next is read
+                leaves = self._leaves(params)
         except Exception as error:
             raise RuntimeError(f"the weights were being replaced by {source} in place: {error}") from error
-        self.current, self._candidate = self.add(tuple(leaves)), None
+        self.current, self._candidate = self.add(leaves), None
         return self.current
 
     def _check_memory(self) -> None:
@@ -145,16 +153,21 @@ class Weights:
             array = np.asarray(params[path])
             array = array.astype(self._dtype) if array.dtype != self._dtype else array.copy()
             check_finite(path, array)
-            placed[path] = jax.device_put(array, self._shardings[path])
+            placed[path] = self.precision.store(path, jax.device_put(array, self._shardings[path]))
         return placed | {path: params[path] for path in params.keys() - self._shardings.keys()}
 
     def _leaves(self, params: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
-        own = dict(zip(self._shardings, self._versions[self.current], strict=True))
+        own = self._specs
         wrong = sorted(params.keys() ^ own.keys())
         if wrong:
             raise UserError(f"parameters are missing or unexpected: {', '.join(wrong[:8])}")
-        wrong = [f"{path} {tuple(params[path].shape)} {params[path].dtype} for {leaf.shape} {leaf.dtype}"
-                 for path, leaf in own.items() if (params[path].shape, params[path].dtype) != (leaf.shape, leaf.dtype)]
+        wrong = [f"{path} {tuple(params[path].shape)} {params[path].dtype} for {shape} {dtype}"
+                 for path, (shape, dtype) in own.items() if (params[path].shape, params[path].dtype) != (shape, dtype)]
         if wrong:
             raise UserError(f"parameters of another shape or type: {'; '.join(wrong[:8])}")
-        return tuple(params[path] for path in own)
+        _, state = nnx.split(build(self.config, params))
+        return tuple(jax.tree.leaves((state, scales_of(params, self.precision))))
+
+    def _by_path(self, leaves: tuple[jax.Array, ...]) -> dict[str, Any]:
+        state, _ = jax.tree.unflatten(self.treedef, leaves)
+        return params_of(nnx.merge(self.graph, state))

@@ -7,7 +7,7 @@ of a few rows reads such a matrix up to twice as fast as its transpose.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -69,12 +69,16 @@ class Attention(nnx.Module):
         self.wo = _param((model, kv, group, dim), ("embed", "kv_heads", "group", "head_dim"), rngs, dtype,
                          (kv * group * dim) ** -0.5)
 
-    def project(self, x: jax.Array, cos: jax.Array, sin: jax.Array, adapt=_unchanged
+    def project(self, x: jax.Array, cos: jax.Array, sin: jax.Array, adapt=_unchanged, bare: bool = False
                 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """``x[B, T, D]`` to rotated ``q[B, T, K, G, H]``, rotated ``k[B, T, K, H]``, and ``v[B, T, K, H]``."""
+        """``x[B, T, D]`` to rotated ``q[B, T, K, G, H]``, rotated ``k[B, T, K, H]``, and ``v[B, T, K, H]``.
+
+        bare: k and v without their biases.
+        """
         kv, rows, dim, _ = self.wqkv.shape
         qkv = product("btd,nd->btn", x, matrix(self.wqkv.get_value(), 1)).reshape(*x.shape[:2], kv, rows, dim)
-        qkv = adapt("qkv", x, qkv) + self.bqkv[...]
+        bias = self.bqkv[...]
+        qkv = adapt("qkv", x, qkv) + (bias.at[:, -2:].set(0) if bare else bias)
         rotated = apply_rope(qkv[..., :-1, :], cos[:, :, None, None], sin[:, :, None, None])
         return rotated[..., :-1, :], rotated[..., -1, :], qkv[..., -1, :]
 
@@ -111,12 +115,14 @@ class Layer(nnx.Module):
         self.mlp_norm = RMSNorm(config, rngs, dtype)
         self.mlp = MLP(config, rngs, dtype)
 
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend, adapt=_unchanged) -> jax.Array:
+    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend, adapt=_unchanged,
+                 bare: bool = False) -> jax.Array:
         """``x[B, T, D]`` to the same shape.
 
-        ``attend(q, k, v)`` does attention and any caching; ``adapt(site, x, y)`` may change the output y of a product.
+        ``attend(q, k, v)`` does attention and any caching, of keys and values without their biases where ``bare``;
+        ``adapt(site, x, y)`` may change the output y of a product.
         """
-        q, k, v = self.attention.project(self.attention_norm(x), cos, sin, adapt)
+        q, k, v = self.attention.project(self.attention_norm(x), cos, sin, adapt, bare)
         x = x + self.attention.output(attend(q, k, v), adapt)
         return x + self.mlp(self.mlp_norm(x), adapt)
 
@@ -155,12 +161,17 @@ class Qwen2(nnx.Module):
         hidden = self.hidden(tokens, positions, lambda _, q, k, v: causal_attention(q, k, v, segment_ids=segment_ids))
         return self.logits(hidden)
 
-    def hidden(self, tokens: jax.Array, positions: jax.Array, attend: Attend, adapt: Adapt | None = None) -> jax.Array:
-        """Final normalised hidden states ``[B, T, D]``, with attention, and adapters if any, as the caller wants."""
+    def hidden(self, tokens: jax.Array, positions: jax.Array, attend: Attend, adapt: Adapt | None = None,
+               bare: Sequence[bool] = ()) -> jax.Array:
+        """Final normalised hidden states ``[B, T, D]``, with attention, and adapters if any, as the caller wants.
+
+        bare: for each layer, whether ``attend`` gets keys and values without their biases; by default with them.
+        """
         cos, sin = rope_tables(self.config.rope, self.config.head_dim, positions)
         x = rows(self.embed.weight.get_value(), tokens, self.dtype)
         for index, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, partial(attend, index), partial(adapt, index) if adapt else _unchanged)
+            x = layer(x, cos, sin, partial(attend, index), partial(adapt, index) if adapt else _unchanged,
+                      bool(bare) and bare[index])
         return self.norm(x)
 
     @property

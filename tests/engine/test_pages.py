@@ -101,6 +101,26 @@ def test_a_key_says_the_whole_prefix():
     assert len(keys) == 5 and chain(b"a", page) == chain(b"a", tuple(page))
 
 
+def test_forgotten_pages_and_those_after_them_are_not_found():
+    pool = PagePool(8)
+    keys = [b"a", b"b", b"c", b"d"]
+    pages = pool.allocate(4)
+    for before, key, page in zip([b"salt", *keys], keys, pages, strict=False):
+        pool.keep(key, page, before)
+    other, = pool.allocate(1)
+    pool.keep(b"other", other, b"a")
+    pool.free(pages[2:])
+    assert pool.match(keys) == pages and pool.num_free == 4
+    pool.forget([pages[1]])
+    assert pool.match(keys) == pages[:1] and pool.match([b"other"]) == [other]
+    assert [pool.match([key]) for key in keys[1:]] == [[], [], []]
+    assert pool.num_free == 4  # those in use stay so
+    pool.free(pages[:2])
+    pool.forget(pages)  # again, and of an idle page
+    assert pool.match(keys) == [] == pool.match([b"other"]) and pool.num_free == 6
+    assert len(pool.allocate(6)) == 6
+
+
 class PoolMachine(RuleBasedStateMachine):
     """Owners take, keep, share and return pages in any order; the model is the set of pages each one holds, and what
     was kept under which key."""
