@@ -71,7 +71,7 @@ def simulated(hf, tokens, weights):
     cos, sin = rope_tables(config.rope, config.head_dim, positions)
 
     def rounded(x, scale):
-        return np.clip(np.asarray(x / scale), -448, 448).astype(jnp.float8_e4m3fn).astype(np.float32) * scale
+        return jnp.clip(x / scale, -448, 448).astype(jnp.float8_e4m3fn).astype(jnp.float32) * scale
 
     def attend(layer, q, k, v):
         bias = model.layers[layer].attention.bqkv[...]
@@ -79,7 +79,11 @@ def simulated(hf, tokens, weights):
                                                       sin[:, :, None])
         return causal_attention(q, k, rounded(v, scales[layer][1]) + bias[:, -1])
 
-    return jax.nn.log_softmax(model.logits(model.hidden(tokens, positions, attend, bare=(True,) * 4)), axis=-1)
+    @jax.jit
+    def logprobs(tokens):
+        return jax.nn.log_softmax(model.logits(model.hidden(tokens, positions, attend, bare=(True,) * 4)), axis=-1)
+
+    return logprobs(tokens)
 
 
 @pytest.mark.parametrize("name, weights, tolerance", [("engine", True, 0.1), ("fragile", False, 1e-4)])
@@ -87,14 +91,20 @@ def test_log_probabilities_are_those_of_a_rounded_model(hf, exact, answers, name
     """Other orders of summation round some numbers the other way, which with rounded products this model amplifies. A
     model in full precision differs by far more."""
     engine = request.getfixturevalue(name)
+    compiles = backend_compiles()
     scores = [one.score(PROMPTS, [output.token_ids for output in answers]) for one in (engine, exact)]
+    assert backend_compiles() == compiles
     ours, unrounded = (np.concatenate([score.token_logprobs for score in some]) for some in scores)
-    want = []
-    for prompt, output in zip(PROMPTS, answers, strict=True):
-        logprobs = simulated(hf, jnp.asarray([prompt + output.token_ids]), weights)[0]
-        want += [float(logprobs[len(prompt) + n - 1, token]) for n, token in enumerate(output.token_ids)]
+    whole = [prompt + output.token_ids for prompt, output in zip(PROMPTS, answers, strict=True)]
+    tokens = np.zeros((len(whole), max(map(len, whole))), np.int32)
+    for row, some in enumerate(whole):
+        tokens[row, :len(some)] = some
+    logprobs = np.asarray(simulated(hf, tokens, weights))
+    want = [logprobs[row, len(prompt) + n - 1, token]
+            for row, (prompt, output) in enumerate(zip(PROMPTS, answers, strict=True))
+            for n, token in enumerate(output.token_ids)]
     assert np.median(np.abs(ours - want)) < tolerance and np.abs(unrounded - want).mean() > 0.2
-    assert engine.stats().guard_trips == {} and engine.stats().compiles_after_warmup == 0
+    assert engine.stats().guard_trips == {}
 
 
 def test_a_row_does_not_depend_on_its_neighbours(engine, answers):
