@@ -207,7 +207,7 @@ def _info(args: argparse.Namespace) -> None:
     if args.buckets:
         _buckets(args, _compiled(args, ...))
         return
-    facts = _facts(args.model)
+    facts = _memory(args) if args.memory else _facts(args.model)
     if args.json:
         print(json.dumps(facts))
         return
@@ -254,6 +254,19 @@ def _buckets(args: argparse.Namespace, engine) -> None:
     print("GFLOP and MB accessed: of one micro-batch of a prefill, of one token per row in decode.")
 
 
+def _memory(args: argparse.Namespace) -> dict:
+    """What --memory says: bytes in 16 bits, or with --fp8, from the configuration alone."""
+    from qwen_jax.checkpoint.source import find_config
+    from qwen_jax.engine.memory import memory_report
+    from qwen_jax.engine.settings import precision_of
+
+    if not args.memory_gb > 0:
+        raise UserError(f"--memory-gb is the device's memory in GB, a positive number, not {args.memory_gb:g}")
+    config, where = find_config(args.model)
+    precision = precision_of(config, args.fp8, "auto")
+    return {"model": where, "fp8": args.fp8} | memory_report(config, "bfloat16", precision, int(args.memory_gb * 1e9))
+
+
 def _facts(ref: str) -> dict:
     """What ``info`` says of a model or a preset. Reads the configuration only."""
     from qwen_jax.checkpoint.source import find_config
@@ -286,7 +299,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("src")
     convert.add_argument("dst")
     convert.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: keep every tensor bit for bit")
-    convert.add_argument("--fp8", action="store_true", help="not implemented yet")
+    convert.add_argument("--fp8", action="store_true", help="e4m3 weights in all layers but the first and the last")
 
     export = command("export", _export, "Write a converted checkpoint as a Hugging Face folder.")
     export.add_argument("src")
@@ -338,6 +351,9 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("model", help="MODEL or a preset such as qwen2.5-7b")
     info.add_argument("--json", action="store_true", help="one JSON object on stdout; with --buckets, one per bucket")
     info.add_argument("--buckets", action="store_true", help="compile every program of an engine and say what it costs")
+    info.add_argument("--memory", action="store_true", help="what weights and KV cache take, and what fits on a device")
+    info.add_argument("--fp8", action="store_true", help="with --memory: e4m3 weights and KV cache")
+    info.add_argument("--memory-gb", type=float, default=80, metavar="GB", help="of the device (default 80)")
     build = command("compile", _compile, "Compile an engine's programs ahead of its deployment, without its weights. "
                     "The engine finds them with cache_dir=DIR and the same sizes, on the same kind of device.")
     build.add_argument("model", help="MODEL or a preset such as qwen2.5-7b")

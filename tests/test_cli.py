@@ -73,7 +73,6 @@ def test_chat_keeps_the_conversation():
     (("generate", "bundled", "--prompt", "x", "--max-tokens", "0"), "max_tokens must be at least 1"),
     (("generate", "bundled", "--prompt", "a b c d e f " * 40, "--max-seq-len", "64"), "max_seq_len=64 leaves no room"),
     (("generate", "bundled", "--prompt", "x", "--max-seq-len", "999999"), "exceeds the model's context"),
-    (("convert", "bundled", "{tmp}/x", "--fp8"), "--fp8 is not implemented yet"),
     (("convert", "{tmp}/absent", "{tmp}/x"), "no model at"),
     (("convert", "bundled", "{tmp}"), "{tmp}"),
     (("export", "{tmp}", "{tmp}/x"), "config.json"),

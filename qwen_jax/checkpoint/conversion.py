@@ -29,6 +29,9 @@ from qwen_jax.checkpoint.source import (
 )
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
+from qwen_jax.quantization import E4M3, FP8Tensor, default_precision, quantize_host
+
+SCALE = ".scale"  # of an FP8 parameter, beside its values
 
 
 def convert(src: str | Path, dst: str | Path, dtype: Any = None, fp8: bool = False) -> Path:
@@ -38,15 +41,13 @@ def convert(src: str | Path, dst: str | Path, dtype: Any = None, fp8: bool = Fal
       src: a Hugging Face folder, a hub id, or ``bundled``.
       dst: the folder to create. It appears complete or not at all.
       dtype: element type to store, or None to keep every tensor bit for bit.
-      fp8: not implemented yet.
+      fp8: store the matrices of all layers but the first and the last as e4m3, with a scale for each output channel.
 
     Beside the parameters, ``dst`` holds config.json, generation_config.json, the tokenizer, and a manifest
     (``qwen_jax.json``) with the shape, element type and SHA-256 of every tensor as stored, under Hugging Face's names.
 
     Returns ``dst``. Raises UserError for bad input, an existing ``dst``, or too little disk space.
     """
-    if fp8:
-        raise UserError("--fp8 is not implemented yet: convert without it")
     source = resolve(src)
     if source.kind == "orbax":
         raise UserError(f"{source.path} is already converted: load it directly, or use export for a safetensors folder")
@@ -55,6 +56,7 @@ def convert(src: str | Path, dst: str | Path, dtype: Any = None, fp8: bool = Fal
     table = _by_position(layout(config), tensors)
     stored = {path: target or tensors.dtype(entry.parts[0].name) for path, entry in table.items()}
     sizes = {path: entry.size * stored[path].itemsize for path, entry in table.items()}
+    precision = default_precision(config, fp8, None)
     manifest: dict[str, Any] = {}
 
     def read(name: str) -> np.ndarray:
@@ -62,12 +64,19 @@ def convert(src: str | Path, dst: str | Path, dtype: Any = None, fp8: bool = Fal
         if target is not None and tensor.dtype != target:
             tensor = tensor.astype(target)
             check_finite(name, tensor)
-        manifest[name] = {"dtype": str(tensor.dtype), "shape": list(tensor.shape), "sha256": sha256(tensor)}
         return tensor
 
+    def store(path: str, array: np.ndarray) -> np.ndarray | FP8Tensor:
+        inputs = precision.inputs(path)
+        kept = array if inputs is None else FP8Tensor(*quantize_host(array, inputs))
+        for name, tensor in split_stored(table[path], kept):
+            manifest[name] = {"dtype": str(tensor.dtype), "shape": list(tensor.shape), "sha256": sha256(tensor)}
+        return kept
+
     with new_folder(dst, sum(sizes.values())) as folder:
-        orbax_store.write(folder / PARAMS, _pieces(table, sizes, read, "converting"))
+        orbax_store.write(folder / PARAMS, _pieces(table, sizes, read, store, "converting"))
         hf_config = read_json(source.path / "config.json")
+        hf_config.pop("quantization_config", None)  # what it says of the source's weights does not hold here
         if target is not None:
             _set_dtype(hf_config, target)
         _write_json(folder / "config.json", hf_config)
@@ -88,7 +97,8 @@ def convert(src: str | Path, dst: str | Path, dtype: Any = None, fp8: bool = Fal
 def export(src: str | Path, dst: str | Path, max_shard_bytes: int = 5_000_000_000) -> Path:
     """Write a converted checkpoint as a new Hugging Face folder that transformers loads.
 
-    Tensors come out bit for bit as they were stored, and each is checked against the manifest's SHA-256 on the way.
+    Tensors come out bit for bit as they were stored, FP8 ones as bfloat16, and each is checked against the manifest's
+    SHA-256 on the way.
     Above ``max_shard_bytes`` the weights are split into shards with an index. A tied head is not stored.
 
     Returns ``dst``. Raises UserError for a damaged checkpoint, an existing ``dst``, or too little disk space.
@@ -98,8 +108,10 @@ def export(src: str | Path, dst: str | Path, max_shard_bytes: int = 5_000_000_00
         raise UserError(f"{source.path} is already a Hugging Face folder: export reads converted checkpoints")
     manifest, config = read_manifest(source), source.config
     hf_config = read_json(source.path / "config.json")
-    _write_hf(config, hf_config, stored_dtypes(config, manifest), _stored_arrays(source, manifest), Path(dst),
-              max_shard_bytes, source.path, _checksums(source, manifest))
+    dtypes = {path: DTYPES["BF16"] if dtype == E4M3 else dtype
+              for path, dtype in stored_dtypes(config, manifest).items()}
+    _write_hf(config, hf_config, dtypes, _stored_arrays(source, manifest), Path(dst), max_shard_bytes, source.path,
+              _checksums(source, manifest))
     return Path(dst)
 
 
@@ -114,24 +126,36 @@ def verify(src: str | Path | Source) -> None:
         check = _checksums(source, manifest)
         with progress(sum(entry.size for entry in table.values()), "verifying") as bar:
             for path, array in _stored_arrays(source, manifest):
-                for name, tensor in split(table[path], array):
-                    check_finite(name, tensor)
+                for name, tensor in split_stored(table[path], array):
+                    if not isinstance(tensor, FP8Tensor):
+                        check_finite(name, tensor)
                     check(name, tensor)
-                bar.update(array.size)
+                bar.update(table[path].size)
 
 
-def _stored_arrays(source: Source, manifest: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """Canonical paths and arrays as they are stored, a group in memory at a time."""
+def _stored_arrays(source: Source, manifest: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray | FP8Tensor]]:
+    """Canonical paths and parameters as they are stored, a group in memory at a time."""
     dtypes = stored_dtypes(source.config, manifest)
     sizes = {path: entry.size * dtypes[path].itemsize for path, entry in layout(source.config).items()}
     for group in orbax_store.groups(sizes):
-        loaded = orbax_store.read(source.params, dict.fromkeys(group, np.ndarray))
+        scales = [path + SCALE for path in group if dtypes[path] == E4M3]
+        loaded = orbax_store.read(source.params, dict.fromkeys([*group, *scales], np.ndarray))
         for path in group:
-            yield path, loaded.pop(path)
+            array = loaded.pop(path)
+            yield path, FP8Tensor(array, loaded.pop(path + SCALE)) if dtypes[path] == E4M3 else array
 
 
-def _checksums(source: Source, manifest: Mapping[str, Any]) -> Callable[[str, np.ndarray], None]:
-    def check(name: str, tensor: np.ndarray) -> None:
+def split_stored(entry: Entry, stored: np.ndarray | FP8Tensor) -> Iterator[tuple[str, np.ndarray | FP8Tensor]]:
+    """Each Hugging Face tensor of a parameter: its name, and its value or, of FP8, its rows and their scales."""
+    if not isinstance(stored, FP8Tensor):
+        yield from split(entry, stored)
+        return
+    for part, (name, values) in zip(entry.parts, split(entry, stored.values), strict=True):
+        yield name, FP8Tensor(values, np.ascontiguousarray(stored.scale[part.index]).reshape(-1))
+
+
+def _checksums(source: Source, manifest: Mapping[str, Any]) -> Callable[[str, np.ndarray | FP8Tensor], None]:
+    def check(name: str, tensor: np.ndarray | FP8Tensor) -> None:
         if manifest["tensors"].get(name, {}).get("sha256") != sha256(tensor):
             raise UserError(f"{name} in {source.path} differs from its SHA-256 in the manifest: the checkpoint is "
                             "damaged, convert it again")
@@ -181,8 +205,8 @@ def open_tensors(source: Source) -> SafetensorsFolder:
 
 def stored_dtypes(config: ModelConfig, manifest: Mapping[str, Any]) -> dict[str, np.dtype]:
     """Canonical path -> element type in a converted checkpoint."""
-    return {path: as_dtype(manifest["tensors"][entry.parts[0].name]["dtype"])
-            for path, entry in layout(config).items()}
+    names = {path: manifest["tensors"][entry.parts[0].name]["dtype"] for path, entry in layout(config).items()}
+    return {path: E4M3 if name == str(E4M3) else as_dtype(name) for path, name in names.items()}
 
 
 def as_dtype(dtype: Any) -> np.dtype:
@@ -196,9 +220,13 @@ def as_dtype(dtype: Any) -> np.dtype:
     return found
 
 
-def sha256(tensor: np.ndarray) -> str:
-    """Hexadecimal SHA-256 of a C-contiguous array's bytes."""
-    return hashlib.sha256(as_bytes(tensor)).hexdigest()
+def sha256(tensor: np.ndarray | FP8Tensor) -> str:
+    """Hexadecimal SHA-256 of a C-contiguous array's bytes; of FP8, of the values' and then the scales'."""
+    parts = (tensor.values, tensor.scale) if isinstance(tensor, FP8Tensor) else (tensor,)
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(as_bytes(part))
+    return digest.hexdigest()
 
 
 def progress(total_bytes: int, label: str) -> tqdm:
@@ -212,12 +240,17 @@ def _by_position(table: Mapping[str, Entry], tensors: SafetensorsFolder) -> dict
 
 
 def _pieces(table: Mapping[str, Entry], sizes: Mapping[str, int], read: Callable[[str], np.ndarray],
-            label: str) -> Iterator[dict[str, np.ndarray]]:
+            store: Callable[[str, np.ndarray], np.ndarray | FP8Tensor], label: str) -> Iterator[dict[str, np.ndarray]]:
     with progress(sum(sizes.values()), label) as bar:
         for group in orbax_store.groups({path: sizes[path] for path in table}):
             piece = {}
             for path in group:
-                piece[path] = assemble(table[path], read)
+                kept = store(path, assemble(table[path], read))
+                if isinstance(kept, FP8Tensor):
+                    piece[path], piece[path + SCALE] = kept.values, kept.scale
+                else:
+                    piece[path] = kept
+                del kept  # else it would be alive while the next group is read
                 bar.update(sizes[path])
             yield piece
 
@@ -233,8 +266,10 @@ def _write_hf(config: ModelConfig, hf_config: Mapping[str, Any], dtypes: Mapping
     with new_folder(dst, total) as folder, progress(total, "exporting") as bar:
         writer = SafetensorsWriter(folder, specs, int(max_shard_bytes))
         for path, array in arrays:
-            for name, tensor in split(table[path], array):
+            for name, tensor in split_stored(table[path], array):
                 check(name, tensor)
+                if isinstance(tensor, FP8Tensor):
+                    tensor = (tensor.values.astype(np.float32) * tensor.scale[:, None]).astype(dtypes[path])
                 writer.write(name, tensor)
                 bar.update(tensor.nbytes)
             del array, tensor

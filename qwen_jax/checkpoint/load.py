@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,16 +11,16 @@ import jax
 import numpy as np
 
 from qwen_jax.checkpoint import orbax_store
-from qwen_jax.checkpoint.conversion import as_dtype, open_tensors, progress, stored_dtypes
+from qwen_jax.checkpoint.conversion import SCALE, as_dtype, open_tensors, progress, stored_dtypes
 from qwen_jax.checkpoint.hf_layout import HEAD, assemble, check_shapes, layout
 from qwen_jax.checkpoint.safetensors_io import check_finite
 from qwen_jax.checkpoint.source import Source, read_manifest, resolve
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
+from qwen_jax.quantization import E4M3, INPUTS, FP8Tensor, Precision
 
 if TYPE_CHECKING:
     from qwen_jax.model.qwen2 import Qwen2
-    from qwen_jax.quantization import FP8Tensor, Precision
 
 
 def load_model(ref: str | Path | Source, dtype: Any = "bfloat16", precision: Precision | None = None) -> Qwen2:
@@ -59,7 +60,10 @@ def iter_params(source: Source, config: ModelConfig, dtype: Any = None,
                 precision: Precision | None = None) -> Iterator[tuple[str, jax.Array | FP8Tensor]]:
     """What `load_params` loads, one after another, so that the caller can let go of something for each."""
     for path, value in _iter_params(source, config, dtype, shardings):
-        yield path, precision.store(path, value) if precision else value
+        wanted = precision is not None and precision.inputs(path) is not None
+        if isinstance(value, FP8Tensor) and not wanted:
+            value = _dequantize(value, "bfloat16" if dtype is None else as_dtype(dtype).name)
+        yield path, precision.store(path, value) if wanted else value
 
 
 def _iter_params(source: Source, config: ModelConfig, dtype: Any,
@@ -120,13 +124,33 @@ def from_transformers(model: Any, dtype: Any = None,
 def _from_orbax(source: Source, config: ModelConfig, target: np.dtype | None,
                 placed: Mapping[str, jax.sharding.Sharding]) -> Iterator[tuple[str, jax.Array]]:
     table, stored = layout(config), stored_dtypes(config, read_manifest(source))
-    wanted = {path: jax.ShapeDtypeStruct(entry.shape, target or stored[path], sharding=placed[path])
-              for path, entry in table.items()}
+    eight_bit = {path for path in table if stored[path] == E4M3}
+    wanted = {path: jax.ShapeDtypeStruct(entry.shape, stored[path] if path in eight_bit else target or stored[path],
+                                         sharding=placed[path]) for path, entry in table.items()}
+    for path in eight_bit:  # outputs come first, so a sharding of the values' axes says what becomes of the scales'
+        rank = len(table[path].shape) - INPUTS[path.removeprefix("layers.").partition(".")[2]]
+        wanted[path + SCALE] = jax.ShapeDtypeStruct(table[path].shape[:rank], np.float32,
+                                                    sharding=_leading(placed[path], rank))
     sizes = {path: entry.size * stored[path].itemsize for path, entry in table.items()}
     with progress(sum(sizes.values()), "loading") as bar:
         for group in orbax_store.groups(sizes):
-            yield from orbax_store.read(source.params, {path: wanted[path] for path in group}).items()
+            names = [*group, *(path + SCALE for path in group if path in eight_bit)]
+            loaded = orbax_store.read(source.params, {name: wanted[name] for name in names})
+            for path in group:
+                value = loaded.pop(path)
+                yield path, FP8Tensor(value, loaded.pop(path + SCALE)) if path in eight_bit else value
             bar.update(sum(sizes[path] for path in group))
+
+
+def _leading(sharding: jax.sharding.Sharding, rank: int) -> jax.sharding.Sharding:
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        return jax.sharding.NamedSharding(sharding.mesh, jax.P(*tuple(sharding.spec)[:rank]))
+    return sharding
+
+
+@partial(jax.jit, static_argnums=1)
+def _dequantize(tensor: FP8Tensor, dtype: str) -> jax.Array:
+    return tensor.dequantize(dtype)
 
 
 def _place(array: np.ndarray, target: np.dtype | None, sharding: jax.sharding.Sharding) -> jax.Array:

@@ -15,11 +15,13 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from qwen_jax.checkpoint import fp8_tensors
 from qwen_jax.errors import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
+_STORED = {**DTYPES, fp8_tensors.CODE: np.dtype(ml_dtypes.float8_e4m3fn)}
 _CHUNK = 4 << 20  # elements or bytes handled at a time where a whole-tensor temporary is not wanted
 
 
@@ -34,19 +36,26 @@ class _Location(NamedTuple):
 class SafetensorsFolder:
     """The tensors of ``model.safetensors``, or of the shards that ``model.safetensors.index.json`` lists.
 
+    FP8 tensors count as bfloat16 ones: they are read with their scales applied, which are not tensors of their own.
+
     Opening reads headers only. Raises UserError for a folder without safetensors, a missing, truncated or corrupt
-    shard, a tensor stored twice, and element types other than bfloat16, float16 and float32.
+    shard, a tensor stored twice, FP8 tensors without a fitting scale, and element types other than these, float16 and
+    float32.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._tensors: dict[str, _Location] = {}
+        self._scales: dict[str, _Location] = {}  # by the name of the FP8 tensor
+        eight_bit: list[str] = []
         wrong: list[str] = []
         for file, expected in _shards(folder).items():
             for name, (code, location) in _read_header(file).items():
                 if name in self._tensors:
                     raise UserError(f"{name} is stored in both {self._tensors[name].file.name} and {file.name}")
-                if code not in DTYPES:
+                if code == fp8_tensors.CODE:
+                    eight_bit.append(name)
+                elif code not in DTYPES:
                     wrong.append(f"{name} ({code})")
                 self._tensors[name] = location
             absent = sorted(set(expected) - set(self._tensors))
@@ -54,16 +63,22 @@ class SafetensorsFolder:
                 raise UserError(f"{file} lacks {absent[0]}, which {INDEX} says it holds: download the file again")
         if wrong:
             more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-            raise UserError(f"wrong element type in {folder}: {', '.join(wrong[:4])}{more}; only bfloat16, float16 and "
-                            "float32 weights are read (quantised checkpoints are not)")
+            raise UserError(f"wrong element type in {folder}: {', '.join(wrong[:4])}{more}; only bfloat16, float16, "
+                            "float32 and FP8 (e4m3) weights are read, other quantised ones are not")
+        if eight_bit:
+            shapes = self.shapes()
+            scales = {name: fp8_tensors.scale_name(name, shapes) for name in eight_bit}
+            self._scales = {name: self._tensors.pop(scale) for name, scale in scales.items()}
+            for name in [name for name in self._tensors if name.endswith(fp8_tensors.PASSED_OVER)]:
+                del self._tensors[name]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape."""
         return {name: location.shape for name, location in self._tensors.items()}
 
     def dtype(self, name: str) -> np.dtype:
-        """The stored element type of one tensor."""
-        return self._tensors[name].dtype
+        """The element type that `read` gives: the stored one, or bfloat16 of FP8."""
+        return DTYPES["BF16"] if name in self._scales else self._tensors[name].dtype
 
     def position(self, name: str) -> tuple[str, int]:
         """Shard and byte offset: reading in this order is sequential."""
@@ -71,17 +86,11 @@ class SafetensorsFolder:
         return location.file.name, location.offset
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, in its stored element type. Raises UserError when the file ends early or holds NaN or Inf."""
-        location = self._tensors[name]
-        tensor = np.empty(location.shape, location.dtype)
-        with open(location.file, "rb", buffering=0) as file:
-            file.seek(location.offset)
-            view, done = memoryview(as_bytes(tensor)), 0
-            while done < location.nbytes:
-                count = file.readinto(view[done:])
-                if not count:
-                    raise UserError(f"{location.file} is truncated inside {name}: download it again")
-                done += count
+        """One tensor. Raises UserError when the file ends early, and for NaN, Inf and damaged scales."""
+        tensor = _read(name, self._tensors[name])
+        if name in self._scales:
+            scale = _read(f"the scale of {name}", self._scales[name])
+            tensor = fp8_tensors.dequantized(name, tensor, scale).astype(DTYPES["BF16"])
         check_finite(name, tensor)
         return tensor
 
@@ -179,6 +188,19 @@ def check_finite(name: str, tensor: np.ndarray) -> None:
         raise UserError(f"{name} holds NaN or Inf in {tensor.dtype}: the weights are damaged, or do not fit this type")
 
 
+def _read(name: str, location: _Location) -> np.ndarray:
+    tensor = np.empty(location.shape, location.dtype)
+    with open(location.file, "rb", buffering=0) as file:
+        file.seek(location.offset)
+        view, done = memoryview(as_bytes(tensor)), 0
+        while done < location.nbytes:
+            count = file.readinto(view[done:])
+            if not count:
+                raise UserError(f"{location.file} is truncated inside {name}: download it again")
+            done += count
+    return tensor
+
+
 def _shards(folder: Path) -> dict[Path, list[str]]:
     """Shard file -> the tensors its index promises (empty for a single file)."""
     index = folder / INDEX
@@ -221,6 +243,6 @@ def _read_header(file: Path) -> dict[str, tuple[str, _Location]]:
     found = {}
     for name, info in header.items():
         start, end = info["data_offsets"]
-        dtype = DTYPES.get(info["dtype"], np.dtype(np.uint8))
+        dtype = _STORED.get(info["dtype"], np.dtype(np.uint8))
         found[name] = info["dtype"], _Location(file, dtype, tuple(info["shape"]), 8 + length + start, end - start)
     return found

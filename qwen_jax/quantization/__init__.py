@@ -2,6 +2,7 @@
 
 from qwen_jax.quantization.fp8 import E4M3, FP8Tensor, matrix, product, quantize, quantize_host, rows, saturate, widened
 from qwen_jax.quantization.precision import (
+    INPUTS,
     KV_DTYPES,
     Precision,
     Scales,
@@ -11,5 +12,5 @@ from qwen_jax.quantization.precision import (
     sixteen_bit,
 )
 
-__all__ = ["E4M3", "KV_DTYPES", "FP8Tensor", "Precision", "Scales", "default_precision", "forms", "matrix", "product",
-           "quantize", "quantize_host", "rows", "saturate", "scales_of", "sixteen_bit", "widened"]
+__all__ = ["E4M3", "INPUTS", "KV_DTYPES", "FP8Tensor", "Precision", "Scales", "default_precision", "forms", "matrix",
+           "product", "quantize", "quantize_host", "rows", "saturate", "scales_of", "sixteen_bit", "widened"]

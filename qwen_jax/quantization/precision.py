@@ -18,7 +18,7 @@ from qwen_jax.quantization.fp8 import FP8Tensor, quantize
 
 KV_DTYPES = tuple(MOST)
 # How many of a matrix's last axes a product contracts.
-_INPUTS = {"attention.wqkv": 1, "attention.wo": 3, "mlp.gate_up": 1, "mlp.down": 1}
+INPUTS = {"attention.wqkv": 1, "attention.wo": 3, "mlp.gate_up": 1, "mlp.down": 1}
 _TABLES = {"embed.weight": 1, "head.weight": 1}
 
 
@@ -47,7 +47,7 @@ class Precision:
             return _TABLES[path] if self.tables else None
         kind, _, rest = path.partition(".")
         index, _, name = rest.partition(".")
-        return _INPUTS.get(name) if kind == "layers" and self.weights[int(index)] else None
+        return INPUTS.get(name) if kind == "layers" and self.weights[int(index)] else None
 
     def store(self, path: str, value: Any) -> Any:
         """A parameter as this precision holds it: an array or its shape, or an `FP8Tensor`."""
