@@ -1,16 +1,7 @@
 """8-bit weights and KV caches: element types, scales, and which parts of a model are 8-bit."""
 
 from qwen_jax.quantization.fp8 import E4M3, FP8Tensor, matrix, product, quantize, quantize_host, rows, saturate, widened
-from qwen_jax.quantization.precision import (
-    INPUTS,
-    KV_DTYPES,
-    Precision,
-    Scales,
-    default_precision,
-    forms,
-    scales_of,
-    sixteen_bit,
-)
+from qwen_jax.quantization.precision import INPUTS, Precision, default_precision, forms, scales_of
 
-__all__ = ["E4M3", "INPUTS", "KV_DTYPES", "FP8Tensor", "Precision", "Scales", "default_precision", "forms", "matrix",
-           "product", "quantize", "quantize_host", "rows", "saturate", "scales_of", "sixteen_bit", "widened"]
+__all__ = ["E4M3", "INPUTS", "FP8Tensor", "Precision", "default_precision", "forms", "matrix", "product", "quantize",
+           "quantize_host", "rows", "saturate", "scales_of", "widened"]

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-E4M3, E5M2 = jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2)
+E4M3 = jnp.dtype(jnp.float8_e4m3fn)
 MOST = float(jnp.finfo(E4M3).max)  # 448
 
 
@@ -94,11 +94,11 @@ def product(spec: str, x: jax.Array, weight: jax.Array | FP8Tensor, result=None)
     if weight.wide:
         out = jnp.einsum(spec, x, weight.values.astype(x.dtype), preferred_element_type=jnp.float32)
     else:
-        rounded, of_vectors = _round_vectors(x)
+        rounded = quantize(x, 1)  # a vector with NaN or Inf gives NaN
         # Where nothing multiplies e4m3, bf16 holds the same numbers.
         operand = E4M3 if jax.default_backend() == "gpu" else jnp.bfloat16
-        out = jnp.einsum(spec, rounded.astype(operand), weight.values.astype(operand),
-                         preferred_element_type=jnp.float32) * of_vectors
+        out = jnp.einsum(spec, rounded.values.astype(operand), weight.values.astype(operand),
+                         preferred_element_type=jnp.float32) * rounded.scale[..., None]
     *batch, outputs = weight.scale.shape
     return (out * weight.scale.reshape(*batch, *(1,) * (out.ndim - len(batch) - 1), outputs)).astype(result)
 
@@ -121,14 +121,6 @@ def widened(tree: Any) -> Any:
     """A tree whose `FP8Tensor` are `wide`."""
     return jax.tree.map(lambda x: replace(x, wide=True) if isinstance(x, FP8Tensor) else x, tree,
                         is_leaf=lambda x: isinstance(x, FP8Tensor))
-
-
-def _round_vectors(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``x[..., I]`` as e4m3 and the scales ``[..., 1]``. A vector with NaN or Inf gives NaN."""
-    wide = x.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)
-    scale = jnp.where(largest == 0, 1, largest / MOST)
-    return saturate(wide / scale), scale
 
 
 def _over(scale: jax.Array, ndim: int) -> jax.Array:

@@ -57,10 +57,6 @@ class Precision:
         return _lazily(_quantize, value, inputs=inputs)
 
 
-def sixteen_bit(config: ModelConfig) -> Precision:
-    return Precision((False,) * config.num_layers, False, (None,) * config.num_layers)
-
-
 def default_precision(config: ModelConfig, weights: bool, kv_cache: str | None, tables: bool = False) -> Precision:
     """8-bit matrices in all layers but the first and the last, and 8-bit pages in all.
 

@@ -9,7 +9,7 @@ from qwen_jax import Engine, ModelConfig
 from qwen_jax.cli import main
 from qwen_jax.engine.memory import kv_bytes_per_token, memory_report, weight_bytes
 from qwen_jax.engine.schedule import Limits
-from qwen_jax.quantization import default_precision, sixteen_bit
+from qwen_jax.quantization import default_precision
 
 LIMITS = Limits(max_batch_size=2, max_seq_len=128, prefill_shapes=((1, 64),), recompute_shapes=(), decode_rows=(2,))
 
@@ -35,14 +35,14 @@ def test_share_of_16_bits(preset, tables, most):
         return (weight_bytes(config, "bfloat16", precision)
                 + 64 * 32768 * kv_bytes_per_token(config, "bfloat16", precision))
 
-    eight = default_precision(config, True, "e4m3", tables)
-    assert total(eight) <= most * total(sixteen_bit(config))
-    assert weight_bytes(config, "bfloat16", eight) <= most * weight_bytes(config, "bfloat16", sixteen_bit(config))
+    eight, sixteen = default_precision(config, True, "e4m3", tables), default_precision(config, False, None)
+    assert total(eight) <= most * total(sixteen)
+    assert weight_bytes(config, "bfloat16", eight) <= most * weight_bytes(config, "bfloat16", sixteen)
 
 
 def test_report(capsys):
     config = ModelConfig.preset("qwen2.5-72b")
-    report = memory_report(config, "bfloat16", sixteen_bit(config), int(141e9))
+    report = memory_report(config, "bfloat16", default_precision(config, False, None), int(141e9))
     assert report["context_tokens_that_fit"] == 0 and report["weight_bytes"] > 141e9
     assert main(["info", "qwen2.5-72b", "--memory", "--fp8", "--memory-gb", "141", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
