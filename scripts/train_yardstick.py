@@ -111,6 +111,20 @@ class Material:
             put(batch, index, self.row(rng, family, length, reach))
         return batch
 
+    def of_step(self, step: int) -> Batch:
+        """What the recipe trains on in a step, counted from 1."""
+        stage = stage_of(self.recipe.stages, step)
+        families = random.Random(f"{self.recipe.seed} families {step}").choices(
+            list(MATERIAL), [often for often, _, _ in MATERIAL.values()], k=stage.rows)
+        return self.batch(f"{self.recipe.seed} train {step}", families, stage.length, self.recipe.reach)
+
+
+def initial_params(recipe: YardstickRecipe, config: ModelConfig) -> Mapping[str, jax.Array]:
+    if recipe.start_from:
+        return load_params(resolve(recipe.start_from), config, "float32")
+    params = prepare_for_retrieval(params_of(init(config, recipe.seed, "float32")), config, recipe.seed, recipe.reach)
+    return {path: jnp.asarray(value) for path, value in params.items()}
+
 
 def turns(document: Document) -> list[tuple[str, str]]:
     return [(question.text, question.prefix + question.answer) for question in document.questions]
@@ -159,19 +173,9 @@ def main():
     recipe = load_recipe(args.recipe, YardstickRecipe)
     tokenizer = run_tokenizer(recipe, args.run)
     config = model_config(recipe.model, tokenizer)
-    if recipe.start_from:
-        initial = load_params(resolve(recipe.start_from), config, "float32")
-    else:
-        initial = prepare_for_retrieval(params_of(init(config, recipe.seed, "float32")), config, recipe.seed,
-                                        recipe.reach)
+    initial = initial_params(recipe, config)
     print(f"{config.num_parameters:,} parameters, vocabulary {config.vocab_size}")
     material = Material(recipe, tokenizer)
-
-    def batch_of(step: int) -> Batch:
-        stage = stage_of(recipe.stages, step)
-        families = random.Random(f"{recipe.seed} families {step}").choices(
-            list(MATERIAL), [often for often, _, _ in MATERIAL.values()], k=stage.rows)
-        return material.batch(f"{recipe.seed} train {step}", families, stage.length, recipe.reach)
 
     held_out = {length: [material.batch(f"held out {length} {family} {i}", [family], length, length)
                          for family in FAMILIES for i in range(2)] for length in recipe.evaluate_lengths}
@@ -196,9 +200,9 @@ def main():
     steps = sum(stage.steps for stage in recipe.stages)
     optimizer = make_optimizer(recipe.optimizer, steps)
     step = make_train_step(language_model_loss(config, shared_segment=OPENING), optimizer)
-    state = init_state(stack({path: jnp.asarray(value) for path, value in initial.items()}), optimizer)
+    state = init_state(stack(initial), optimizer)
     run = Run(args.run, steps, recipe.evaluate_every, keep=1, max_skipped=10, facts=asdict(recipe))
-    trained = unstack(fit(state, step, {}, batch_of, run, evaluate).trainable)
+    trained = unstack(fit(state, step, {}, material.of_step, run, evaluate).trainable)
     plot_curves(args.run / "metrics.jsonl", args.run / "curves.png")
     sharpened = scale_queries(trained, config, recipe.query_scale)
     write_folder({path: value.astype(jnp.bfloat16) for path, value in sharpened.items()}, config, tokenizer, out)

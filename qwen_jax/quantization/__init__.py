@@ -1,7 +1,18 @@
 """8-bit weights and KV caches: element types, scales, and which parts of a model are 8-bit."""
 
-from qwen_jax.quantization.fp8 import E4M3, FP8Tensor, matrix, product, quantize, quantize_host, rows, saturate, widened
+from qwen_jax.quantization.fp8 import (
+    E4M3,
+    FP8Tensor,
+    TrainedInFP8,
+    matrix,
+    quantize,
+    quantize_host,
+    rows,
+    saturate,
+    widened,
+)
 from qwen_jax.quantization.precision import INPUTS, Precision, default_precision, forms, scales_of
+from qwen_jax.quantization.product import product
 
-__all__ = ["E4M3", "INPUTS", "FP8Tensor", "Precision", "default_precision", "forms", "matrix", "product", "quantize",
-           "quantize_host", "rows", "saturate", "scales_of", "widened"]
+__all__ = ["E4M3", "INPUTS", "FP8Tensor", "Precision", "TrainedInFP8", "default_precision", "forms", "matrix",
+           "product", "quantize", "quantize_host", "rows", "saturate", "scales_of", "widened"]

@@ -1,4 +1,4 @@
-"""8-bit floating point weights: e4m3 values with a float32 scale for every output channel.
+"""8-bit floating point tensors: e4m3 values with a float32 scale for every output channel.
 
 e4m3 has 4 exponent and 3 mantissa bits, no infinity, and 448 as its largest value (https://arxiv.org/abs/2209.05433).
 A scale for every output channel is as exact as scales of 128 x 128 blocks, and can be applied to the result of a
@@ -56,6 +56,18 @@ class FP8Tensor:
         return (self.values.astype(jnp.float32) * _over(self.scale, self.values.ndim)).astype(dtype)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainedInFP8:
+    """A weight of more bits, of which products, forward and backward, are computed in 8 bits (`product`)."""
+
+    value: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
+
+
 def saturate(x: jax.Array, dtype=E4M3) -> jax.Array:
     """``x`` as an 8-bit float, clipped to its range: a plain cast gives NaN beyond it. NaN stays NaN."""
     most = float(jnp.finfo(dtype).max)
@@ -67,10 +79,16 @@ def quantize(weight: jax.Array, inputs: int) -> FP8Tensor:
 
     A channel of zeros has scale 1. Non-finite weights give non-finite scales: check before.
     """
-    wide = weight.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(wide), axis=tuple(range(wide.ndim - inputs, wide.ndim)))
-    scale = jnp.where(largest == 0, 1, largest / MOST)
-    return FP8Tensor(saturate(wide / _over(scale, wide.ndim)), scale)
+    values, scale = scaled(weight, tuple(range(weight.ndim - inputs, weight.ndim)))
+    return FP8Tensor(values, scale.reshape(weight.shape[:weight.ndim - inputs]))
+
+
+def scaled(x: jax.Array, axes: tuple[int, ...], dtype=E4M3) -> tuple[jax.Array, jax.Array]:
+    """``x`` as an 8-bit float with one scale over ``axes``, and the float32 scale, those axes of size 1."""
+    wide = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(wide), axis=axes, keepdims=True)
+    scale = jnp.where(largest == 0, 1, largest / float(jnp.finfo(dtype).max))
+    return saturate(wide / scale, dtype), scale
 
 
 def quantize_host(weight: np.ndarray, inputs: int) -> tuple[np.ndarray, np.ndarray]:
@@ -82,32 +100,13 @@ def quantize_host(weight: np.ndarray, inputs: int) -> tuple[np.ndarray, np.ndarr
     return np.clip(scaled, -MOST, MOST).astype(E4M3), scale
 
 
-def product(spec: str, x: jax.Array, weight: jax.Array | FP8Tensor, result=None) -> jax.Array:
-    """``einsum`` of ``x`` and a weight, accumulated in float32 and rounded once, to ``result`` or x's element type.
-
-    The weight's output axes come first in its part of ``spec`` and last in the result's. With an e4m3 weight, ``x``
-    is rounded to e4m3 as well, with a scale for each vector that is contracted (unless the weight is `wide`).
-    """
-    result = result or x.dtype
-    if not isinstance(weight, FP8Tensor):
-        return jnp.einsum(spec, x, weight, preferred_element_type=jnp.float32).astype(result)
-    if weight.wide:
-        out = jnp.einsum(spec, x, weight.values.astype(x.dtype), preferred_element_type=jnp.float32)
-    else:
-        rounded = quantize(x, 1)  # a vector with NaN or Inf gives NaN
-        # Where nothing multiplies e4m3, bf16 holds the same numbers.
-        operand = E4M3 if jax.default_backend() == "gpu" else jnp.bfloat16
-        out = jnp.einsum(spec, rounded.values.astype(operand), weight.values.astype(operand),
-                         preferred_element_type=jnp.float32) * rounded.scale[..., None]
-    *batch, outputs = weight.scale.shape
-    return (out * weight.scale.reshape(*batch, *(1,) * (out.ndim - len(batch) - 1), outputs)).astype(result)
-
-
-def matrix(weight: jax.Array | FP8Tensor, inputs: int) -> jax.Array | FP8Tensor:
+def matrix(weight: jax.Array | FP8Tensor | TrainedInFP8, inputs: int) -> jax.Array | FP8Tensor | TrainedInFP8:
     """``weight[*outputs, *inputs]``, of which the last ``inputs`` axes are inputs, as ``[outputs, inputs]``."""
     if isinstance(weight, FP8Tensor):
         outputs = weight.scale.size
         return replace(weight, values=weight.values.reshape(outputs, -1), scale=weight.scale.reshape(outputs))
+    if isinstance(weight, TrainedInFP8):
+        return TrainedInFP8(matrix(weight.value, inputs))
     return weight.reshape(-1, math.prod(weight.shape[-inputs:]))
 
 

@@ -16,6 +16,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.model import abstract
 from qwen_jax.model.lora import LoraConfig, init_adapter, num_parameters
 from qwen_jax.parallel.mesh import make_mesh, shardings_of, spec_of
+from qwen_jax.quantization import Precision, default_precision
 from qwen_jax.training.curves import plot_curves
 from qwen_jax.training.examples import batch_function, read_examples
 from qwen_jax.training.loop import Run, fit
@@ -100,11 +101,12 @@ def _lora(recipe: Recipe) -> LoraConfig | None:
     return LoraConfig(recipe.lora.rank, recipe.lora.alpha, recipe.lora.targets) if recipe.lora else None
 
 
-def _load(source: Source, dtype, mesh: Mesh | None) -> tuple[Params, dict[str, jnp.dtype]]:
+def _load(source: Source, dtype, mesh: Mesh | None, precision: Precision | None = None
+          ) -> tuple[Params, dict[str, jnp.dtype]]:
     """Stacked parameters, split over the mesh, and their dtypes by canonical path."""
     places = {path: NamedSharding(mesh, spec_of(param.axes, param.shape, mesh))
               for path, param in abstract(source.config).items()} if mesh else None
-    params = load_params(source, source.config, dtype, places)
+    params = load_params(source, source.config, dtype, places, precision)
     dtypes, stacked = {path: value.dtype for path, value in params.items()}, stack(params)
     if mesh:
         stacked = jax.device_put(stacked, shardings_of(stacked, mesh, stacked_specs(source.config, mesh)))
@@ -117,12 +119,22 @@ def _wide(params: Params) -> Params:
 
 
 def _tuning(recipe: Recipe, source: Source, lora: LoraConfig | None, mesh: Mesh | None) -> Job:
-    params, dtypes = _load(source, recipe.compute_dtype if lora else None, mesh)
+    precision = _precision(source.config, recipe)
+    params, dtypes = _load(source, recipe.compute_dtype if lora else None, mesh, precision if lora else None)
     trainable, frozen = (init_adapter(source.config, lora, recipe.seed), params) if lora else (_wide(params), {})
     assert not lora or sum(value.size for value in trainable.values()) == num_parameters(source.config, lora)
     return Job(source.config, trainable, frozen, dtypes, {
-        on: language_model_loss(source.config, lora=lora, recompute=on, compute_dtype=recipe.compute_dtype)
+        on: language_model_loss(source.config, lora=lora, recompute=on, compute_dtype=recipe.compute_dtype,
+                                fp8=precision.weights)
         for on in (False, True)})
+
+
+def _precision(config: ModelConfig, recipe: Recipe) -> Precision:
+    precision = default_precision(config, recipe.fp8, None)
+    if recipe.fp8 and not any(precision.weights):
+        raise UserError(f"fp8 = true changes nothing: of {config.num_layers} layers the first and the last stay as "
+                        "they are")
+    return precision
 
 
 def _teacher(recipe: Recipe, source: Source, tokenizer) -> Source:
@@ -152,5 +164,6 @@ def _distillation(recipe: Recipe, source: Source, teacher: Source, mesh: Mesh | 
                   for path, value in params.items()}
     frozen, _ = _load(teacher, recipe.compute_dtype, mesh)
     return Job(config, _wide(params), frozen, dtypes, {
-        on: distillation_loss(config, teacher.config, recipe.distill, recompute=on, compute_dtype=recipe.compute_dtype)
+        on: distillation_loss(config, teacher.config, recipe.distill, recompute=on, compute_dtype=recipe.compute_dtype,
+                              fp8=_precision(config, recipe).weights)
         for on in (False, True)})

@@ -79,6 +79,8 @@ class Recipe:
     seed: int = 0                   # of the order of examples, and of a new adapter
     on_bad: str = "refuse"          # or "skip": lines that are no examples, conversations that are too long
     compute_dtype: str = "bfloat16"  # of activations; trained values and gradients are float32
+    fp8: bool = False               # 8-bit products in all layers but the first and the last; with [lora] these layers
+                                    # are stored in 8 bits too
     recompute: bool = False         # layers again in the backward pass, instead of keeping their activations
     checkpoint_every: int = 100     # steps
     keep: int = 2                   # checkpoints
@@ -88,6 +90,8 @@ class Recipe:
         for name in ("steps", "sequence_length", "batch_size", "accumulate", "checkpoint_every", "keep", "max_skipped"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, is {getattr(self, name)}")
+        if self.optimizer.warmup_steps >= self.steps:
+            raise UserError(f"warmup_steps={self.optimizer.warmup_steps} leave nothing of steps={self.steps}")
         if self.batch_size % self.accumulate:
             raise UserError(f"batch_size={self.batch_size} rows do not split into accumulate={self.accumulate} groups")
         if self.devices and self.batch_size // self.accumulate % self.devices.data:
@@ -95,6 +99,8 @@ class Recipe:
                             f"data={self.devices.data}")
         if self.lora and self.distill:
             raise UserError("a student is trained whole: a recipe has [lora] or [distill], not both")
+        if self.fp8 and self.lora and self.devices:
+            raise UserError("fp8 = true with [lora] runs on one device: leave out [devices]")
         if self.compute_dtype not in ("bfloat16", "float32"):
             raise UserError(f"compute_dtype must be 'bfloat16' or 'float32', is {self.compute_dtype!r}")
 

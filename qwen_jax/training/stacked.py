@@ -3,7 +3,8 @@
 Scanning compiles one layer instead of all, and is what lets `recompute` save memory (on XLA:CPU `jax.checkpoint` saves
 nothing in unrolled layers). The mathematics is the model's own: each step of the scan is its `Layer`.
 """
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
 
 import jax
 import jax.numpy as jnp
@@ -14,25 +15,36 @@ from qwen_jax.model import Qwen2, abstract, build, build_layer
 from qwen_jax.model.lora import adapt_site
 from qwen_jax.model.rope import rope_tables
 from qwen_jax.parallel.mesh import spec_of
+from qwen_jax.quantization import INPUTS, FP8Tensor, TrainedInFP8
 
 LAYERS = "layers."
 
 
-def stack(params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Canonical parameters with ``layers.{i}.{name}`` joined to ``layers.{name}`` ``[L, ...]``."""
+# One parameter of all layers: an array [L, ...], or where only some of them are FP8Tensors a tuple, a stack for each
+# run of layers that are alike.
+Stacked = Mapping[str, jax.Array | tuple[jax.Array | FP8Tensor, ...]]
+
+
+def stack(params: Mapping[str, jax.Array | FP8Tensor]) -> dict[str, jax.Array | tuple[jax.Array | FP8Tensor, ...]]:
+    """Canonical parameters with ``layers.{i}.{name}`` joined to ``layers.{name}``."""
     names = {path.split(".", 2)[2] for path in params if path.startswith(LAYERS)}
     count = sum(path.endswith("attention.wo") for path in params)
     stacked = {path: value for path, value in params.items() if not path.startswith(LAYERS)}
-    return stacked | {LAYERS + name: jnp.stack([params[f"{LAYERS}{i}.{name}"] for i in range(count)])
-                      for name in sorted(names)}
+    for name in sorted(names):
+        runs = tuple(jax.tree.map(lambda *layers: jnp.stack(layers), *run) for _, run in groupby(
+            (params[f"{LAYERS}{i}.{name}"] for i in range(count)), lambda value: isinstance(value, FP8Tensor)))
+        stacked[LAYERS + name] = runs if len(runs) > 1 else runs[0]
+    return stacked
 
 
-def unstack(stacked: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+def unstack(stacked: Stacked) -> dict[str, jax.Array | FP8Tensor]:
     """The inverse of `stack`."""
     params = {path: value for path, value in stacked.items() if not path.startswith(LAYERS)}
     for path, value in stacked.items():
         if path.startswith(LAYERS):
-            params |= {f"{LAYERS}{i}.{path.removeprefix(LAYERS)}": value[i] for i in range(len(value))}
+            runs = value if isinstance(value, tuple) else (value,)
+            each = (jax.tree.map(lambda x: x[i], run) for run in runs for i in range(run.shape[0]))  # noqa: B023
+            params |= {f"{LAYERS}{i}.{path.removeprefix(LAYERS)}": layer for i, layer in enumerate(each)}
     return params
 
 
@@ -47,29 +59,51 @@ def stacked_specs(config: ModelConfig, mesh: Mesh) -> dict[str, PartitionSpec]:
     return specs
 
 
-def hidden(config: ModelConfig, stacked: Mapping[str, jax.Array], tokens: jax.Array, positions: jax.Array, attend, *,
+def hidden(config: ModelConfig, stacked: Stacked, tokens: jax.Array, positions: jax.Array, attend, *,
            adapter: Mapping[str, jax.Array] | None = None, scale: float = 1.0, recompute: bool = False,
-           compute_dtype="float32") -> tuple[jax.Array, Qwen2]:
+           compute_dtype="float32", fp8: Sequence[bool] = ()) -> tuple[jax.Array, Qwen2]:
     """Final normalised hidden states ``[B, T, D]`` of ``tokens[B, T]`` as ``Qwen2.hidden`` computes them; the model.
 
     attend: ``(q, k, v) -> [B, T, K, G, H]``, the same in every layer. adapter: a LoRA adapter (``{target}.a``
     ``[L, r, I]``, ``{target}.b`` ``[L, O, r]``) and its scale. recompute: keep only each layer's input for the backward
     pass and compute the layer again there. compute_dtype: what parameters are cast to, each layer's where it is used.
+    fp8: for each layer, whether its matrices multiply in 8 bits, forward and backward; by default none does.
     """
     def cast(params):
-        return {name: value.astype(compute_dtype) for name, value in params.items()}
+        return {name: value if isinstance(value, FP8Tensor) else value.astype(compute_dtype)
+                for name, value in params.items()}
 
     model = build(config, cast(unstack(stacked)))  # for its two ends: unused layers cost nothing once compiled
     cos, sin = rope_tables(config.rope, config.head_dim, positions)
 
-    def body(x, item):
-        params, factors = map(cast, item)
-        layer = build_layer(config, params)
-        return layer(x, cos, sin, attend, lambda site, x, y: adapt_site(config, factors, scale, site, x, y)), None
+    def layer_in(fp8: bool):
+        def run(x, item):
+            params, factors = map(cast, item)
+            if fp8:
+                params = {name: TrainedInFP8(value) if name in INPUTS and not isinstance(value, FP8Tensor) else value
+                          for name, value in params.items()}
+            layer = build_layer(config, params)
+            return layer(x, cos, sin, attend, lambda site, x, y: adapt_site(config, factors, scale, site, x, y)), None
+
+        # Inside a scan nothing can be shared with the forward pass.
+        return jax.checkpoint(run, prevent_cse=False) if recompute else run
 
     layers = {path.removeprefix(LAYERS): value for path, value in stacked.items() if path.startswith(LAYERS)}
-    if recompute:
-        body = jax.checkpoint(body, prevent_cse=False)  # inside a scan nothing can be shared with the forward pass
     x = jnp.take(model.embed.weight[...], tokens, axis=0)
-    x, _ = jax.lax.scan(body, x, (layers, dict(adapter or {})))
+    for on, part in _runs(fp8 or (False,) * config.num_layers):
+        x, _ = jax.lax.scan(layer_in(on), x, (part(layers), part(dict(adapter or {}))))
     return model.norm(x), model
+
+
+def _runs(flags: Sequence[bool]) -> Iterator[tuple[bool, Callable]]:
+    """For each run of equal flags, the flag and a function that takes that part of stacked parameters."""
+    start = 0
+    for index, (flag, run) in enumerate(groupby(flags)):
+        stop = start + len(list(run))
+
+        def part(params, start=start, stop=stop, index=index):
+            return {name: value[index] if isinstance(value, tuple) else value if stop - start == len(flags)
+                    else value[start:stop] for name, value in params.items()}
+
+        yield flag, part
+        start = stop

@@ -1,5 +1,5 @@
 """One training step: a pure function from a training state and a batch to the next state."""
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -51,17 +51,17 @@ def init_state(trainable: Params, optimizer: optax.GradientTransformation) -> Tr
 
 
 def language_model_loss(config: ModelConfig, *, lora: LoraConfig | None = None, recompute: bool = False,
-                        compute_dtype="float32", shared_segment: int | None = None) -> Loss:
+                        compute_dtype="float32", shared_segment: int | None = None, fp8: Sequence[bool] = ()) -> Loss:
     """Next-token cross-entropy of full training, or of an adapter over frozen parameters.
 
     Stacked parameters (`training.stacked`) are the trainable, or with `lora` the frozen ones. Both are cast to
-    `compute_dtype`. Other metrics: ``accuracy``.
+    `compute_dtype`. fp8: see `stacked.hidden`. Other metrics: ``accuracy``.
     """
     def loss(trainable: Params, frozen: Params, batch: Batch):
         params, adapter = (frozen, trainable) if lora else (trainable, None)
         states, model = hidden(config, params, batch.tokens, batch.positions, lambda q, k, v: causal_attention(
             q, k, v, segment_ids=batch.segment_ids, shared_segment=shared_segment), adapter=adapter,
-            scale=lora.scale if lora else 1.0, recompute=recompute, compute_dtype=compute_dtype)
+            scale=lora.scale if lora else 1.0, recompute=recompute, compute_dtype=compute_dtype, fp8=fp8)
         weights = batch.weights[:, 1:]
         nll, right = cross_entropy(states[:, :-1], model.head_weight, batch.tokens[:, 1:], weights, train_head=not lora)
         return nll, (weights.sum(), {"accuracy": right})
@@ -70,16 +70,19 @@ def language_model_loss(config: ModelConfig, *, lora: LoraConfig | None = None, 
 
 
 def distillation_loss(student: ModelConfig, teacher: ModelConfig, recipe: Distill, *, recompute: bool = False,
-                      compute_dtype="float32") -> Loss:
-    """`Loss` of a student; the frozen parameters are the teacher's. Other metrics: ``accuracy``, ``kl``."""
+                      compute_dtype="float32", fp8: Sequence[bool] = ()) -> Loss:
+    """`Loss` of a student; the frozen parameters are the teacher's. Other metrics: ``accuracy``, ``kl``.
+
+    fp8: of the student; see `stacked.hidden`.
+    """
     def loss(trainable: Params, frozen: Params, batch: Batch):
         def attend(q, k, v):
             return causal_attention(q, k, v, segment_ids=batch.segment_ids)
 
         (states, model), (wanted, guide) = (
             hidden(config, params, batch.tokens, batch.positions, attend, recompute=recompute,
-                   compute_dtype=compute_dtype)
-            for config, params in ((student, trainable), (teacher, jax.lax.stop_gradient(frozen))))
+                   compute_dtype=compute_dtype, fp8=fp8)
+            for config, params, fp8 in ((student, trainable, fp8), (teacher, jax.lax.stop_gradient(frozen), ())))
         weights = batch.weights[:, 1:]
         total, right, kl = distillation(states[:, :-1], model.head_weight, wanted[:, :-1], guide.head_weight,
                                         batch.tokens[:, 1:], weights, recipe.temperature, recipe.kl_weight)

@@ -43,8 +43,8 @@ def data(tmp_path_factory):
     return path
 
 
-def recipe(folder, data, extra=""):
-    (folder / "recipe.toml").write_text(RECIPE.format(data=data, output=folder / "run") + extra)
+def recipe(folder, data, extra="", top=""):
+    (folder / "recipe.toml").write_text(top + RECIPE.format(data=data, output=folder / "run") + extra)
     return str(folder / "recipe.toml")
 
 
@@ -64,6 +64,12 @@ def test_an_adapter(tmp_path, data, capsys):
     assert (tmp_path / "run" / "curves.png").stat().st_size > 5000
     assert main(["train", path]) == 2
     assert "this run is finished" in capsys.readouterr().err
+
+
+def test_an_adapter_over_eight_bits(tmp_path, data, capsys):
+    assert main(["train", recipe(tmp_path, data, "[lora]\nrank = 4\nalpha = 8\n", top="fp8 = true")]) == 0
+    assert losses(tmp_path)[-1] < 0.7 * losses(tmp_path)[0]
+    assert np.abs(load_adapter(tmp_path / "run" / "result", resolve("bundled").config)[1]["q_proj.b"]).max() > 1e-3
 
 
 def test_the_whole_model(tmp_path, data, capsys):
@@ -119,11 +125,20 @@ def test_what_does_not_fit_together(tmp_path, data, capsys, extra, message):
     assert message in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("extra, message", [
+    ("[lora]\n[devices]\n", "fp8 = true with [lora] runs on one device"),
+    ("[distill]\nlayers = [0, 3]\n", "of 2 layers the first and the last stay as they are")])
+def test_where_eight_bits_cannot_be(tmp_path, data, capsys, extra, message):
+    assert main(["train", recipe(tmp_path, data, extra, top="fp8 = true")]) == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("change, message", [
     (("sequence_length = 256", "sequence_length = 4096"), "exceeds the model's context of 2048"),
     (("sequence_length = 256", "sequence_length = 32"), "line 1: the conversation has"),
     (('model = "bundled"', 'model = "nowhere/at all"'), "nowhere/at all"),
     (("steps = 20", "step = 20"), "unknown key step"),
+    (("warmup_steps = 2", "warmup_steps = 20"), "warmup_steps=20 leave nothing of steps=20"),
 ])
 def test_what_cannot_work_is_one_line(tmp_path, data, capsys, change, message):
     path = recipe(tmp_path, data)

@@ -1,0 +1,118 @@
+"""Products with weights of any kind, and their derivatives.
+
+In 8 bits both operands are rounded, each vector that is contracted with a scale from its own largest value, and the
+scales are applied to the result, so that the product itself is one of two 8-bit operands, which hardware has. Values
+and weights are e4m3, gradients e5m2, which has more range and less precision (https://arxiv.org/abs/2209.05433).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from qwen_jax.quantization.fp8 import E4M3, FP8Tensor, TrainedInFP8, scaled
+
+E5M2 = jnp.dtype(jnp.float8_e5m2)
+
+
+def product(spec: str, x: jax.Array, weight: jax.Array | FP8Tensor | TrainedInFP8, result=None) -> jax.Array:
+    """``einsum`` of ``x`` and a weight, accumulated in float32 and rounded once, to ``result`` or x's element type.
+
+    The weight's output axes come first in its part of ``spec`` and last in the result's. With an e4m3 weight, ``x``
+    is rounded to e4m3 as well (unless the weight is `wide`), and in the backward pass the result's gradient to e5m2;
+    the weight itself has no gradient. `TrainedInFP8` rounds both operands of all three products: forward, and those
+    that give the gradients of ``x`` and of the weight.
+    """
+    result = result or x.dtype
+    if isinstance(weight, FP8Tensor):
+        return _frozen(spec, x, weight).astype(result)
+    if isinstance(weight, TrainedInFP8):
+        return _trained(spec, x, weight.value).astype(result)
+    return jnp.einsum(spec, x, weight, preferred_element_type=jnp.float32).astype(result)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _frozen(spec: str, x: jax.Array, weight: FP8Tensor) -> jax.Array:
+    if weight.wide:
+        out = jnp.einsum(spec, x, weight.values.astype(x.dtype), preferred_element_type=jnp.float32)
+    else:
+        out = _multiply(spec, _rounded(spec, 0, x), (weight.values, None))
+    return out * _scale_of_outputs(spec, weight)
+
+
+def _frozen_forward(spec, x, weight):
+    return _frozen(spec, x, weight), (weight, jnp.zeros((), x.dtype))
+
+
+def _frozen_backward(spec, residuals, gradient):
+    weight, like = residuals
+    gradient, spec = gradient * _scale_of_outputs(spec, weight), _swapped(spec, 0)
+    if weight.wide:
+        of_x = jnp.einsum(spec, gradient.astype(like.dtype), weight.values.astype(like.dtype),
+                          preferred_element_type=jnp.float32)
+    else:
+        of_x = _multiply(spec, _rounded(spec, 0, gradient, E5M2), (weight.values, None))
+    return of_x.astype(like.dtype), jax.tree.map(jnp.zeros_like, weight)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _trained(spec: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+    return _multiply(spec, _rounded(spec, 0, x), _rounded(spec, 1, weight))
+
+
+def _trained_forward(spec, x, weight):
+    return _trained(spec, x, weight), (x, weight)
+
+
+def _trained_backward(spec, residuals, gradient):
+    gradients = []
+    for operand, other in enumerate(reversed(residuals)):
+        back = _swapped(spec, operand)
+        of = _multiply(back, _rounded(back, 0, gradient, E5M2), _rounded(back, 1, other))
+        gradients.append(of.astype(residuals[operand].dtype))
+    return tuple(gradients)
+
+
+_frozen.defvjp(_frozen_forward, _frozen_backward)
+_trained.defvjp(_trained_forward, _trained_backward)
+
+Rounded = tuple[jax.Array, jax.Array | None]  # 8-bit values, and scales with axes of size 1 where they are contracted
+
+
+def _rounded(spec: str, operand: int, x: jax.Array, dtype=E4M3) -> Rounded:
+    """One of the operands of ``spec``, rounded with a scale for each vector that is contracted."""
+    axes, out = spec.split("->")[0].split(",")[operand], spec.split("->")[1]
+    return scaled(x, tuple(index for index, axis in enumerate(axes) if axis not in out), dtype)
+
+
+def _multiply(spec: str, a: Rounded, b: Rounded) -> jax.Array:
+    """``einsum`` in float32 of rounded operands; a missing scale is 1."""
+    # Where nothing multiplies 8-bit floats, bfloat16 holds the same numbers.
+    gpu = jax.default_backend() == "gpu"
+    values = (x if gpu else x.astype(jnp.bfloat16) for x, _ in (a, b))
+    out = jnp.einsum(spec, *values, preferred_element_type=jnp.float32)
+    operands, result = spec.split("->")
+    for axes, (_, scale) in zip(operands.split(","), (a, b), strict=True):
+        if scale is not None:
+            out *= _spread(scale.reshape([n for n, axis in zip(scale.shape, axes, strict=True) if axis in result]),
+                           [axis for axis in axes if axis in result], result)
+    return out
+
+
+def _scale_of_outputs(spec: str, weight: FP8Tensor) -> jax.Array:
+    axes, result = spec.split(",")[1].split("->")
+    return _spread(weight.scale, [axis for axis in axes if axis in result], result)
+
+
+def _spread(x: jax.Array, axes: list[str], result: str) -> jax.Array:
+    """``x``, whose axes are in the order in which ``result`` has them, with axes of size 1 for the others."""
+    return jnp.expand_dims(x, tuple(index for index, axis in enumerate(result) if axis not in axes))
+
+
+def _swapped(spec: str, operand: int) -> str:
+    """The product that gives the gradient of an operand from the result's gradient and the other operand."""
+    operands, result = spec.split("->")
+    operands = operands.split(",")
+    return f"{result},{operands[1 - operand]}->{operands[operand]}"
