@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 
 from qwen_jax.errors import UserError
@@ -147,7 +148,7 @@ def _recall(args: argparse.Namespace, lengths: list[int]) -> None:
     model, tokenizer = load_model(source, "float32"), load_tokenizer(source)
     points = [point for length in lengths for point in compare(
         model, default_texts(tokenizer, length, args.seed), list(SELECTORS),
-        progress=lambda line: print(line, file=sys.stderr))]
+        progress=_say)]
     picture(points, args.recall, f"selectors on {args.model}")
     print(args.recall, file=sys.stderr)
 
@@ -170,18 +171,28 @@ def _attention(args: argparse.Namespace) -> dict:
 
 
 def _calibrate(args: argparse.Namespace) -> None:
-    from qwen_kernels.sparse_attention import Sparsity
-
-    from qwen_jax.checkpoint import load_model, load_tokenizer, resolve, write_sparsity
-    from qwen_jax.evaluation.calibration import calibrate, default_texts
+    from qwen_jax.checkpoint import load_model, load_tokenizer, resolve
+    from qwen_jax.evaluation.calibration import default_texts
+    from qwen_jax.training.examples import read_examples
 
     source = resolve(args.model)
     tokenizer = load_tokenizer(source)
     if tokenizer is None:
         raise UserError(f"{args.model} has no tokenizer, and the texts to calibrate with are text")
-    sparsity = Sparsity(budget=args.budget)
-    found = calibrate(load_model(source, "float32"), default_texts(tokenizer, args.length), sparsity,
-                      lambda line: print(line, file=sys.stderr))
+    if args.data:
+        texts = [example.tokens for example in read_examples([args.data], tokenizer, args.length, "skip")]
+    else:
+        texts = default_texts(tokenizer, args.length)
+    (_calibrate_eight_bit if args.fp8 else _calibrate_sparsity)(args, source, load_model(source, "float32"), texts)
+
+
+def _calibrate_sparsity(args: argparse.Namespace, source, model, texts) -> None:
+    from qwen_kernels.sparse_attention import Sparsity
+
+    from qwen_jax.checkpoint import write_sparsity
+    from qwen_jax.evaluation.calibration import calibrate
+
+    found = calibrate(model, texts, Sparsity(budget=args.budget), _say)
     measured = {"tokens": args.length, "density": float(found.after.density),
                 "divergence": float(found.after.divergence),
                 "divergence_before": float(found.before.divergence)}
@@ -190,6 +201,25 @@ def _calibrate(args: argparse.Namespace) -> None:
     print(f"{dense} of {source.config.num_layers * source.config.num_kv_heads} heads dense, budgets "
           f"{', '.join(f'{layer.budget:g}' for layer in found.layers)}: density {found.after.density:.3f}, divergence "
           f"{found.before.divergence:.4f} to {found.after.divergence:.4f} nats: {path}")
+
+
+def _calibrate_eight_bit(args: argparse.Namespace, source, model, texts) -> None:
+    from qwen_jax.checkpoint import write_calibrated
+    from qwen_jax.evaluation.eight_bit import calibrate_eight_bit
+
+    result = calibrate_eight_bit(model, texts, _say)
+    precision = result.found.precision
+    path = write_calibrated(args.output or source.path, result.found, {
+        "tokens": sum(map(len, texts)), "divergence": result.divergence, "loss": result.loss,
+        "loss_in_full_precision": result.full_loss})
+    pages = ", ".join(f"{count} {kind}" for kind, count in Counter(precision.kv_cache).items())
+    print(f"8-bit matrices in {sum(precision.weights)} of {source.config.num_layers} layers, embedding and head "
+          f"{'8-bit' if precision.tables else '16-bit'}, pages of layers: {pages}; divergence {result.divergence:.4f} "
+          f"nats, loss {result.loss - result.full_loss:+.4f} nats: {path}")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _answers(engine):
@@ -336,9 +366,12 @@ def _parser() -> argparse.ArgumentParser:
     for sub in (generate, chat, evaluation):
         sub.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
 
-    calibration = command("calibrate", _calibrate, "Find the heads that a model's sparse attention needs dense, and "
-                          "keep them beside its weights, where the engine looks.")
+    calibration = command("calibrate", _calibrate, "Find how sparse a model's attention may be, or what of it may be "
+                          "8-bit, and keep it beside its weights, where the engine looks.")
     calibration.add_argument("model")
+    calibration.add_argument("--fp8", action="store_true", help="what may be 8-bit: layers, types and ranges of pages")
+    calibration.add_argument("--data", metavar="FILE", help="JSONL as for training, of texts that are like the model's "
+                             "work; default: conversations of the long-context suite")
     calibration.add_argument("--length", type=int, default=4096, help="tokens of each text; default 4096")
     calibration.add_argument("--budget", type=float, default=2.0, help="pages by rank: budget * log2(pages); default 2")
     calibration.add_argument("-o", "--output", metavar="DIR", help="folder to write to; default: the model's own")

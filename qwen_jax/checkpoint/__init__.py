@@ -1,5 +1,6 @@
 """Weights in and out: Hugging Face folders, Orbax checkpoints, and what lies beside them."""
 
+from qwen_jax.checkpoint.calibrated import read_calibrated, write_calibrated
 from qwen_jax.checkpoint.conversion import convert, export, save_hf, verify
 from qwen_jax.checkpoint.load import from_transformers, iter_params, load_model, load_params
 from qwen_jax.checkpoint.safetensors_io import check_finite
@@ -7,5 +8,5 @@ from qwen_jax.checkpoint.source import Source, find_config, load_generation_conf
 from qwen_jax.checkpoint.sparsity import read_sparsity, write_sparsity
 
 __all__ = ["Source", "check_finite", "convert", "export", "find_config", "from_transformers", "iter_params",
-           "load_generation_config", "load_model", "load_params", "load_tokenizer", "read_sparsity", "resolve",
-           "save_hf", "verify", "write_sparsity"]
+           "load_generation_config", "load_model", "load_params", "load_tokenizer", "read_calibrated", "read_sparsity",
+           "resolve", "save_hf", "verify", "write_calibrated", "write_sparsity"]

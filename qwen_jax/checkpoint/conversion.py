@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from qwen_jax.checkpoint import orbax_store
 from qwen_jax.checkpoint.atomic import new_folder
+from qwen_jax.checkpoint.calibrated import read_calibrated
 from qwen_jax.checkpoint.hf_layout import EMBEDDING, HEAD, Entry, assemble, check_shapes, layout, split
 from qwen_jax.checkpoint.safetensors_io import DTYPES, SafetensorsFolder, SafetensorsWriter, as_bytes, check_finite
 from qwen_jax.checkpoint.source import (
@@ -29,7 +30,7 @@ from qwen_jax.checkpoint.source import (
 )
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
-from qwen_jax.quantization import E4M3, FP8Tensor, default_precision, quantize_host
+from qwen_jax.quantization import E4M3, FP8Tensor, Precision, default_precision, quantize_host
 
 SCALE = ".scale"  # of an FP8 parameter, beside its values
 
@@ -56,7 +57,9 @@ def convert(src: str | Path, dst: str | Path, dtype: Any = None, fp8: bool = Fal
     table = _by_position(layout(config), tensors)
     stored = {path: target or tensors.dtype(entry.parts[0].name) for path, entry in table.items()}
     sizes = {path: entry.size * stored[path].itemsize for path, entry in table.items()}
-    precision = default_precision(config, fp8, None)
+    found = read_calibrated(source.path, config) if fp8 else None
+    # Tables are rounded when they are loaded: other readers of a checkpoint do not expect them in 8 bits.
+    precision = Precision(found.precision.weights) if found else default_precision(config, fp8, None)
     manifest: dict[str, Any] = {}
 
     def read(name: str) -> np.ndarray:

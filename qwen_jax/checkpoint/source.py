@@ -21,10 +21,11 @@ FORMAT_VERSION = 1
 SHIPPED = {name: Path(__file__).resolve().parent.parent / name for name in ("bundled", "yardstick")}
 
 SPARSITY = "sparse_attention.json"  # how sparse its attention may be
+EIGHT_BIT = "eight_bit.json"  # what of it may be 8-bit
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
                    "added_tokens.json", "chat_template.jinja", "chat_template.json")
-SIDE_FILES = (GENERATION_CONFIG, *TOKENIZER_FILES, SPARSITY, "LICENSE", "NOTICE")
+SIDE_FILES = (GENERATION_CONFIG, *TOKENIZER_FILES, SPARSITY, EIGHT_BIT, "LICENSE", "NOTICE")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _QUANTIZED_FILES = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ", "quant_log.csv": "GPTQ"}
 

@@ -26,6 +26,7 @@ from qwen_jax.engine.speculation import DRAFT_MODEL, NGRAM, Speculation
 from qwen_jax.engine.updates import Golden, check_golden, check_policy, golden_requests, replace_in_place, switch
 from qwen_jax.errors import UserError
 from qwen_jax.model import empty
+from qwen_jax.quantization import Calibrated
 
 DEFAULT_SPARSITY = Sparsity()
 
@@ -43,7 +44,8 @@ class Engine:
       max_batch_size: sequences that run at once.
       max_seq_len: prompt and answer together, in tokens; by default 4096 or the model's context if that is shorter.
       dtype: element type of weights and KV cache, "bfloat16" or "float32"; None keeps the model's.
-      kv_cache_dtype: "e4m3", or None for ``dtype``; "auto" is e4m3 with ``fp8_enabled``, else None.
+      kv_cache_dtype: "e4m3", "int8" (which needs ``calibrated``), or None for ``dtype``; "auto" is with
+        ``fp8_enabled`` what calibration chose, without it e4m3; else None.
       kv_cache_bytes: memory for KV pages; by default what ``max_batch_size`` full sequences need, at most a share of
         the free memory.
       limits, policy: the bucket shapes and the schedule's thresholds, as data.
@@ -57,6 +59,7 @@ class Engine:
       strict_compiles: fail a step rather than run after a compilation that came after the warm-up.
       sparsity: of the sparse schedule's attention, for all layers or for each (None attends to everything).
       batch_invariant: a request's tokens do not depend on what runs beside it, to the last bit (see docs/engine.md).
+      calibrated: what may be 8-bit and the ranges of keys and values, as `qwen-jax calibrate --fp8` finds them.
       warmup: compile and run every bucket now; else call ``warmup()`` before the first request.
       progress: show progress bars on stderr.
 
@@ -71,7 +74,7 @@ class Engine:
                  max_adapter_rank: int = 16, cache_dir: str | Path | None | type(...) = ...,
                  speculation: Any = None, draft_tokens: int | None = None, strict_compiles: bool = False,
                  sparsity: Sparsity | Sequence[Sparsity | None] = DEFAULT_SPARSITY, batch_invariant: bool = False,
-                 warmup: bool = True, progress: bool = True) -> None:
+                 calibrated: Calibrated | None = None, warmup: bool = True, progress: bool = True) -> None:
         settings.check_parallelism(tp_size, pp_size)
         module, defaults = settings.as_module(model, dtype)
         self.config = module.config
@@ -90,7 +93,7 @@ class Engine:
             raise UserError(f"draft_tokens={draft_tokens} with limits for {self.limits.draft_tokens} and "
                             f"speculation={speculation!r}: these do not go together")
         vocab_limit = min(len(tokenizer), self.config.vocab_size) if tokenizer else self.config.vocab_size
-        self.precision = settings.precision_of(self.config, fp8_enabled, kv_cache_dtype)
+        self.precision = settings.precision_of(self.config, fp8_enabled, kv_cache_dtype, calibrated)
         eight_bit = self.precision.eight_bit
         table = bucket_table(self.limits, policy, "f32" if dtype == np.float32 else "bf16", eight_bit)
         draft = settings.draft_of(speculation, self.config, vocab_limit, dtype)
@@ -108,7 +111,8 @@ class Engine:
                              self.adapters)
         directory = default_cache_dir() if cache_dir is ... else cache_dir and Path(cache_dir)
         self.runner = Runner(module, table, num_pages, self.limits.max_batch_size, vocab_limit, self.adapters, draft,
-                             self.sparsity, self.precision, wide_pages, directory or None, strict_compiles)
+                             self.sparsity, self.precision, calibrated and calibrated.ranges, wide_pages,
+                             directory or None, strict_compiles)
         kind = DRAFT_MODEL if draft else speculation
         self.loop = Loop(self.scheduler, self.runner, kind and Speculation(kind, self.limits.draft_tokens))
         self._progress = progress
@@ -119,15 +123,24 @@ class Engine:
     def from_pretrained(cls, ref: str | Path, *, dtype: Any = "bfloat16", **options: Any) -> Engine:
         """An engine for a Hugging Face folder, a converted checkpoint, a hub id or ``bundled``; options as above.
 
-        How sparse attention is, the folder may say (``qwen-jax calibrate``).
+        How sparse attention is, and what may be 8-bit, the folder may say (``qwen-jax calibrate``).
         """
-        from qwen_jax.checkpoint import load_generation_config, load_model, load_tokenizer, read_sparsity, resolve
+        from qwen_jax.checkpoint import (
+            load_generation_config,
+            load_model,
+            load_tokenizer,
+            read_calibrated,
+            read_sparsity,
+            resolve,
+        )
 
         source = resolve(ref)
         parallel = [options.get(name, default) for name, default in settings.PARALLELISM]
         settings.check_parallelism(*parallel)  # before gigabytes are read
+        if "calibrated" not in options:
+            options["calibrated"] = read_calibrated(source.path, source.config)
         precision = settings.precision_of(source.config, options.get("fp8_enabled", False),
-                                          options.get("kv_cache_dtype", "auto"))
+                                          options.get("kv_cache_dtype", "auto"), options["calibrated"])
         for name, load in (("tokenizer", load_tokenizer), ("generation_config", load_generation_config)):
             if name not in options:  # a tokenizer takes seconds to load
                 options[name] = load(source)
@@ -142,11 +155,14 @@ class Engine:
     def without_weights(cls, ref: str | Path, *, dtype: Any = "bfloat16", **options: Any) -> Engine:
         """What `from_pretrained` makes, with the shapes of the weights in their place: ``runner.compile`` works, to see
         what programs cost, or to have them on disk before a deployment. ``ref`` may also be a preset's name."""
-        from qwen_jax.checkpoint import find_config, read_sparsity, resolve
+        from qwen_jax.checkpoint import find_config, read_calibrated, read_sparsity, resolve
 
         config, where = find_config(ref)
-        if "sparsity" not in options and where != "preset" and (stored := read_sparsity(resolve(ref).path, config)):
+        folder = None if where == "preset" else resolve(ref).path
+        if folder and "sparsity" not in options and (stored := read_sparsity(folder, config)):
             options["sparsity"] = stored
+        if folder and "calibrated" not in options:
+            options["calibrated"] = read_calibrated(folder, config)
         return cls(empty(config, settings.check_dtype(dtype)), dtype=dtype, warmup=False, **options)
 
     def warmup(self) -> None:

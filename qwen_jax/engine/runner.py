@@ -21,7 +21,7 @@ from qwen_jax.engine.steps import Models, StepBatch, StepOutput, new_state, run_
 from qwen_jax.engine.weights import Weights
 from qwen_jax.errors import UserError
 from qwen_jax.model import Qwen2
-from qwen_jax.quantization import Precision, forms
+from qwen_jax.quantization import Precision, Ranges, forms
 
 
 class Runner:
@@ -33,15 +33,17 @@ class Runner:
       vocab_limit: number of token ids that exist.
       draft: the model that guesses tokens, if there is one.
       sparsity: of each layer in the sparse schedule's buckets; None for a layer that attends to everything.
-      precision: which parts are 8-bit; wide_pages: size of the pool of pages for what 8 bits cannot compute.
+      precision: which parts are 8-bit; ranges: that were measured of each layer's keys and values; wide_pages: size
+        of the pool of pages for what 8 bits cannot compute.
       cache_dir: where programs are kept; None keeps none.
       strict: refuse to go on after a compilation that was not part of a warm-up.
     """
 
     def __init__(self, model: Qwen2, table: tuple[Bucket, ...], num_pages: int, slots: int, vocab_limit: int,
                  adapters: AdapterTable, draft: Qwen2 | None, sparsity: tuple[Sparsity | None, ...],
-                 precision: Precision, wide_pages: int, cache_dir: Path | None, strict: bool = False) -> None:
-        self.table, self.adapters, self.weights = table, adapters, Weights(model, precision)
+                 precision: Precision, ranges: tuple[Ranges, ...] | None, wide_pages: int, cache_dir: Path | None,
+                 strict: bool = False) -> None:
+        self.table, self.adapters, self.weights = table, adapters, Weights(model, precision, ranges)
         self._slots, self._vocab_limit, self._strict = slots, np.int32(vocab_limit), strict
         self._vocab_size = model.config.vocab_size
         dtype = model.dtype

@@ -25,7 +25,7 @@ from qwen_jax.engine.schedule import (
 )
 from qwen_jax.errors import UserError
 from qwen_jax.model import Qwen2, build, params_of
-from qwen_jax.quantization import FP8Tensor, Precision, default_precision
+from qwen_jax.quantization import Calibrated, FP8Tensor, Precision, default_precision
 
 DEFAULT_MAX_SEQ_LEN = 4096
 PARALLELISM = (("tp_size", 1), ("pp_size", 1))
@@ -103,11 +103,17 @@ def platform() -> str:
     return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
 
 
-def precision_of(config: ModelConfig, fp8_enabled: bool, kv_cache_dtype: str | None) -> Precision:
-    """What is 8-bit: with ``fp8_enabled`` weights, and in "auto" pages too."""
-    if kv_cache_dtype == "auto":
+def precision_of(config: ModelConfig, fp8_enabled: bool, kv_cache_dtype: str | None,
+                 calibrated: Calibrated | None = None) -> Precision:
+    """What is 8-bit: with ``fp8_enabled`` weights, and in "auto" pages too, as calibration found it or by default."""
+    auto = kv_cache_dtype == "auto"
+    if auto:
         kv_cache_dtype = "e4m3" if fp8_enabled else None
-    return default_precision(config, fp8_enabled, kv_cache_dtype)
+    precision = default_precision(config, fp8_enabled, kv_cache_dtype)
+    if calibrated and fp8_enabled:
+        found = calibrated.precision
+        return replace(found, kv_cache=found.kv_cache if auto else precision.kv_cache)
+    return precision
 
 
 def page_bytes(config: ModelConfig, dtype: Any, sparse_width: int = 0, kv_cache: Sequence[str | None] = ()) -> int:

@@ -14,7 +14,7 @@ from qwen_jax.engine import settings
 from qwen_jax.engine.executables import planned
 from qwen_jax.errors import UserError
 from qwen_jax.model import Qwen2, build, params_of
-from qwen_jax.quantization import Precision, scales_of
+from qwen_jax.quantization import Precision, Ranges, scales_of
 
 if TYPE_CHECKING:
     from qwen_jax.checkpoint import Source
@@ -24,15 +24,16 @@ class Weights:
     """The version that new requests run with, the one before it, and those that older requests still run with.
 
     A version is a tuple of arrays in the order of ``treedef``: the parameters, as ``precision`` holds them, and the
-    scales of 8-bit pages. It is a value, so putting another one in its place compiles nothing.
+    scales of 8-bit pages; ``ranges`` that were measured hold for all versions. It is a value, so putting another one in
+    its place compiles nothing.
     """
 
-    def __init__(self, model: Qwen2, precision: Precision) -> None:
-        self.config, self.precision = model.config, precision
+    def __init__(self, model: Qwen2, precision: Precision, ranges: tuple[Ranges, ...] | None = None) -> None:
+        self.config, self.precision, self._ranges = model.config, precision, ranges
         params = {path: precision.store(path, value) for path, value in params_of(model).items()}
         model = build(self.config, params)
         self.graph, state = nnx.split(model)
-        leaves, self.treedef = jax.tree.flatten((state, scales_of(params, precision)))
+        leaves, self.treedef = jax.tree.flatten((state, scales_of(params, precision, ranges)))
         self.current, self.previous = 0, None
         self._versions: dict[int, tuple[jax.Array, ...]] = {0: tuple(leaves)}
         self._specs = {path: (value.shape, value.dtype) for path, value in params.items()}
@@ -166,7 +167,7 @@ class Weights:
         if wrong:
             raise UserError(f"parameters of another shape or type: {'; '.join(wrong[:8])}")
         _, state = nnx.split(build(self.config, params))
-        return tuple(jax.tree.leaves((state, scales_of(params, self.precision))))
+        return tuple(jax.tree.leaves((state, scales_of(params, self.precision, self._ranges))))
 
     def _by_path(self, leaves: tuple[jax.Array, ...]) -> dict[str, Any]:
         state, _ = jax.tree.unflatten(self.treedef, leaves)

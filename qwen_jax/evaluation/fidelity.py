@@ -1,5 +1,5 @@
 """How close sparse attention comes to full attention on given tokens, layer by layer."""
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -90,8 +90,8 @@ def _measure(graph, layers: tuple[Sparsity, ...], params, tokens: jax.Array, len
         known = jnp.arange(len(tokens)) < length
         similar = jnp.sum(full * sparse, -1) / (jnp.linalg.norm(full, axis=-1) * jnp.linalg.norm(sparse, axis=-1))
         cosines.append(jnp.sum(jnp.where(known, similar[0], 0)) / length)
-    losses = _losses(model, model.norm(sparse)[0], model.norm(full)[0], tokens, length)
-    return attended, visible, jax.tree.map(lambda *x: jnp.stack(x), *per_head), jnp.stack(cosines), losses
+    said = losses((model.logits,) * 2, (model.norm(sparse)[0], model.norm(full)[0]), tokens, length)
+    return attended, visible, jax.tree.map(lambda *x: jnp.stack(x), *per_head), jnp.stack(cosines), said
 
 
 def _with(selection: Selection, dense, length) -> Selection:
@@ -102,17 +102,22 @@ def _with(selection: Selection, dense, length) -> Selection:
                               dense=jnp.where(dense, True, selection.dense))
 
 
-def _losses(model: Qwen2, sparse: jax.Array, full: jax.Array, tokens: jax.Array, length) -> tuple[jax.Array, ...]:
-    """Loss of both, and the divergence, over positions before ``length - 1``; logits exist for one page at a time."""
+def losses(logits: Sequence[Callable], states: Sequence[jax.Array], tokens: jax.Array, length
+           ) -> tuple[jax.Array, ...]:
+    """Loss of two models, and the first one's divergence from the second, in nats per token.
+
+    logits: of each model, the function from hidden states; states: its final ones ``[S, D]``, S a multiple of PAGE;
+    tokens: ``[S]``, of which ``length`` are real. Logits exist for one page at a time.
+    """
     targets = jnp.roll(tokens, -1).reshape(-1, PAGE, 1)
     wanted = (jnp.arange(len(tokens)) < length - 1).reshape(-1, PAGE)
 
     def one(item):
         *states, targets, wanted = item
-        ours, theirs = (jax.nn.log_softmax(model.logits(x), axis=-1) for x in states)
+        ours, theirs = (jax.nn.log_softmax(of(x), axis=-1) for of, x in zip(logits, states, strict=True))
         divergence = jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1)
         said = [-jnp.take_along_axis(x, targets, axis=1)[:, 0] for x in (ours, theirs)]
         return tuple(jnp.sum(jnp.where(wanted, x, 0)) for x in (*said, divergence))
 
-    pages = [x.reshape(-1, PAGE, x.shape[-1]) for x in (sparse, full)]
+    pages = [x.reshape(-1, PAGE, x.shape[-1]) for x in states]
     return tuple(jnp.sum(x) / (length - 1) for x in jax.lax.map(one, (*pages, targets, wanted)))

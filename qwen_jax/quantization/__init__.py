@@ -11,8 +11,16 @@ from qwen_jax.quantization.fp8 import (
     saturate,
     widened,
 )
-from qwen_jax.quantization.precision import INPUTS, Precision, default_precision, forms, scales_of
+from qwen_jax.quantization.precision import (
+    INPUTS,
+    Calibrated,
+    Precision,
+    Ranges,
+    default_precision,
+    forms,
+    scales_of,
+)
 from qwen_jax.quantization.product import product
 
-__all__ = ["E4M3", "INPUTS", "FP8Tensor", "Precision", "TrainedInFP8", "default_precision", "forms", "matrix",
-           "product", "quantize", "quantize_host", "rows", "saturate", "scales_of", "widened"]
+__all__ = ["E4M3", "INPUTS", "Calibrated", "FP8Tensor", "Precision", "Ranges", "TrainedInFP8", "default_precision",
+           "forms", "matrix", "product", "quantize", "quantize_host", "rows", "saturate", "scales_of", "widened"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.quantization.fp8 import FP8Tensor, quantize
 
 KV_DTYPES = tuple(MOST)
+MARGIN = 1.5  # times the largest value that was seen: what exceeds it is computed in 16 bits, late
 # How many of a matrix's last axes a product contracts.
 INPUTS = {"attention.wqkv": 1, "attention.wo": 3, "mlp.gate_up": 1, "mlp.down": 1}
 _TABLES = {"embed.weight": 1, "head.weight": 1}
@@ -69,19 +70,43 @@ def default_precision(config: ModelConfig, weights: bool, kv_cache: str | None, 
                      (kv_cache,) * config.num_layers)
 
 
+class Ranges(NamedTuple):
+    """The largest absolute values of one layer's keys and values that were seen, f32 ``[K, H]`` each.
+
+    Without biases and YaRN's factor. Of a key, those of planes, which a rotation leaves as they are: equal for both
+    channels of one.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+
+
+class Calibrated(NamedTuple):
+    """What was found to lose little, and each layer's ranges."""
+
+    precision: Precision
+    ranges: tuple[Ranges, ...]
+
+
 Scales = tuple[tuple[jax.Array, jax.Array] | None, ...]  # of each layer's keys and values, f32 [K, H]; None: 16-bit
 
 
-def scales_of(params: Mapping[str, Any], precision: Precision) -> Scales:
-    """Scales of e4m3 pages so large that no token's key or value exceeds them.
+def scales_of(params: Mapping[str, Any], precision: Precision, ranges: tuple[Ranges, ...] | None = None) -> Scales:
+    """Scales of 8-bit pages.
 
-    A normalised vector has length ``sqrt(D)``, so a projection's row w gives at most ``sqrt(D) |w|`` (Cauchy-Schwarz).
-    That is tens of times more than it usually gives, for which a floating-point type has the range.
+    Those of e4m3 are so large that no token's key or value exceeds them: a normalised vector has length ``sqrt(D)``, so
+    a projection's row w gives at most ``sqrt(D) |w|`` (Cauchy-Schwarz). That is tens of times more than it usually
+    gives, for which a floating-point type has the range. Integers do not: theirs leave room for `MARGIN` times what was
+    seen. UserError for int8 pages without ranges.
     """
     found = []
     for layer, kind in enumerate(precision.kv_cache):
         if kind == "int8":
-            raise UserError("an int8 KV cache needs scales that were measured: use kv_cache_dtype='e4m3'")
+            if ranges is None:
+                raise UserError("an int8 KV cache needs ranges that were measured: run `qwen-jax calibrate MODEL "
+                                "--fp8`, or use kv_cache_dtype='e4m3'")
+            found.append(tuple(_scale_for(jnp.asarray(x, jnp.float32) * MARGIN, kind) for x in ranges[layer]))
+            continue
         here = f"layers.{layer}."
         found.append(_lazily(_bounds, params[here + "attention.wqkv"], params[here + "attention_norm.scale"])
                      if kind else None)
@@ -108,7 +133,12 @@ def _bounds(wqkv: jax.Array | FP8Tensor, norm: jax.Array) -> tuple[jax.Array, ja
     bound = jnp.linalg.norm(two * norm.astype(jnp.float32), axis=-1) * two.shape[-1] ** 0.5
     keys, values = bound[:, 0], bound[:, 1]
     planes = jnp.tile(jnp.hypot(*jnp.split(keys, 2, axis=-1)), 2)  # RoPE moves length between a plane's channels
-    return tuple(jnp.where(x > 0, x, 1) / MOST["e4m3"] for x in (planes, values))
+    return tuple(_scale_for(x, "e4m3") for x in (planes, values))
+
+
+def _scale_for(largest: jax.Array, kind: str) -> jax.Array:
+    """The scale with which ``largest`` is the largest that ``kind`` stores; positive where nothing is."""
+    return jnp.where(largest > 0, largest, 1) / MOST[kind]
 
 
 def _lazily(function, *arguments, **static):

@@ -26,7 +26,8 @@ from qwen_jax.evaluation.longcontext.suite import RETRIEVAL, found, samples_of  
 
 GREEDY = {"temperature": 0.0, "repetition_penalty": 1.0}
 VARIANTS = {"16 bits": {}, "8-bit weights": {"fp8_enabled": True, "kv_cache_dtype": None},
-            "8-bit pages": {"kv_cache_dtype": "e4m3"}, "8 bits": {"fp8_enabled": True}}
+            "e4m3 pages": {"kv_cache_dtype": "e4m3"}, "all, e4m3": {"fp8_enabled": True, "kv_cache_dtype": "e4m3"},
+            "8 bits": {"fp8_enabled": True}}
 
 
 def main() -> int:
