@@ -14,6 +14,7 @@ from qwen_jax.checkpoint import from_transformers
 from qwen_jax.engine.executables import backend_compiles
 from qwen_jax.engine.schedule import EIGHT_BIT, Limits
 from qwen_jax.errors import UserError
+from qwen_jax.evaluation.eight_bit import calibrate_eight_bit
 from qwen_jax.model import build, params_of
 from qwen_jax.model.rope import apply_rope, rope_tables
 from qwen_jax.quantization import FP8Tensor, default_precision, scales_of
@@ -105,6 +106,20 @@ def test_log_probabilities_are_those_of_a_rounded_model(hf, exact, answers, name
             for n, token in enumerate(output.token_ids)]
     assert np.median(np.abs(ours - want)) < tolerance and np.abs(unrounded - want).mean() > 0.2
     assert engine.stats().guard_trips == {}
+
+
+def test_int8_pages_with_measured_ranges(hf, fragile, exact, answers):
+    """Nearer to the model in full precision than e4m3 pages are, and nothing leaves the ranges."""
+    config, params = from_transformers(hf, "float32")
+    said = [output.token_ids for output in answers]
+    whole = [prompt + some for prompt, some in zip(PROMPTS, said, strict=True)]
+    found = calibrate_eight_bit(build(config, params), whole).found
+    engine = Engine(hf, kv_cache_dtype="int8", calibrated=found, limits=LIMITS, progress=False)
+    assert engine.runner._state.k_pages[0].dtype == jnp.int8
+    scores = [np.concatenate([score.token_logprobs for score in one.score(PROMPTS, said)])
+              for one in (exact, engine, fragile)]
+    ours, e4m3 = (np.linalg.norm(some - scores[0]) for some in scores[1:])
+    assert 0 < ours < 0.5 * e4m3 and engine.stats().guard_trips == {}
 
 
 def test_a_row_does_not_depend_on_its_neighbours(engine, answers):
@@ -266,7 +281,7 @@ def test_memory(engine, exact):
 
 
 def test_settings(hf):
-    with pytest.raises(UserError, match="int8 KV cache needs scales that were measured"):
+    with pytest.raises(UserError, match="int8 KV cache needs ranges that were measured"):
         Engine(hf, kv_cache_dtype="int8", limits=LIMITS, warmup=False)
     with pytest.raises(UserError, match="beside .* bytes of 16-bit pages"):
         Engine(hf, fp8_enabled=True, limits=LIMITS, kv_cache_bytes=400_000, warmup=False)
