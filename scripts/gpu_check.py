@@ -36,6 +36,9 @@ TOY = Sizes(kv_heads=1, group=2, dim=64, lengths=(512, 1024), decode_rows=(2,), 
             copied=1 << 20, rounds=2)
 
 
+GPU_TESTS = ("tests/kernels/test_gpu.py", "tests/kernels/test_gpu_eight_bit.py", "tests/quantization/test_fp8.py")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rehearse", action="store_true")
@@ -85,7 +88,7 @@ def facts(rehearsal: bool) -> dict:
 
 def tests(sizes, rehearse, report, left):
     """Tests marked gpu, in a process of their own."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/kernels/test_gpu.py", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", *GPU_TESTS, "-p", "no:cacheprovider"]
     env = os.environ | ({} if rehearse else {"JAX_PLATFORMS": "cuda,cpu"})
     run = subprocess.run(command, capture_output=True, text=True, env=env, timeout=max(1, min(240, left() - 120)))
     yield {"summary": run.stdout.strip().splitlines()[-1] if run.stdout.strip() else run.stderr[-500:],

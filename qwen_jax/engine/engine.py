@@ -26,7 +26,7 @@ from qwen_jax.engine.speculation import DRAFT_MODEL, NGRAM, Speculation
 from qwen_jax.engine.updates import Golden, check_golden, check_policy, golden_requests, replace_in_place, switch
 from qwen_jax.errors import UserError
 from qwen_jax.model import empty
-from qwen_jax.quantization import Calibrated
+from qwen_jax.quantization import Calibrated, multiplies_fp8
 
 DEFAULT_SPARSITY = Sparsity()
 
@@ -94,6 +94,8 @@ class Engine:
                             f"speculation={speculation!r}: these do not go together")
         vocab_limit = min(len(tokenizer), self.config.vocab_size) if tokenizer else self.config.vocab_size
         self.precision = settings.precision_of(self.config, fp8_enabled, kv_cache_dtype, calibrated)
+        if fp8_enabled and not multiplies_fp8():
+            settings.say_without_fp8()
         eight_bit = self.precision.eight_bit
         table = bucket_table(self.limits, policy, "f32" if dtype == np.float32 else "bf16", eight_bit)
         draft = settings.draft_of(speculation, self.config, vocab_limit, dtype)

@@ -15,23 +15,17 @@ from qwen_jax.quantization import FP8Tensor
 class Guard:
     """Looks at what a step computes while it is traced.
 
-    A row trips where its queries, keys and values show it; other rows do not. Scales of weights are everybody's: where
-    one is damaged, all rows trip.
+    A row trips where its queries, keys and values show it; other rows do not.
 
     Attributes:
       trips: i32 ``[R]``, 0 or 1 + the first layer in which it showed; the number of layers stands for what comes after
         the last one.
     """
 
-    def __init__(self, model: Qwen2, known: jax.Array) -> None:
+    def __init__(self, known: jax.Array) -> None:
         """known: bool ``[R, T]``, positions that are no padding."""
         self._known = known
         self.trips = jnp.zeros(len(known), jnp.int32)
-        for path, value in params_of(model).items():
-            if isinstance(value, FP8Tensor):
-                layer = int(path.split(".")[1]) if path.startswith("layers.") else model.config.num_layers
-                fine = jnp.all((value.scale > 0) & jnp.isfinite(value.scale))
-                self._trip(layer, ~fine & jnp.any(known, axis=1))
 
     def storable(self, layer: int, written: Iterable[tuple[EightBitPages, jax.Array]]) -> None:
         """Keys and values ``[R, T, K, H]`` on their way into 8-bit pages."""
@@ -45,3 +39,22 @@ class Guard:
 
     def _trip(self, layer: int, rows: jax.Array) -> None:
         self.trips = jnp.where((self.trips == 0) & rows, layer + 1, self.trips)
+
+
+def damaged_weights(model: Qwen2) -> jax.Array:
+    """0, or 1 + the first layer with a scale of weights that is not a positive number, i32. That trips all rows, and is
+    asked once for all the tokens of a step."""
+    num_layers = model.config.num_layers
+    found = [jnp.int32(num_layers + 2)]
+    for path, value in params_of(model).items():
+        if isinstance(value, FP8Tensor):
+            layer = int(path.split(".")[1]) if path.startswith("layers.") else num_layers
+            fine = jnp.all((value.scale > 0) & jnp.isfinite(value.scale))
+            found.append(jnp.where(fine, found[0], layer + 1))
+    first = jnp.min(jnp.stack(found))
+    return jnp.where(first == found[0], 0, first)
+
+
+def first_trip(one: jax.Array, other: jax.Array) -> jax.Array:
+    """Of two i32 arrays of trips, the earlier layer."""
+    return jnp.where((one > 0) & ((other == 0) | (one < other)), one, other)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,6 +28,8 @@ from qwen_jax.engine.schedule import (
 from qwen_jax.errors import UserError
 from qwen_jax.model import Qwen2, build, params_of
 from qwen_jax.quantization import Calibrated, FP8Tensor, Precision, default_precision
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_SEQ_LEN = 4096
 PARALLELISM = (("tp_size", 1), ("pp_size", 1))
@@ -101,6 +105,13 @@ def platform() -> str:
     """"cpu", "gpu" or "tpu"."""
     name = jax.default_backend()
     return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
+
+
+@functools.cache
+def say_without_fp8() -> None:
+    """Says once that 8-bit weights make nothing faster on this device."""
+    logger.warning("this device does not multiply 8-bit floats: fp8_enabled saves memory, and products are computed in "
+                   "bfloat16 from operands rounded to 8 bits")
 
 
 def precision_of(config: ModelConfig, fp8_enabled: bool, kv_cache_dtype: str | None,

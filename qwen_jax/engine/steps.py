@@ -29,7 +29,7 @@ from qwen_kernels.sparse_attention import Sparsity, new_summaries, sparse_attent
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.adapters import Adapters, adapt_rows
-from qwen_jax.engine.guard import Guard
+from qwen_jax.engine.guard import Guard, damaged_weights, first_trip
 from qwen_jax.engine.sampler import (
     Sampled,
     SamplingRows,
@@ -147,10 +147,13 @@ def run_bucket(models: Models, bucket: Bucket, state: EngineState, batch: StepBa
 
 def _run(models: Models, bucket: Bucket, state: EngineState, batch: StepBatch, vocab_limit, adapters):
     if bucket.phase == "prefill":
-        return _micro_batches(models, bucket, state, batch, vocab_limit, adapters)
-    if bucket.tokens > 1:
-        return _check_drafts(models, state, batch, vocab_limit, adapters)
-    return _generate(models, bucket, state, batch, vocab_limit, adapters)
+        state, output = _micro_batches(models, bucket, state, batch, vocab_limit, adapters)
+    elif bucket.tokens > 1:
+        state, output = _check_drafts(models, state, batch, vocab_limit, adapters)
+    else:
+        state, output = _generate(models, bucket, state, batch, vocab_limit, adapters)
+    damaged = jnp.where(batch.length > 0, damaged_weights(models.target), 0)
+    return state, output._replace(trips=first_trip(damaged, output.trips))
 
 
 def _hidden(models: Models, state: EngineState, batch: StepBatch, adapters):
@@ -161,7 +164,7 @@ def _hidden(models: Models, state: EngineState, batch: StepBatch, adapters):
     counts = []
     where = batch.page_table, batch.start, batch.length
     positions = batch.start[:, None] + jnp.arange(batch.tokens.shape[1])
-    guard = Guard(model, positions < batch.length[:, None])
+    guard = Guard(positions < batch.length[:, None])
     pages = models.pages or (None,) * model.config.num_layers
 
     def write(layer, k, v):

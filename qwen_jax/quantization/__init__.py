@@ -20,7 +20,8 @@ from qwen_jax.quantization.precision import (
     forms,
     scales_of,
 )
-from qwen_jax.quantization.product import product
+from qwen_jax.quantization.product import multiplies_fp8, product
 
 __all__ = ["E4M3", "INPUTS", "Calibrated", "FP8Tensor", "Precision", "Ranges", "TrainedInFP8", "default_precision",
-           "forms", "matrix", "product", "quantize", "quantize_host", "rows", "saturate", "scales_of", "widened"]
+           "forms", "matrix", "multiplies_fp8", "product", "quantize", "quantize_host", "rows", "saturate", "scales_of",
+           "widened"]

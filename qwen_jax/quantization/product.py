@@ -87,11 +87,17 @@ def _rounded(spec: str, operand: int, x: jax.Array, dtype=E4M3) -> Rounded:
     return scaled(x, tuple(index for index, axis in enumerate(axes) if axis not in out), dtype)
 
 
+def multiplies_fp8() -> bool:
+    """Whether the default backend has products of 8-bit floats: GPUs from compute capability 8.9 (Ada, Hopper)."""
+    capability = getattr(jax.devices()[0], "compute_capability", None)
+    return jax.default_backend() == "gpu" and tuple(map(int, str(capability).split("."))) >= (8, 9)
+
+
 def _multiply(spec: str, a: Rounded, b: Rounded) -> jax.Array:
     """``einsum`` in float32 of rounded operands; a missing scale is 1."""
     # Where nothing multiplies 8-bit floats, bfloat16 holds the same numbers.
-    gpu = jax.default_backend() == "gpu"
-    values = (x if gpu else x.astype(jnp.bfloat16) for x, _ in (a, b))
+    native = multiplies_fp8()
+    values = (x if native else x.astype(jnp.bfloat16) for x, _ in (a, b))
     out = jnp.einsum(spec, *values, preferred_element_type=jnp.float32)
     operands, result = spec.split("->")
     for axes, (_, scale) in zip(operands.split(","), (a, b), strict=True):

@@ -9,6 +9,7 @@ most likely token is the same, and the difference of the losses. Yardstick: retr
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 
@@ -35,6 +36,7 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--lengths", default="1024,4096")
+    parser.add_argument("--families", default=",".join(RETRIEVAL))
     parser.add_argument("--answers", type=int, default=100, help="at least so many of every family at every length")
     parser.add_argument("--parts", default="bundled,yardstick")
     parser.add_argument("--variants", default=",".join(VARIANTS))
@@ -44,7 +46,7 @@ def main() -> int:
     if "bundled" in parts:
         bundled(names, args.prompts, args.tokens)
     if "yardstick" in parts:
-        yardstick(names, [int(length) for length in args.lengths.split(",")], args.answers)
+        yardstick(names, [int(length) for length in args.lengths.split(",")], args.families.split(","), args.answers)
     return 0
 
 
@@ -81,13 +83,15 @@ def bundled(names: list[str], count: int, tokens: int) -> None:
               flush=True)
 
 
-def yardstick(names: list[str], lengths: list[int], answers: int) -> None:
+def yardstick(names: list[str], lengths: list[int], families: list[str], answers: int) -> None:
     engines = engines_of("yardstick", names, lengths[-1])
     print(f"{'':30}{'answers':>8}" + "".join(f"{name:>15}" for name in names))
     for length in lengths:
-        for family in RETRIEVAL:
+        for family in families:
             right = {name: [] for name in names}
-            for document in range(-(-answers // 8)):
+            for document in itertools.count():
+                if len(right[names[0]]) >= answers:
+                    break
                 asked = samples_of(family, f"fp8 {document}", length, engines[names[0]].tokenizer, 8)
                 for name, engine in engines.items():
                     params = [SamplingParams(max_tokens=one.max_tokens, **GREEDY) for one in asked]

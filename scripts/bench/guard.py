@@ -28,7 +28,7 @@ from qwen_jax.model import init  # noqa: E402
 class NoGuard:
     """Looks at nothing."""
 
-    def __init__(self, model, known) -> None:
+    def __init__(self, known) -> None:
         self.trips = jnp.zeros(len(known), jnp.int32)
 
     def storable(self, layer, written) -> None:
@@ -50,7 +50,8 @@ def main() -> int:
                     recompute_shapes=(), decode_rows=(args.rows,))
     options = {"fp8_enabled": True, "limits": limits, "cache_dir": None, "progress": False}
     engines = {"guarded": Engine(model, **options)}
-    with mock.patch("qwen_jax.engine.steps.Guard", NoGuard):
+    with (mock.patch("qwen_jax.engine.steps.Guard", NoGuard),
+          mock.patch("qwen_jax.engine.steps.damaged_weights", lambda model: 0)):
         engines["not guarded"] = Engine(model, **options)
     say("engines ready")
     times = {name: [] for name in engines}

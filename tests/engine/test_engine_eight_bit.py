@@ -11,11 +11,13 @@ from qwen_kernels.attention import PAGE, causal_attention
 
 from qwen_jax import Engine, SamplingParams
 from qwen_jax.checkpoint import from_transformers
+from qwen_jax.checkpoint.adapters import save_adapter
 from qwen_jax.engine.executables import backend_compiles
 from qwen_jax.engine.schedule import EIGHT_BIT, Limits
 from qwen_jax.errors import UserError
 from qwen_jax.evaluation.eight_bit import calibrate_eight_bit
 from qwen_jax.model import build, params_of
+from qwen_jax.model.lora import LoraConfig, init_adapter
 from qwen_jax.model.rope import apply_rope, rope_tables
 from qwen_jax.quantization import FP8Tensor, default_precision, scales_of
 
@@ -37,12 +39,12 @@ def engine(hf):
 
 @pytest.fixture(scope="module")
 def fragile(hf):
-    return Engine(hf, kv_cache_dtype="e4m3", limits=LIMITS, progress=False)
+    return Engine(hf, kv_cache_dtype="e4m3", limits=LIMITS, progress=False, max_adapters=1, max_adapter_rank=1)
 
 
 @pytest.fixture(scope="module")
 def exact(hf):
-    return Engine(hf, limits=LIMITS, progress=False)
+    return Engine(hf, limits=LIMITS, progress=False, max_adapters=1, max_adapter_rank=1)
 
 
 @pytest.fixture(scope="module")
@@ -259,6 +261,37 @@ def test_random_faults(fragile, in_8_bits, in_16_bits):
     assert fragile.stats().pages_used == 0
 
 
+@pytest.mark.parametrize("kind", ["beyond the range", "infinite"])
+def test_activations_out_of_hand(fragile, exact, in_8_bits, kind, tmp_path):
+    """Of one request, by an adapter of its own: keys that 8 bits do not hold, which 16 do, and keys that nothing does.
+    Its neighbours' answers stay what they were."""
+    lora = LoraConfig(1, 1.0, ("k_proj",))
+    size = {"beyond the range": 1e3, "infinite": 1e38}[kind]
+    adapter = {key: jnp.zeros(value.shape).at[2].set(size) for key, value in init_adapter(exact.config, lora).items()}
+    save_adapter(adapter, exact.config, lora, tmp_path / "loud")
+    before = fragile.stats()
+    for engine in (fragile, exact):
+        engine.load_adapter("loud", tmp_path / "loud")
+    compiles = backend_compiles()
+    try:
+        outputs = fragile.generate(PROMPTS, GREEDY, adapter=[None, None, "loud", None])
+        assert backend_compiles() == compiles
+        want = exact.generate([PROMPTS[2]], GREEDY, adapter="loud")[0]
+    finally:
+        for engine in (fragile, exact):
+            engine.unload_adapter("loud")
+    neighbours = [0, 1, 3]
+    assert [outputs[n].token_ids for n in neighbours] == [in_8_bits[n] for n in neighbours]
+    after, trips = fragile.stats(), {"beyond the range": 1, "infinite": 2}[kind]
+    assert {layer: count - before.guard_trips.get(layer, 0) for layer, count in after.guard_trips.items()
+            if count != before.guard_trips.get(layer, 0)} == {2: trips}
+    assert after.pages_used == 0
+    if kind == "infinite":
+        assert outputs[2].finish_reason == "error" and "layer 2" in outputs[2].error and not outputs[2].token_ids
+    else:
+        assert outputs[2].token_ids == want.token_ids and outputs[2].finish_reason == "length"
+
+
 def test_other_weights_in_8_bits(hf, engine, answers, tmp_path):
     """An update is rounded like the first weights were, with scales of its own, and compiles nothing."""
     other = random_qwen2(seed=1, num_hidden_layers=4)
@@ -280,8 +313,9 @@ def test_memory(engine, exact):
     assert 0 < engine.scheduler.wide_pool.capacity == 512 // PAGE
 
 
-def test_settings(hf):
+def test_settings(hf, caplog):
     with pytest.raises(UserError, match="int8 KV cache needs ranges that were measured"):
         Engine(hf, kv_cache_dtype="int8", limits=LIMITS, warmup=False)
+    assert sum("does not multiply 8-bit floats" in record.message for record in caplog.records) <= 1
     with pytest.raises(UserError, match="beside .* bytes of 16-bit pages"):
         Engine(hf, fp8_enabled=True, limits=LIMITS, kv_cache_bytes=400_000, warmup=False)

@@ -27,7 +27,8 @@ def rotate(x, positions, frequencies):
 class Case:
     """Rows of 8-bit pages in random order, queries at the end of each, and a random selection of pages."""
 
-    def __init__(self, kind, tokens, length, width=WIDTH, group=GROUP, dim=64, logits=1.5, dense=0.3):
+    def __init__(self, kind, tokens, length, width=WIDTH, group=GROUP, dim=64, logits=1.5, dense=0.3,
+                 value_bias=1.0):
         rng = np.random.default_rng(0)
         heads, length = len(NORMS), np.asarray(length, np.int32)
         shape = len(length), width * PAGE, heads, dim
@@ -43,7 +44,8 @@ class Case:
         q = rng.standard_normal((len(length), tokens, heads, group, dim))
         scores = np.einsum("bkgh,bskh->bkgs", q[:, -1], self.keys) * dim**-0.5
         q *= logits / scores.std(axis=-1)[:, None, ..., None]
-        self.v_bias, self.table = rng.standard_normal((heads, dim)), np.zeros((len(length), width), np.int32)
+        self.v_bias = value_bias * rng.standard_normal((heads, dim))
+        self.table = np.zeros((len(length), width), np.int32)
         self.table.flat = 1 + rng.permutation(self.table.size)
         planes = np.hypot(*np.split(content, 2, axis=-1)).max(axis=(0, 1))
         forms = [(np.tile(planes, 2) / MOST[kind], bias, jnp.asarray(frequencies, jnp.float32)),

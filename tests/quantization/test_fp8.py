@@ -1,11 +1,24 @@
 """e4m3 weights against ml_dtypes' own grid and float64."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen_jax.quantization import E4M3, FP8Tensor, matrix, product, quantize, quantize_host, rows, saturate, widened
+from qwen_jax.quantization import (
+    E4M3,
+    FP8Tensor,
+    matrix,
+    multiplies_fp8,
+    product,
+    quantize,
+    quantize_host,
+    rows,
+    saturate,
+    widened,
+)
 
 GRID = np.sort(np.arange(256, dtype=np.uint8).view(E4M3).astype(np.float32)[~np.isnan(
     np.arange(256, dtype=np.uint8).view(E4M3).astype(np.float32))])
@@ -86,3 +99,12 @@ def test_matrix_and_rows():
     table = quantize(jax.random.normal(jax.random.key(1), (10, 16)), 1)
     index = jnp.array([[3, 0], [9, 3]])
     np.testing.assert_array_equal(rows(table, index, jnp.bfloat16), table.dequantize(jnp.bfloat16)[index])
+
+
+@pytest.mark.gpu
+def test_which_products_the_backend_computes_in_8_bits():
+    """Where it cannot, the compiled product holds a wider copy of the weight; where it can, none."""
+    weight, x = quantize(jnp.ones((384, 256)), 1), jnp.ones((32, 256), jnp.bfloat16)
+    compiled = jax.jit(lambda x, weight: product("tk,nk->tn", x, weight)).lower(x, weight).compile().as_text()
+    wide = re.findall(r"(?:bf16|f16|f32)\[(?:384,256|256,384)\]", compiled)
+    assert "f8e4m3fn[384,256]" in compiled and bool(wide) != multiplies_fp8()
