@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _convert(args: argparse.Namespace) -> None:
     from qwen_jax.checkpoint import convert
 
-    print(convert(args.src, args.dst, dtype=args.dtype, fp8=args.fp8))
+    print(convert(args.src, args.dst, dtype=args.dtype, fp8=args.fp8, processes=args.processes))
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -267,7 +267,7 @@ def _buckets(args: argparse.Namespace, engine) -> None:
     """What each bucket costs, as XLA sees it."""
     rows = []
     for bucket in engine.runner.table:
-        program = engine.runner.executables[bucket]
+        program, = engine.runner.programs(bucket)
         rows.append({"bucket": str(bucket), "gflops": program.flops / 1e9, "accessed_mb": program.bytes_accessed / 1e6,
                      "temporary_mb": program.temp_bytes / 1e6, "seconds": program.seconds,
                      "from_disk": program.from_disk})
@@ -330,6 +330,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("dst")
     convert.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: keep every tensor bit for bit")
     convert.add_argument("--fp8", action="store_true", help="e4m3 weights in all layers but the first and the last")
+    convert.add_argument("--processes", type=int, default=1, metavar="N", help="of this machine, which share the work")
 
     export = command("export", _export, "Write a converted checkpoint as a Hugging Face folder.")
     export.add_argument("src")

@@ -3,8 +3,10 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests wait for compilations more than for anything else, and these take a third less time without LLVM's passes.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Eight simulated devices, for meshes. Tests wait for compilations more than for anything else, and these take a third
+# less time without LLVM's passes.
+os.environ.setdefault("XLA_FLAGS",
+                      "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8")
 
 import pytest  # noqa: E402
 

@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from qwen_jax.checkpoint.atomic import new_folder
-from qwen_jax.checkpoint.conversion import as_dtype
 from qwen_jax.checkpoint.safetensors_io import check_finite
 from qwen_jax.checkpoint.source import read_json
+from qwen_jax.checkpoint.tensors import as_dtype
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.model.lora import SITES, TARGETS, LoraConfig, target_sizes

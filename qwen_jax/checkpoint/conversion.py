@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from qwen_jax.checkpoint import orbax_store
 from qwen_jax.checkpoint.atomic import new_folder
-from qwen_jax.checkpoint.calibrated import read_calibrated
-from qwen_jax.checkpoint.hf_layout import EMBEDDING, HEAD, Entry, assemble, check_shapes, layout, split
-from qwen_jax.checkpoint.safetensors_io import DTYPES, SafetensorsFolder, SafetensorsWriter, as_bytes, check_finite
+from qwen_jax.checkpoint.hf_layout import layout
+from qwen_jax.checkpoint.pieces import Pieces
+from qwen_jax.checkpoint.safetensors_io import DTYPES, SafetensorsWriter, check_finite
 from qwen_jax.checkpoint.source import (
     FORMAT_VERSION,
     MANIFEST,
@@ -28,14 +24,14 @@ from qwen_jax.checkpoint.source import (
     read_manifest,
     resolve,
 )
+from qwen_jax.checkpoint.tensors import SCALE, as_dtype, progress, sha256, split_stored, stored_dtypes
+from qwen_jax.checkpoint.workers import write_in_processes
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
-from qwen_jax.quantization import E4M3, FP8Tensor, Precision, default_precision, quantize_host
-
-SCALE = ".scale"  # of an FP8 parameter, beside its values
+from qwen_jax.quantization import E4M3, FP8Tensor
 
 
-def convert(src: str | Path, dst: str | Path, dtype: Any = None, fp8: bool = False) -> Path:
+def convert(src: str | Path, dst: str | Path, dtype: Any = None, fp8: bool = False, processes: int = 1) -> Path:
     """Convert a Hugging Face model to a new Orbax checkpoint folder.
 
     Args:
@@ -43,41 +39,27 @@ def convert(src: str | Path, dst: str | Path, dtype: Any = None, fp8: bool = Fal
       dst: the folder to create. It appears complete or not at all.
       dtype: element type to store, or None to keep every tensor bit for bit.
       fp8: store the matrices of all layers but the first and the last as e4m3, with a scale for each output channel.
+      processes: how many processes of this machine share the work; more than one are started for it. Each holds a group
+        of tensors in memory, and the result is the same.
 
     Beside the parameters, ``dst`` holds config.json, generation_config.json, the tokenizer, and a manifest
     (``qwen_jax.json``) with the shape, element type and SHA-256 of every tensor as stored, under Hugging Face's names.
 
-    Returns ``dst``. Raises UserError for bad input, an existing ``dst``, or too little disk space.
+    Returns ``dst``. Raises UserError for bad input, an existing ``dst``, too little disk space, or a process that was
+    killed.
     """
+    if isinstance(processes, bool) or not isinstance(processes, int) or processes < 1:
+        raise UserError(f"the number of processes must be a positive integer, not {processes!r}")
     source = resolve(src)
     if source.kind == "orbax":
         raise UserError(f"{source.path} is already converted: load it directly, or use export for a safetensors folder")
     target = None if dtype is None else as_dtype(dtype)
-    config, tensors = source.config, open_tensors(source)
-    table = _by_position(layout(config), tensors)
-    stored = {path: target or tensors.dtype(entry.parts[0].name) for path, entry in table.items()}
-    sizes = {path: entry.size * stored[path].itemsize for path, entry in table.items()}
-    found = read_calibrated(source.path, config) if fp8 else None
-    # Tables are rounded when they are loaded: other readers of a checkpoint do not expect them in 8 bits.
-    precision = Precision(found.precision.weights) if found else default_precision(config, fp8, None)
-    manifest: dict[str, Any] = {}
-
-    def read(name: str) -> np.ndarray:
-        tensor = tensors.read(name)
-        if target is not None and tensor.dtype != target:
-            tensor = tensor.astype(target)
-            check_finite(name, tensor)
-        return tensor
-
-    def store(path: str, array: np.ndarray) -> np.ndarray | FP8Tensor:
-        inputs = precision.inputs(path)
-        kept = array if inputs is None else FP8Tensor(*quantize_host(array, inputs))
-        for name, tensor in split_stored(table[path], kept):
-            manifest[name] = {"dtype": str(tensor.dtype), "shape": list(tensor.shape), "sha256": sha256(tensor)}
-        return kept
-
-    with new_folder(dst, sum(sizes.values())) as folder:
-        orbax_store.write(folder / PARAMS, _pieces(table, sizes, read, store, "converting"))
+    pieces = Pieces(source, target, fp8)
+    with new_folder(dst, sum(pieces.sizes.values())) as folder:
+        if processes == 1:
+            manifest = _write(folder / PARAMS, pieces)
+        else:
+            manifest = write_in_processes(folder / PARAMS, source, target and target.name, fp8, pieces, processes)
         hf_config = read_json(source.path / "config.json")
         hf_config.pop("quantization_config", None)  # what it says of the source's weights does not hold here
         if target is not None:
@@ -88,13 +70,30 @@ def convert(src: str | Path, dst: str | Path, dtype: Any = None, fp8: bool = Fal
             "format": "qwen-jax checkpoint",
             "format_version": FORMAT_VERSION,
             "dtype": _common({entry["dtype"] for entry in manifest.values()}),
-            "source_dtype": _common({str(tensors.dtype(name)) for name in manifest}),
+            "source_dtype": _common({str(pieces.source_dtype(name)) for name in manifest}),
             "config": hf_config,
             "files": {str(file.relative_to(folder)): file.stat().st_size
                       for file in sorted((folder / PARAMS).rglob("*")) if file.is_file()},
             "tensors": manifest,
         })
     return Path(dst)
+
+
+def _write(folder: Path, pieces: Pieces) -> dict[str, dict[str, Any]]:
+    """Write ``pieces`` to a new Orbax checkpoint; returns what the manifest says of the tensors."""
+    manifest: dict[str, dict[str, Any]] = {}
+
+    def converted() -> Iterator[dict[str, np.ndarray]]:
+        with progress(sum(pieces.sizes.values()), "converting") as bar:
+            for group in pieces.groups:
+                arrays, entries = pieces.convert(group)
+                manifest.update(entries)
+                bar.update(pieces.size(group))
+                yield arrays
+                del arrays  # else they would be alive while the next group is read
+
+    orbax_store.write(folder, converted())
+    return manifest
 
 
 def export(src: str | Path, dst: str | Path, max_shard_bytes: int = 5_000_000_000) -> Path:
@@ -148,15 +147,6 @@ def _stored_arrays(source: Source, manifest: Mapping[str, Any]) -> Iterator[tupl
             yield path, FP8Tensor(array, loaded.pop(path + SCALE)) if dtypes[path] == E4M3 else array
 
 
-def split_stored(entry: Entry, stored: np.ndarray | FP8Tensor) -> Iterator[tuple[str, np.ndarray | FP8Tensor]]:
-    """Each Hugging Face tensor of a parameter: its name, and its value or, of FP8, its rows and their scales."""
-    if not isinstance(stored, FP8Tensor):
-        yield from split(entry, stored)
-        return
-    for part, (name, values) in zip(entry.parts, split(entry, stored.values), strict=True):
-        yield name, FP8Tensor(values, np.ascontiguousarray(stored.scale[part.index]).reshape(-1))
-
-
 def _checksums(source: Source, manifest: Mapping[str, Any]) -> Callable[[str, np.ndarray | FP8Tensor], None]:
     def check(name: str, tensor: np.ndarray | FP8Tensor) -> None:
         if manifest["tensors"].get(name, {}).get("sha256") != sha256(tensor):
@@ -194,68 +184,6 @@ def save_hf(model_or_params: Any, config: ModelConfig, dst: str | Path, tokenize
     side_files = None if tokenizer_files_from is None else Path(tokenizer_files_from)
     _write_hf(config, hf_config, dtypes, arrays, Path(dst), max_shard_bytes, side_files, check_finite)
     return Path(dst)
-
-
-def open_tensors(source: Source) -> SafetensorsFolder:
-    """A Hugging Face folder's weights, with names and shapes checked against its config."""
-    tensors, config = SafetensorsFolder(source.path), source.config
-    check_shapes(config, tensors.shapes(), str(source.path))
-    if config.tie_word_embeddings and HEAD in tensors.shapes() and not tensors.identical(HEAD, EMBEDDING):
-        raise UserError(f"config.json in {source.path} ties the head to the embedding, but the two tensors differ: set "
-                        "tie_word_embeddings to false to use the stored head")
-    return tensors
-
-
-def stored_dtypes(config: ModelConfig, manifest: Mapping[str, Any]) -> dict[str, np.dtype]:
-    """Canonical path -> element type in a converted checkpoint."""
-    names = {path: manifest["tensors"][entry.parts[0].name]["dtype"] for path, entry in layout(config).items()}
-    return {path: E4M3 if name == str(E4M3) else as_dtype(name) for path, name in names.items()}
-
-
-def as_dtype(dtype: Any) -> np.dtype:
-    """One of the element types that weights are stored in; raises UserError for any other."""
-    try:
-        found = jnp.dtype(dtype)
-    except TypeError:
-        found = None
-    if found not in DTYPES.values():
-        raise UserError(f"dtype {str(dtype)!r} is not supported for weights: use bfloat16, float16 or float32")
-    return found
-
-
-def sha256(tensor: np.ndarray | FP8Tensor) -> str:
-    """Hexadecimal SHA-256 of a C-contiguous array's bytes; of FP8, of the values' and then the scales'."""
-    parts = (tensor.values, tensor.scale) if isinstance(tensor, FP8Tensor) else (tensor,)
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(as_bytes(part))
-    return digest.hexdigest()
-
-
-def progress(total_bytes: int, label: str) -> tqdm:
-    """A progress bar in bytes on stderr, for work that lasts longer than a second."""
-    return tqdm(total=total_bytes, desc=label, unit="B", unit_scale=True, delay=1, mininterval=0.5, file=sys.stderr)
-
-
-def _by_position(table: Mapping[str, Entry], tensors: SafetensorsFolder) -> dict[str, Entry]:
-    """The table in the order its tensors lie on disk: shard by shard."""
-    return dict(sorted(table.items(), key=lambda item: min(tensors.position(part.name) for part in item[1].parts)))
-
-
-def _pieces(table: Mapping[str, Entry], sizes: Mapping[str, int], read: Callable[[str], np.ndarray],
-            store: Callable[[str, np.ndarray], np.ndarray | FP8Tensor], label: str) -> Iterator[dict[str, np.ndarray]]:
-    with progress(sum(sizes.values()), label) as bar:
-        for group in orbax_store.groups({path: sizes[path] for path in table}):
-            piece = {}
-            for path in group:
-                kept = store(path, assemble(table[path], read))
-                if isinstance(kept, FP8Tensor):
-                    piece[path], piece[path + SCALE] = kept.values, kept.scale
-                else:
-                    piece[path] = kept
-                del kept  # else it would be alive while the next group is read
-                bar.update(sizes[path])
-            yield piece
 
 
 def _write_hf(config: ModelConfig, hf_config: Mapping[str, Any], dtypes: Mapping[str, np.dtype],

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from jax.sharding import Sharding
 
 from qwen_jax.checkpoint import orbax_store
-from qwen_jax.checkpoint.conversion import SCALE, as_dtype, open_tensors, progress, stored_dtypes
 from qwen_jax.checkpoint.hf_layout import HEAD, assemble, check_shapes, layout
+from qwen_jax.checkpoint.placement import (
+    Expand,
+    absent,
+    dequantized,
+    leading,
+    let_go,
+    place,
+    place_expanded,
+    quantized,
+    zeros,
+)
 from qwen_jax.checkpoint.safetensors_io import check_finite
 from qwen_jax.checkpoint.source import Source, read_manifest, resolve
+from qwen_jax.checkpoint.tensors import SCALE, as_dtype, open_tensors, progress, stored_dtypes
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.quantization import E4M3, INPUTS, FP8Tensor, Precision
@@ -39,51 +50,63 @@ def load_model(ref: str | Path | Source, dtype: Any = "bfloat16", precision: Pre
 
 
 def load_params(source: Source, config: ModelConfig, dtype: Any = None,
-                shardings: Mapping[str, jax.sharding.Sharding] | None = None,
-                precision: Precision | None = None) -> dict[str, jax.Array | FP8Tensor]:
+                shardings: Mapping[str, Sharding] | None = None, precision: Precision | None = None,
+                expand: Mapping[str, Expand] | None = None) -> dict[str, jax.Array | FP8Tensor]:
     """Parameters by canonical path, in the order of ``hf_layout.layout``.
 
     Args:
       dtype: bfloat16, float16 or float32; None keeps what is stored.
-      shardings: canonical path -> sharding; paths not named go to the first local device.
+      shardings: canonical path -> sharding of the result; paths not named go to the first local device. Paths may be on
+        different devices, and on those of other processes: every process then has to load, and holds what its own
+        devices have of each parameter, which may be nothing. Scales of an 8-bit parameter have the leading axes of its
+        sharding.
       precision: which parameters become 8-bit; by default none.
+      expand: canonical path -> what turns the parameter as it is stored (a host array, or an `FP8Tensor` of two) into
+        the one to place, for those whose shape differs. It must treat all indices of an axis that it does not change
+        alike, because it is given some of them at a time.
 
+    From a converted checkpoint each process reads the chunks that its devices' parts overlap, and only parameters in
+    ``expand`` whole. From a Hugging Face folder each process reads every tensor whole, one parameter at a time.
     Host memory beyond the result stays within one group of tensors (256 MB, or the largest tensor).
     Raises UserError for damaged or mismatched weights, and for NaN or Inf in a Hugging Face folder's.
     """
-    params = dict(iter_params(source, config, dtype, shardings, precision))
+    params = dict(iter_params(source, config, dtype, shardings, precision, expand))
     return {path: params[path] for path in layout(config)}
 
 
 def iter_params(source: Source, config: ModelConfig, dtype: Any = None,
-                shardings: Mapping[str, jax.sharding.Sharding] | None = None,
-                precision: Precision | None = None) -> Iterator[tuple[str, jax.Array | FP8Tensor]]:
+                shardings: Mapping[str, Sharding] | None = None, precision: Precision | None = None,
+                expand: Mapping[str, Expand] | None = None) -> Iterator[tuple[str, jax.Array | FP8Tensor]]:
     """What `load_params` loads, one after another, so that the caller can let go of something for each."""
-    for path, value in _iter_params(source, config, dtype, shardings):
-        wanted = precision is not None and precision.inputs(path) is not None
-        if isinstance(value, FP8Tensor) and not wanted:
-            value = _dequantize(value, "bfloat16" if dtype is None else as_dtype(dtype).name)
-        yield path, precision.store(path, value) if wanted else value
-
-
-def _iter_params(source: Source, config: ModelConfig, dtype: Any,
-                 shardings: Mapping[str, jax.sharding.Sharding] | None) -> Iterator[tuple[str, jax.Array]]:
     target = None if dtype is None else as_dtype(dtype)
-    table = layout(config)
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    placed = {path: (shardings or {}).get(path, default) for path in table}
-    if source.kind == "orbax":
-        yield from _from_orbax(source, config, target, placed)
-        return
-    tensors = open_tensors(source)
+    placed = {path: (shardings or {}).get(path, default) for path in layout(config)}
+    read = _from_orbax if source.kind == "orbax" else _from_folder
+    for path, value in read(source, config, target, placed, expand or {}):
+        inputs = None if precision is None else precision.inputs(path)
+        if isinstance(value, FP8Tensor) and inputs is None:
+            value = dequantized(value, "bfloat16" if target is None else target.name, placed[path])
+        elif not isinstance(value, FP8Tensor) and inputs is not None:
+            value = quantized(value, inputs, placed[path])
+        yield path, value
+
+
+def _from_folder(source: Source, config: ModelConfig, target: np.dtype | None, placed: Mapping[str, Sharding],
+                 expand: Mapping[str, Expand]) -> Iterator[tuple[str, jax.Array]]:
+    table, tensors = layout(config), open_tensors(source)
     with progress(sum(entry.size for entry in table.values()), "loading") as bar:
         for path, entry in table.items():
-            yield path, _place(assemble(entry, tensors.read), target, placed[path])
+            array = assemble(entry, tensors.read)
+            value = (place_expanded(array, target, expand[path], placed[path]) if path in expand else
+                     place(array, target, placed[path]))
+            del array
+            let_go(value)
+            yield path, value
             bar.update(entry.size)
 
 
 def from_transformers(model: Any, dtype: Any = None,
-                      shardings: Mapping[str, jax.sharding.Sharding] | None = None
+                      shardings: Mapping[str, Sharding] | None = None
                       ) -> tuple[ModelConfig, dict[str, jax.Array]]:
     """The config and parameters of a ``transformers.Qwen2ForCausalLM`` in memory; arguments as ``load_params``.
 
@@ -116,44 +139,54 @@ def from_transformers(model: Any, dtype: Any = None,
         return array
 
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    params = {path: _place(assemble(entry, read), target, (shardings or {}).get(path, default))
+    params = {path: place(assemble(entry, read), target, (shardings or {}).get(path, default))
               for path, entry in layout(config).items()}
     return config, params
 
 
-def _from_orbax(source: Source, config: ModelConfig, target: np.dtype | None,
-                placed: Mapping[str, jax.sharding.Sharding]) -> Iterator[tuple[str, jax.Array]]:
+def _from_orbax(source: Source, config: ModelConfig, target: np.dtype | None, placed: Mapping[str, Sharding],
+                expand: Mapping[str, Expand]) -> Iterator[tuple[str, jax.Array | FP8Tensor]]:
     table, stored = layout(config), stored_dtypes(config, read_manifest(source))
-    eight_bit = {path for path in table if stored[path] == E4M3}
-    wanted = {path: jax.ShapeDtypeStruct(entry.shape, stored[path] if path in eight_bit else target or stored[path],
-                                         sharding=placed[path]) for path, entry in table.items()}
-    for path in eight_bit:  # outputs come first, so a sharding of the values' axes says what becomes of the scales'
-        rank = len(table[path].shape) - INPUTS[path.removeprefix("layers.").partition(".")[2]]
-        wanted[path + SCALE] = jax.ShapeDtypeStruct(table[path].shape[:rank], np.float32,
-                                                    sharding=_leading(placed[path], rank))
     sizes = {path: entry.size * stored[path].itemsize for path, entry in table.items()}
-    with progress(sum(sizes.values()), "loading") as bar:
-        for group in orbax_store.groups(sizes):
-            names = [*group, *(path + SCALE for path in group if path in eight_bit)]
-            loaded = orbax_store.read(source.params, {name: wanted[name] for name in names})
-            for path in group:
-                value = loaded.pop(path)
-                yield path, FP8Tensor(value, loaded.pop(path + SCALE)) if path in eight_bit else value
-            bar.update(sum(sizes[path] for path in group))
+    here = [path for path in table if placed[path].addressable_devices]
+    for path in table:
+        if not placed[path].addressable_devices:
+            yield path, absent(_form(path, table[path].shape, stored[path]), target, expand.get(path), placed[path])
+    # The largest of those that are whole in memory for a while come first, when there is little else.
+    whole = sorted((path for path in here if path in expand), key=sizes.get, reverse=True)
+    direct = [path for path in here if path not in expand]
+    with progress(sum(sizes[path] for path in here), "loading") as bar:
+        for paths in (whole, direct):
+            for group in orbax_store.groups({path: sizes[path] for path in paths}):
+                forms = {path: _form(path, table[path].shape, stored[path]) for path in group}
+                loaded = orbax_store.read(source.params, _wanted(forms, target, placed, expand))
+                for path in group:
+                    value = loaded.pop(path)
+                    if isinstance(forms[path], FP8Tensor):
+                        value = FP8Tensor(value, loaded.pop(path + SCALE))
+                    if path in expand:
+                        value = place_expanded(value, target, expand[path], placed[path])
+                        let_go(value)
+                    yield path, value
+                    bar.update(sizes[path])
 
 
-def _leading(sharding: jax.sharding.Sharding, rank: int) -> jax.sharding.Sharding:
-    if isinstance(sharding, jax.sharding.NamedSharding):
-        return jax.sharding.NamedSharding(sharding.mesh, jax.P(*tuple(sharding.spec)[:rank]))
-    return sharding
+def _form(path: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray | FP8Tensor:
+    """Zeros of a parameter's form in the checkpoint."""
+    if dtype != E4M3:
+        return zeros(shape, dtype)
+    outputs = len(shape) - INPUTS[path.removeprefix("layers.").partition(".")[2]]
+    return FP8Tensor(zeros(shape, dtype), zeros(shape[:outputs], np.dtype(np.float32)))
 
 
-@partial(jax.jit, static_argnums=1)
-def _dequantize(tensor: FP8Tensor, dtype: str) -> jax.Array:
-    return tensor.dequantize(dtype)
-
-
-def _place(array: np.ndarray, target: np.dtype | None, sharding: jax.sharding.Sharding) -> jax.Array:
-    """A host array onto devices: each device's part is cast and sent on its own."""
-    dtype = target or array.dtype
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index].astype(dtype, copy=False))
+def _wanted(forms: Mapping[str, np.ndarray | FP8Tensor], target: np.dtype | None, placed: Mapping[str, Sharding],
+            expand: Mapping[str, Expand]) -> dict[str, Any]:
+    """What to ask `orbax_store.read` for."""
+    wanted = {}
+    for path, form in forms.items():
+        arrays = {path: form.values, path + SCALE: form.scale} if isinstance(form, FP8Tensor) else {path: form}
+        for name, array in arrays.items():
+            dtype = array.dtype if len(arrays) > 1 else target or array.dtype
+            wanted[name] = np.ndarray if path in expand else jax.ShapeDtypeStruct(
+                array.shape, dtype, sharding=leading(placed[path], array.ndim))
+    return wanted

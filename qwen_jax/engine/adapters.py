@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax.config import ModelConfig
+from qwen_jax.engine.parts import Part, put_global
 from qwen_jax.errors import UserError
-from qwen_jax.model.lora import TARGETS, adapt_site, target_sizes
+from qwen_jax.model.lora import TARGETS, adapt_site, split_axes, target_sizes
+from qwen_jax.parallel.layout import expand
 
 NO_ADAPTER = 0  # the slot whose values stay zero
 
@@ -28,20 +30,22 @@ class AdapterTable:
     """The adapters of one engine by name.
 
     Args:
+      parts: of the model; each holds the adapters of its own layers, divided as the matrices beside them are.
       max_adapters: how many may be loaded at once; 0 makes an engine without adapters, whose programs know of none.
       max_rank: the largest rank; smaller ones are padded with zeros.
     """
 
-    def __init__(self, config: ModelConfig, max_adapters: int, max_rank: int, dtype: Any) -> None:
+    def __init__(self, config: ModelConfig, parts: Sequence[Part], max_adapters: int, max_rank: int,
+                 dtype: Any) -> None:
         for name, value, least in (("max_adapters", max_adapters, 0), ("max_adapter_rank", max_rank, 1)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise UserError(f"{name} must be an integer of at least {least}, not {value!r}")
-        self._config, self._max_rank = config, max_rank
+        self._config, self._parts, self._max_rank = config, tuple(parts), max_rank
         self._slots: dict[str, int] = {}
         self._free = list(range(max_adapters, NO_ADAPTER, -1))
         self._loads, self._identities = 0, {}
         self._users = dict.fromkeys(self._free, 0)
-        self._values: Adapters | None = None
+        self._values: tuple[Adapters | None, ...] = (None,) * len(self._parts)
         if max_adapters:
             count, sizes = max_adapters + 1, target_sizes(config)
             self._host = [{f"{target}.{factor}": np.zeros((count, max_rank, sizes[target][0]) if factor == "a" else
@@ -51,8 +55,8 @@ class AdapterTable:
             self._put()
 
     @property
-    def values(self) -> Adapters | None:
-        """The arrays for the next step; None for an engine without adapters."""
+    def values(self) -> tuple[Adapters | None, ...]:
+        """The arrays for the next step, of each part; None for an engine without adapters."""
         return self._values
 
     @property
@@ -68,7 +72,7 @@ class AdapterTable:
         """Read a PEFT adapter and make it available as ``name``; nothing changes when it cannot be used."""
         from qwen_jax.checkpoint.adapters import load_adapter
 
-        if self._values is None:
+        if not self._users:
             raise UserError("this engine takes no adapters: make it with max_adapters=1 or more")
         if name in self._slots:
             raise UserError(f"an adapter named {name!r} is loaded: unload it first")
@@ -130,8 +134,22 @@ class AdapterTable:
 
     def _put(self) -> None:
         # Copies: on CPU a device array may share the host's memory, and steps under way must keep what they were given.
-        layers = tuple({name: jax.device_put(values.copy()) for name, values in layer.items()} for layer in self._host)
-        self._values = Adapters(layers, jax.device_put(self._scale.copy()))
+        self._values = tuple(Adapters(
+            tuple({name: self._placed(part, name, values.copy()) for name, values in layer.items()}
+                  for layer in self._host[part.start:part.end]),
+            put_global(self._scale.copy(), part.replicated)) for part in self._parts)
+
+    def _placed(self, part: Part, name: str, values: np.ndarray) -> jax.Array:
+        """One factor of all slots, ``[S, r, I]`` or ``[S, O, r]``, as a part holds it."""
+        target, _, factor = name.rpartition(".")
+        own = split_axes(self._config, target)[factor == "b"]
+        names, sizes = zip(*own, strict=True)
+        axes = ("slot", "rank", *names) if factor == "a" else ("slot", *names, "rank")
+        before, after = values.shape[:2 if factor == "a" else 1], values.shape[3 if factor == "a" else 2:]
+        held = expand(values.reshape(*before, *sizes, *after), axes, part.layout)
+        # The flattened axis is divided as the first of those in it.
+        flat = ("slot", "rank", names[0]) if factor == "a" else ("slot", names[0], "rank")
+        return part.moved(held.reshape(*before, -1, *after), flat)
 
 
 def adapt_rows(config: ModelConfig, adapters: Adapters, slots: jax.Array):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 
-import jax
 import numpy as np
 from qwen_kernels.attention import PAGE
 
@@ -19,9 +18,10 @@ from qwen_jax.engine.steps import StepBatch
 
 
 @cache
-def _everything(rows: int, vocab_size: int) -> jax.Array:
-    """Masks that allow every token. On the device, because most steps send nothing else."""
-    return jax.device_put(np.full((rows, -(-vocab_size // 32)), -1, np.int32))
+def everything(rows: int, vocab_size: int) -> np.ndarray:
+    """Masks that allow every token. Always the same array, because most steps send nothing else: runners keep it on
+    their devices."""
+    return np.full((rows, -(-vocab_size // 32)), -1, np.int32)
 
 
 def padding_batch(bucket: Bucket, slots: int, vocab_size: int, sampling: SamplingRows) -> StepBatch:
@@ -40,7 +40,7 @@ def padding_batch(bucket: Bucket, slots: int, vocab_size: int, sampling: Samplin
         reused=np.zeros((bucket.rows, bucket.pages * PAGE if bucket.phase == "prefill" else 0), np.int32),
         targets=np.full(grid, -1, np.int32),
         adapters=np.full(row, NO_ADAPTER, np.int32),
-        allowed=_everything(bucket.rows, vocab_size),
+        allowed=everything(bucket.rows, vocab_size),
         sampling=sampling,
     )
 

@@ -111,9 +111,11 @@ def _blocks(x, fill):
 
 def top_k(x, k):
     """Highest k of each row, highest first: (values, ids)."""
-    # Without the barrier XLA merges a slice of the result into its expansion of top-k, a sort of the whole row, and no
-    # longer recognises it: 300 ms instead of 2 for [8, 151936] on a CPU.
-    return lax.optimization_barrier(tuple(lax.top_k(x, k)))
+    # Without the barriers XLA merges a slice of the result into its expansion of top-k, a sort of the whole row, and no
+    # longer recognises it: 300 ms instead of 2 for [8, 151936] on a CPU. One barrier for both results crashes XLA's
+    # compiler where there are several devices.
+    values, ids = lax.top_k(x, k)
+    return lax.optimization_barrier(values), lax.optimization_barrier(ids)
 
 
 def _at(x, index):

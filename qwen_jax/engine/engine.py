@@ -17,16 +17,21 @@ from qwen_jax.engine.intake import Intake, Messages, Prompt, is_single
 from qwen_jax.engine.loop import Loop
 from qwen_jax.engine.outputs import BucketStats, Delta, EngineStats, RequestOutput, Score
 from qwen_jax.engine.pages import PagePool
+from qwen_jax.engine.parts import draft_parts, parts_of
+from qwen_jax.engine.pipeline import Pipeline
 from qwen_jax.engine.request import Request
 from qwen_jax.engine.runner import Runner
 from qwen_jax.engine.sampling_params import SamplingParams
 from qwen_jax.engine.schedule import DEFAULT_POLICY, SPARSE, Limits, SchedulePolicy, bucket_table
 from qwen_jax.engine.scheduler import Scheduler
 from qwen_jax.engine.speculation import DRAFT_MODEL, NGRAM, Speculation
+from qwen_jax.engine.spread import Spread
+from qwen_jax.engine.stage import Sizes
 from qwen_jax.engine.updates import Golden, check_golden, check_policy, golden_requests, replace_in_place, switch
+from qwen_jax.engine.weights import Weights
 from qwen_jax.errors import UserError
 from qwen_jax.model import empty
-from qwen_jax.quantization import Calibrated, multiplies_fp8
+from qwen_jax.quantization import Calibrated, default_precision, multiplies_fp8
 
 DEFAULT_SPARSITY = Sparsity()
 
@@ -35,11 +40,12 @@ class Engine:
     """Text or tokens in, text out, through executables compiled ahead of time for every bucket.
 
     Args:
-      model: a ``Qwen2`` module or a ``transformers.Qwen2ForCausalLM``.
+      model: a ``Qwen2`` module, a ``transformers.Qwen2ForCausalLM``, or a checkpoint that `checkpoint.resolve` found.
       tokenizer: a transformers fast tokenizer; without one, prompts are token ids and ``text`` stays empty.
       generation_config: defaults of the sampling options and the end-of-sequence ids; a transformers model's own by
         default.
-      tp_size, pp_size: 1 and 1; other values are refused until they are implemented.
+      tp_size: devices that divide every layer among themselves; any number, see docs/parallelism.md.
+      pp_size: 1; other values are refused until they are implemented.
       fp8_enabled: e4m3 weights in all layers but the first and the last, and an 8-bit KV cache.
       max_batch_size: sequences that run at once.
       max_seq_len: prompt and answer together, in tokens; by default 4096 or the model's context if that is shorter.
@@ -75,12 +81,11 @@ class Engine:
                  speculation: Any = None, draft_tokens: int | None = None, strict_compiles: bool = False,
                  sparsity: Sparsity | Sequence[Sparsity | None] = DEFAULT_SPARSITY, batch_invariant: bool = False,
                  calibrated: Calibrated | None = None, warmup: bool = True, progress: bool = True) -> None:
-        settings.check_parallelism(tp_size, pp_size)
-        module, defaults = settings.as_module(model, dtype)
-        self.config = module.config
+        source, dtype, defaults = settings.source_of(model, dtype)
+        self.config = source.config
+        self.plan = settings.plan_of(self.config, tp_size, pp_size)
         self.tokenizer = tokenizer
         self.generation_config: GenerationDefaults = generation_config or defaults
-        dtype = module.dtype
         if batch_invariant:
             if limits is not None or speculation is not None:
                 raise UserError("batch_invariant decides the shapes: give neither limits nor speculation with it")
@@ -101,20 +106,25 @@ class Engine:
         draft = settings.draft_of(speculation, self.config, vocab_limit, dtype)
         self.sparsity = settings.sparsity_of(sparsity, self.config)
         sparse = any(bucket.schedule == SPARSE for bucket in table)
-        num_pages = settings.num_pages(self.config, draft and draft.config, self.limits, dtype, kv_cache_bytes, sparse,
-                                       self.precision)
+        parts = [part for replica in parts_of(self.plan) for part in replica]
+        weights = Weights(source, Spread(self.config, dtype, parts, self.precision, calibrated and calibrated.ranges))
+        guesses = draft and Weights(draft, Spread(draft.config, dtype, draft_parts(draft.config, self.plan),
+                                                  default_precision(draft.config, False, None)))
+        num_pages = settings.num_pages(parts[0].local, guesses and guesses.spread.parts[0].local, self.limits, dtype,
+                                       kv_cache_bytes, sparse, self.precision)
         wide_pages = settings.wide_pages(self.limits, self.precision)
         self.pool = PagePool(num_pages)
         dense_tail = max((layer.dense_tail for layer in self.sparsity if layer), default=0)
         self.scheduler = Scheduler(table, self.limits, self.pool, policy, prefix_cache, batch_invariant, dense_tail,
                                    PagePool(wide_pages) if eight_bit else None)
-        self.adapters = AdapterTable(self.config, max_adapters, max_adapter_rank, dtype)
+        self.adapters = AdapterTable(self.config, parts, max_adapters, max_adapter_rank, dtype)
         self.intake = Intake(tokenizer, self.generation_config, vocab_limit, self.config.vocab_size, self.scheduler,
                              self.adapters)
         directory = default_cache_dir() if cache_dir is ... else cache_dir and Path(cache_dir)
-        self.runner = Runner(module, table, num_pages, self.limits.max_batch_size, vocab_limit, self.adapters, draft,
-                             self.sparsity, self.precision, calibrated and calibrated.ranges, wide_pages,
-                             directory or None, strict_compiles)
+        sizes = Sizes(num_pages, self.limits.max_batch_size, vocab_limit, self.sparsity, wide_pages)
+        kind = Runner if len(self.plan.stages) == 1 else Pipeline
+        self.runner = kind(table, sizes, weights, range(len(self.plan.stages)), self.adapters, guesses,
+                           directory or None, strict_compiles)
         kind = DRAFT_MODEL if draft else speculation
         self.loop = Loop(self.scheduler, self.runner, kind and Speculation(kind, self.limits.draft_tokens))
         self._progress = progress
@@ -137,21 +147,16 @@ class Engine:
         )
 
         source = resolve(ref)
-        parallel = [options.get(name, default) for name, default in settings.PARALLELISM]
-        settings.check_parallelism(*parallel)  # before gigabytes are read
         if "calibrated" not in options:
             options["calibrated"] = read_calibrated(source.path, source.config)
-        precision = settings.precision_of(source.config, options.get("fp8_enabled", False),
-                                          options.get("kv_cache_dtype", "auto"), options["calibrated"])
         for name, load in (("tokenizer", load_tokenizer), ("generation_config", load_generation_config)):
             if name not in options:  # a tokenizer takes seconds to load
                 options[name] = load(source)
         if isinstance(options.get("speculation"), str | Path) and options["speculation"] != NGRAM:
             options["speculation"] = load_model(options["speculation"], dtype)
-        model = load_model(source, dtype, precision)
-        if "sparsity" not in options and (stored := read_sparsity(source.path, model.config)):
+        if "sparsity" not in options and (stored := read_sparsity(source.path, source.config)):
             options["sparsity"] = stored
-        return cls(model, **options)
+        return cls(source, dtype=dtype, **options)
 
     @classmethod
     def without_weights(cls, ref: str | Path, *, dtype: Any = "bfloat16", **options: Any) -> Engine:
@@ -316,9 +321,10 @@ class Engine:
         speculation = self.loop.speculation
         buckets = []
         for bucket, usage in figures.usage.items() if runner.ready else ():
-            program = runner.executables[bucket]
+            programs = runner.programs(bucket)
             buckets.append(BucketStats(str(bucket), usage.steps, usage.rows, usage.tokens, usage.seconds,
-                                       runner.prepare_seconds.get(bucket, 0.0), program.from_disk, program.temp_bytes))
+                                       runner.prepare_seconds[bucket], all(one.from_disk for one in programs),
+                                       max(one.temp_bytes for one in programs)))
         return EngineStats(
             compiles_after_warmup=runner.compiles_after_warmup, warmup_seconds=runner.warmup_seconds,
             executables=len(runner.executables.programs), pages_used=self.pool.capacity - self.pool.num_free,

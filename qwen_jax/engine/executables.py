@@ -1,4 +1,4 @@
-"""Bucket to compiled executable: compiled ahead of time, kept on disk, counted."""
+"""Key to compiled executable: compiled ahead of time, kept on disk, counted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pickle
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +21,6 @@ import jax
 import jaxlib
 import qwen_kernels
 from jax.experimental import serialize_executable
-
-from qwen_jax.engine.schedule import Bucket
 
 log = logging.getLogger(__name__)
 
@@ -81,55 +79,58 @@ class Executables:
     """The table of compiled programs.
 
     Args:
-      lower: ``lower(bucket)`` gives the ``jax.stages.Lowered`` step.
-      identity: everything but the bucket that the programs depend on; any JSON value.
+      lower: ``lower(key)`` gives the ``jax.stages.Lowered`` step.
+      devices: ``devices(key)``, in the order of the step's mesh.
+      identity: everything but key and devices that the programs depend on; any JSON value.
       cache_dir: where serialised programs are kept; None keeps none.
     """
 
-    def __init__(self, lower: Callable[[Bucket], jax.stages.Lowered], identity: object,
+    def __init__(self, lower: Callable[[Hashable], jax.stages.Lowered],
+                 devices: Callable[[Hashable], Sequence[jax.Device]], identity: object,
                  cache_dir: Path | None) -> None:
-        self._lower = lower
+        self._lower, self._devices = lower, devices
         self._identity = identity
         self._cache_dir = cache_dir
-        self.programs: dict[Bucket, Program] = {}
+        self.programs: dict[Hashable, Program] = {}
 
-    def prepare(self, buckets: Iterable[Bucket]) -> Iterable[tuple[Bucket, Program]]:
-        """Make the program of every bucket ready, and yield it with its bucket.
+    def prepare(self, keys: Iterable[Hashable]) -> Iterable[tuple[Hashable, Program]]:
+        """Make the program of every key ready, and yield it with its key.
 
         Several compile at a time: XLA compiles one program on one core.
         """
-        missing = [bucket for bucket in buckets if bucket not in self.programs]
+        missing = [key for key in keys if key not in self.programs]
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
-            work = [threads.submit(self._load_or_compile, bucket) for bucket in missing]
+            work = [threads.submit(self._load_or_compile, key) for key in missing]
             try:
-                for bucket, program in zip(missing, work, strict=True):
-                    self.programs[bucket] = program.result()
-                    yield bucket, self.programs[bucket]
+                for key, program in zip(missing, work, strict=True):
+                    self.programs[key] = program.result()
+                    yield key, self.programs[key]
             finally:
                 threads.shutdown(cancel_futures=True)
 
-    def __getitem__(self, bucket: Bucket) -> Program:
-        """The bucket's program. KeyError when it was not prepared: nothing compiles here."""
-        return self.programs[bucket]
+    def __getitem__(self, key: Hashable) -> Program:
+        """The key's program. KeyError when it was not prepared: nothing compiles here."""
+        return self.programs[key]
 
-    def _load_or_compile(self, bucket: Bucket) -> Program:
+    def _load_or_compile(self, key: Hashable) -> Program:
         began = time.perf_counter()
-        path = self._path(bucket)
-        compiled = _read(path) if path else None
+        path = self._path(key)
+        compiled = _read(path, self._devices(key)) if path else None
         from_disk = compiled is not None
         if compiled is None:
-            compiled = self._lower(bucket).compile()
+            compiled = self._lower(key).compile()
             if path:
                 _write(path, compiled)
         memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
         return Program(compiled, time.perf_counter() - began, from_disk, getattr(memory, "temp_size_in_bytes", 0),
                        cost.get("flops", 0.0), cost.get("bytes accessed", 0.0))
 
-    def _path(self, bucket: Bucket) -> Path | None:
+    def _path(self, key: Hashable) -> Path | None:
         if self._cache_dir is None:
             return None
-        key = json.dumps([_environment(), self._identity, repr(bucket)], sort_keys=True)
-        return self._cache_dir / f"{hashlib.sha256(key.encode()).hexdigest()}.exe"
+        ids = [device.id for device in self._devices(key)]
+        text = json.dumps([_environment(), self._identity, repr(key), ids], sort_keys=True)
+        return self._cache_dir / f"{hashlib.sha256(text.encode()).hexdigest()}.exe"
 
 
 def default_cache_dir() -> Path:
@@ -138,13 +139,13 @@ def default_cache_dir() -> Path:
     return (Path(root) if root else Path.home() / ".cache" / "qwen-jax") / "executables"
 
 
-def _read(path: Path):
-    """The program kept at ``path``, or None when there is none that loads (it is then compiled again)."""
+def _read(path: Path, devices: Sequence[jax.Device]):
+    """The program kept at ``path``, for these devices; None when there is none that loads."""
     try:
         digest, payload = path.read_bytes().split(b"\n", 1)
         if hashlib.sha256(payload).hexdigest().encode() != digest:
             raise ValueError("its checksum does not match")
-        return serialize_executable.deserialize_and_load(*pickle.loads(payload))
+        return serialize_executable.deserialize_and_load(*pickle.loads(payload), execution_devices=devices)
     except FileNotFoundError:
         return None
     except Exception as error:  # whatever a damaged or foreign file raises, compiling again is right
@@ -192,7 +193,8 @@ def _code_digest() -> str:
     """Digest of the sources that are traced into programs."""
     package, kernels = Path(__file__).parents[1], Path(qwen_kernels.__file__).parent
     steps = [package / "engine" / f"{name}.py"
-             for name in ("steps", "adapters", "guard", "sampler", "draw", "grammar", "schedule")]
+             for name in ("steps", "stage", "pipeline", "runner", "parts", "spread", "adapters", "guard", "sampler",
+                          "draw", "grammar", "schedule")]
     digest = hashlib.sha256()
     for path in [package / "config.py", *steps, *sorted((package / "model").rglob("*.py")),
                  *sorted((package / "quantization").rglob("*.py")),

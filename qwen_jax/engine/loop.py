@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Sized
 from dataclasses import dataclass, field
 
-import jax
 import numpy as np
 
 from qwen_jax.engine.batch import build_batch
@@ -109,7 +108,7 @@ class Loop:
             started = time.perf_counter()
             output = self.runner.start(plan.bucket, batch, plan.version)
             self._deliver()
-            output = jax.device_get(output)
+            output = self.runner.finish(output)
         except BaseException as error:  # the state was given away to the step: nothing can continue from here
             self.failure = error
             raise

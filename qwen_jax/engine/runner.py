@@ -1,62 +1,53 @@
-"""The device's side of an engine: weights, pages and programs, and what runs one program on them."""
+"""The devices' side of an engine: pages and programs, and what runs one program on them."""
 
 from __future__ import annotations
 
 import sys
 import time
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from flax import nnx
-from qwen_kernels.sparse_attention import Sparsity
 from tqdm import tqdm
 
 from qwen_jax.engine.adapters import AdapterTable
 from qwen_jax.engine.batch import dry_run_batch
-from qwen_jax.engine.executables import Executables, planned, unplanned_compiles
-from qwen_jax.engine.schedule import SPARSE, Bucket
-from qwen_jax.engine.steps import Models, StepBatch, StepOutput, new_state, run_bucket
+from qwen_jax.engine.executables import Executables, Program, planned, unplanned_compiles
+from qwen_jax.engine.schedule import Bucket
+from qwen_jax.engine.stage import Sizes, Stage
+from qwen_jax.engine.steps import EngineState, StepBatch, StepOutput, run_bucket
 from qwen_jax.engine.weights import Weights
 from qwen_jax.errors import UserError
-from qwen_jax.model import Qwen2
-from qwen_jax.quantization import Precision, Ranges, forms
+
+
+class Key(NamedTuple):
+    """Of a program."""
+
+    bucket: Bucket
+    stage: int
 
 
 class Runner:
-    """Programs for every bucket of a table.
+    """Programs for every bucket of a table, for one replica of the model.
 
     Args:
-      model: whose weights are version 0.
-      num_pages, slots: sizes of the state on the device.
-      vocab_limit: number of token ids that exist.
-      draft: the model that guesses tokens, if there is one.
-      sparsity: of each layer in the sparse schedule's buckets; None for a layer that attends to everything.
-      precision: which parts are 8-bit; ranges: that were measured of each layer's keys and values; wide_pages: size
-        of the pool of pages for what 8 bits cannot compute.
+      parts: which of the weights' parts it runs on, and with which of the adapters' values: one here, and one for each
+        stage in a `Pipeline`.
+      draft: the weights of the model that guesses tokens, in the same parts, if there is one.
       cache_dir: where programs are kept; None keeps none.
       strict: refuse to go on after a compilation that was not part of a warm-up.
     """
 
-    def __init__(self, model: Qwen2, table: tuple[Bucket, ...], num_pages: int, slots: int, vocab_limit: int,
-                 adapters: AdapterTable, draft: Qwen2 | None, sparsity: tuple[Sparsity | None, ...],
-                 precision: Precision, ranges: tuple[Ranges, ...] | None, wide_pages: int, cache_dir: Path | None,
-                 strict: bool = False) -> None:
-        self.table, self.adapters, self.weights = table, adapters, Weights(model, precision, ranges)
-        self._slots, self._vocab_limit, self._strict = slots, np.int32(vocab_limit), strict
-        self._vocab_size = model.config.vocab_size
-        dtype = model.dtype
-        self._draft_graph, self._draft = nnx.split(draft) if draft else (None, None)
-        sparse = any(bucket.schedule == SPARSE for bucket in table)
-        self._sparsity = sparsity
-        self._new_state = partial(new_state, model.config, num_pages, slots, dtype, draft and draft.config,
-                                  table[0].pages if sparse else 0, precision.kv_cache, wide_pages)
-        self._state = None
-        identity = [repr(model.config), str(dtype), num_pages, slots, adapters.identity_of_shapes,
-                    draft and repr(draft.config), repr(sparsity) if sparse else None, repr(precision), wide_pages]
-        self.executables = Executables(self._lower, identity, cache_dir)
-        self.prepare_seconds: dict[Bucket, float] = {}
+    def __init__(self, table: tuple[Bucket, ...], sizes: Sizes, weights: Weights, parts: Sequence[int],
+                 adapters: AdapterTable, draft: Weights | None, cache_dir: Path | None, strict: bool = False) -> None:
+        self.table, self.sizes, self.weights, self.adapters = table, sizes, weights, adapters
+        self.stages = [Stage(table, sizes, weights, part, adapters, draft) for part in parts]
+        self._strict = strict
+        self._vocab_size = weights.config.vocab_size
+        self.executables = Executables(self._lower, lambda key: self.stages[key.stage].part.devices,
+                                       [stage.identity for stage in self.stages], cache_dir)
+        self.prepare_seconds: dict[Bucket, float] = dict.fromkeys(table, 0.0)
         self.warmup_seconds = 0.0
         self._compiles_at_warmup: int | None = None
 
@@ -69,61 +60,86 @@ class Runner:
         """XLA compilations in this process since the warm-up that no engine planned."""
         return unplanned_compiles() - self._compiles_at_warmup if self.ready else 0
 
+    @property
+    def state(self) -> EngineState | None:
+        """Of the first stage."""
+        return self.stages[0].state
+
+    @state.setter
+    def state(self, state: EngineState) -> None:
+        self.stages[0].state = state
+
+    def programs(self, bucket: Bucket) -> list[Program]:
+        """One for each stage."""
+        return [self.executables[key] for key in self._keys(bucket)]
+
+    def _keys(self, bucket: Bucket) -> list[Key]:
+        return [Key(bucket, stage) for stage in range(len(self.stages))]
+
     def warmup(self, progress: bool) -> None:
         """Compile (or load from disk) and run every program once; nothing compiles afterwards.
 
         A new program runs on a full row. One from disk has done so before: it runs on none, which a prefill skips.
         """
         began = time.perf_counter()
-        with planned(), self._bar(progress, "warm-up") as bar:
-            if self._state is None:
-                self._state = jax.jit(self._new_state)()
-            for bucket, program in self.executables.prepare(self.table):
-                self.prepare_seconds[bucket] = program.seconds
-                dry = dry_run_batch(bucket, self._slots, self._vocab_size, rows=0 if program.from_disk else 1)
-                jax.device_get(self.start(bucket, dry, self.weights.current))
-                how = "loaded" if program.from_disk else "compiled"
-                bar.set_postfix_str(f"{bucket} {how} in {program.seconds:.1f} s")
-                bar.update()
+        with planned():
+            for stage in self.stages:
+                if stage.state is None:
+                    stage.allocate()
+            for bucket in self._prepared(progress, "warm-up"):
+                rows = 0 if all(program.from_disk for program in self.programs(bucket)) else 1
+                dry = dry_run_batch(bucket, self.sizes.slots, self._vocab_size, rows)
+                self.finish(self.start(bucket, dry, self.weights.current))
         self.warmup_seconds = time.perf_counter() - began
         self._compiles_at_warmup = unplanned_compiles()
 
     def compile(self, progress: bool) -> None:
         """Compile (or load from disk) every program and run none: for this, weights may be shapes without values."""
-        self._state = jax.eval_shape(self._new_state)
-        with planned(), self._bar(progress, "compiling") as bar:
-            for bucket, program in self.executables.prepare(self.table):
-                self.prepare_seconds[bucket] = program.seconds
+        for stage in self.stages:
+            stage.allocate_shapes()
+        with planned():
+            list(self._prepared(progress, "compiling"))
+
+    def _prepared(self, progress: bool, what: str) -> Iterator[Bucket]:
+        """Every bucket once its programs are ready."""
+        keys = [key for bucket in self.table for key in self._keys(bucket)]
+        with tqdm(total=len(keys), desc=what, unit="executable", file=sys.stderr, disable=not progress) as bar:
+            for (bucket, stage), program in self.executables.prepare(keys):
+                self.prepare_seconds[bucket] += program.seconds
+                how = "loaded" if program.from_disk else "compiled"
+                bar.set_postfix_str(f"{bucket} {how} in {program.seconds:.1f} s")
+                if stage == len(self.stages) - 1:
+                    yield bucket
                 bar.update()
 
-    def _bar(self, progress: bool, what: str) -> tqdm:
-        return tqdm(total=len(self.table), desc=what, unit="executable", file=sys.stderr, disable=not progress)
-
-    def start(self, bucket: Bucket, batch: StepBatch, version: int) -> StepOutput:
-        """Runs a step; its output may still be under way when this returns.
+    def start(self, bucket: Bucket, batch: StepBatch, version: int) -> Any:
+        """Runs a step, which may still be under way when this returns; `finish` gives its output.
 
         When it or the output fails, the state is lost, and with it the runner.
         """
+        self._check_strict()
+        return self.run(Key(bucket, 0), batch, version)
+
+    def finish(self, started: Any) -> StepOutput:
+        """The output of what `start` began, on the host."""
+        return jax.device_get(started)
+
+    def run(self, key: Key, batch: StepBatch, version: int, *others: Any) -> Any:
+        """Runs one program: what it returns beside the state."""
+        stage = self.stages[key.stage]
+        stage.state, output = self.executables[key].run(*stage.arguments(batch, version, *others))
+        return output
+
+    def _check_strict(self) -> None:
         if self._strict and self.compiles_after_warmup:
             raise UserError(f"{self.compiles_after_warmup} compilations since the warm-up, and strict_compiles is on: "
                             "something in this process compiles while requests wait")
-        self._state, output = self.executables[bucket].run(*self._arguments(batch, version))
-        return output
 
-    def _arguments(self, batch: StepBatch, version: int) -> tuple:
-        return (self.weights[version], self._draft, self._state, batch, self._vocab_limit, self.adapters.values)
+    def _lower(self, key: Key) -> jax.stages.Lowered:
+        stage = self.stages[key.stage]
 
-    def _lower(self, bucket: Bucket) -> jax.stages.Lowered:
         def step(leaves, draft, state, batch, vocab_limit, adapters):
-            params, scales = jax.tree.unflatten(self.weights.treedef, leaves)
-            model = nnx.merge(self.weights.graph, params)
-            rotation = model.config.rope.frequencies(model.config.head_dim)
-            pages = tuple(one and forms(layer.attention.bqkv[...], one, *rotation)
-                          for layer, one in zip(model.layers, scales, strict=True))
-            models = Models(model, draft and nnx.merge(self._draft_graph, draft), self._sparsity,
-                            pages if any(pages) else ())
-            return run_bucket(models, bucket, state, batch, vocab_limit, adapters)
+            return run_bucket(stage.models(leaves, draft), key.bucket, state, batch, vocab_limit, adapters)
 
-        batch = dry_run_batch(bucket, self._slots, self._vocab_size)
-        return jax.jit(step, donate_argnums=2).lower(*self._arguments(batch, self.weights.current))
-
+        batch = dry_run_batch(key.bucket, self.sizes.slots, self._vocab_size)
+        return stage.lower(step, stage.arguments(batch, self.weights.current))

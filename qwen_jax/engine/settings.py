@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +27,15 @@ from qwen_jax.engine.schedule import (
 )
 from qwen_jax.errors import UserError
 from qwen_jax.model import Qwen2, build, params_of
+from qwen_jax.parallel.plan import ParallelPlan, make_plan
 from qwen_jax.quantization import Calibrated, FP8Tensor, Precision, default_precision
+
+if TYPE_CHECKING:
+    from qwen_jax.checkpoint import Source
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_SEQ_LEN = 4096
-PARALLELISM = (("tp_size", 1), ("pp_size", 1))
 # Shares of free memory for the KV cache: a GPU is ours alone, a CPU's memory is not.
 _KV_SHARE = {"gpu": 0.8, "tpu": 0.8, "cpu": 0.25}
 _KV_MOST_ON_CPU = 2 << 30
@@ -40,15 +43,22 @@ _KV_MOST_ON_CPU = 2 << 30
 _ONE_TOKEN_ABOVE = 100_000_000
 
 
-def check_parallelism(tp_size: int, pp_size: int) -> None:
-    """UserError for what does not exist on this machine or is not implemented."""
-    devices = len(jax.devices())
+def plan_of(config: ModelConfig, tp_size: int, pp_size: int) -> ParallelPlan:
+    """The plan that an engine's arguments ask for; UserError for what this machine or this model cannot have."""
     check_positive(tp_size=tp_size, pp_size=pp_size)
+    devices = len(jax.devices())
     if tp_size * pp_size > devices:
         raise UserError(f"tp_size={tp_size} and pp_size={pp_size} need {tp_size * pp_size} devices and there "
                         f"{'is' if devices == 1 else 'are'} {devices}: lower them")
-    if tp_size > 1 or pp_size > 1:
-        raise UserError("tp_size and pp_size above 1 are not implemented yet: use 1")
+    return make_plan(config, stage=pp_size, tensor=tp_size)
+
+
+def source_of(model: Any, dtype: Any) -> tuple[Qwen2 | Source, jnp.dtype, GenerationDefaults]:
+    """Where an engine's weights come from, the element type it computes in, and the model's generation defaults."""
+    if isinstance(model, tuple) and hasattr(model, "config"):  # a Source: nothing is read yet
+        return model, check_dtype(dtype or model.config.dtype), GenerationDefaults.from_hf({}, model.config)
+    module, defaults = as_module(model, dtype)
+    return module, module.dtype, defaults
 
 
 def as_module(model: Any, dtype: Any) -> tuple[Qwen2, GenerationDefaults]:

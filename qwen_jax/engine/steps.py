@@ -10,8 +10,9 @@ step can sample.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -133,32 +134,85 @@ def run_bucket(models: Models, bucket: Bucket, state: EngineState, batch: StepBa
     Where some steps are 8-bit, the others are for what these cannot compute: with pages of their own, without rounding
     what 8-bit weights are multiplied with, and without a draft model.
     """
+    return _with_pages_of(bucket, models, state, partial(_run, bucket, batch, vocab_limit, adapters))
+
+
+def _with_pages_of(bucket: Bucket, models: Models, state: EngineState, run: Callable) -> tuple[EngineState, Any]:
+    """``run(models, state)`` with what the bucket computes with and with its pages."""
     if bucket.schedule != SPARSE:
         models = models._replace(sparsity=None)
-    if state.wide_k_pages and bucket.precision != EIGHT_BIT:
-        graph, params = nnx.split(models.target)
-        models = models._replace(target=nnx.merge(graph, widened(params)), draft=None, pages=())
-        swapped = state._replace(k_pages=state.wide_k_pages, v_pages=state.wide_v_pages)
-        after, output = _run(models, bucket, swapped, batch, vocab_limit, adapters)
-        return after._replace(k_pages=state.k_pages, v_pages=state.v_pages, wide_k_pages=after.k_pages,
-                              wide_v_pages=after.v_pages), output
-    return _run(models, bucket, state, batch, vocab_limit, adapters)
+    if not state.wide_k_pages or bucket.precision == EIGHT_BIT:
+        return run(models, state)
+    graph, params = nnx.split(models.target)
+    models = models._replace(target=nnx.merge(graph, widened(params)), draft=None, pages=())
+    after, output = run(models, state._replace(k_pages=state.wide_k_pages, v_pages=state.wide_v_pages))
+    return after._replace(k_pages=state.k_pages, v_pages=state.v_pages, wide_k_pages=after.k_pages,
+                          wide_v_pages=after.v_pages), output
 
 
-def _run(models: Models, bucket: Bucket, state: EngineState, batch: StepBatch, vocab_limit, adapters):
+def _run(bucket: Bucket, batch: StepBatch, vocab_limit, adapters, models: Models, state: EngineState):
     if bucket.phase == "prefill":
         state, output = _micro_batches(models, bucket, state, batch, vocab_limit, adapters)
     elif bucket.tokens > 1:
         state, output = _check_drafts(models, state, batch, vocab_limit, adapters)
     else:
         state, output = _generate(models, bucket, state, batch, vocab_limit, adapters)
+    pages, trips = _known_everywhere(models, batch, output.pages, output.trips)
+    return state, output._replace(pages=pages, trips=trips)
+
+
+class Passed(NamedTuple):
+    """What a stage of a pipeline hands to the next."""
+
+    hidden: jax.Array  # [R, T, D]
+    pages: jax.Array  # i32[R, 2], as in StepOutput, of the layers so far
+    trips: jax.Array  # i32[R]
+
+
+def run_stage(models: Models, bucket: Bucket, state: EngineState, batch: StepBatch, passed: Passed | None,
+              turn: jax.Array, first_layer: int, vocab_limit: jax.Array, adapters: Adapters | None = None
+              ) -> tuple[EngineState, Passed | StepOutput]:
+    """One micro-batch in one stage of a pipeline: what the next one is `Passed`, or the output.
+
+    passed: None in the first stage. turn: i32, in a decode step the tokens that each row has sampled before (an
+    output is of one token). first_layer: of this stage in the whole model.
+    """
+    if bucket.phase == "decode" and bucket.tokens == 1:
+        slots = len(state.token_counts) - 1
+        batch = _at_step(batch, batch.tokens[:, 0], turn, slots)
+
+    def run(models: Models, state: EngineState):
+        hidden, state, pages, trips = _hidden(models, state, batch, adapters, passed and passed.hidden)
+        pages, trips = _known_everywhere(models, batch, pages, trips)
+        trips = jnp.where(trips > 0, trips + first_layer, 0)
+        if passed is not None:
+            pages, trips = passed.pages + pages, first_trip(passed.trips, trips)
+        if models.target.norm is None:
+            return state, Passed(hidden, pages, trips)
+        after = hidden, state, pages, trips, batch, vocab_limit
+        if bucket.phase == "prefill":
+            return _after_prefill(models, *after)
+        if bucket.tokens > 1:
+            return _after_drafts(models, *after)
+        state, sampled = _after_token(models.target, hidden, state, batch, vocab_limit)
+        return state, StepOutput(jax.tree.map(lambda x: x[:, None], sampled), batch.counts, None, pages, trips)
+
+    return _with_pages_of(bucket, models, state, run)
+
+
+def _known_everywhere(models: Models, batch: StepBatch, pages, trips):
+    """What each device has counted and found in its part of the network, damaged weights included, put together."""
+    partition = models.target.partition
     damaged = jnp.where(batch.length > 0, damaged_weights(models.target), 0)
-    return state, output._replace(trips=first_trip(damaged, output.trips))
+    return partition.total(pages) if models.sparsity else pages, partition.any_trip(first_trip(damaged, trips))
 
 
-def _hidden(models: Models, state: EngineState, batch: StepBatch, adapters):
+def _hidden(models: Models, state: EngineState, batch: StepBatch, adapters, entering: jax.Array | None = None):
     """Final hidden states ``[R, T, D]`` of a batch's tokens, whose keys and values are written to their pages, the
-    state after it, the pages attended to (``StepOutput.pages``), and the rows that tripped."""
+    state after it, the pages attended to (``StepOutput.pages``), and the rows that tripped.
+
+    entering: hidden states that another stage made of the tokens.
+    """
     k_pages, v_pages, summaries = list(state.k_pages), list(state.v_pages), list(state.summaries)
     model = models.target
     counts = []
@@ -199,7 +253,8 @@ def _hidden(models: Models, state: EngineState, batch: StepBatch, adapters):
         return out
 
     adapt = adapt_rows(model.config, adapters, batch.adapters) if adapters else None
-    hidden = model.hidden(batch.tokens, positions, attend, adapt, tuple(one is not None for one in pages))
+    entering = batch.tokens if entering is None else entering
+    hidden = model.hidden(entering, positions, attend, adapt, tuple(one is not None for one in pages))
     guard.finite(model.config.num_layers, hidden)
     state = state._replace(k_pages=tuple(k_pages), v_pages=tuple(v_pages), summaries=tuple(summaries))
     return hidden, state, sum(counts, jnp.zeros((len(batch.tokens), 2), jnp.int32)), guard.trips
@@ -216,7 +271,11 @@ def _prefill(models: Models, state: EngineState, batch: StepBatch, vocab_limit, 
     """All rows of ``batch`` at once."""
     if models.draft is not None:
         _, state = _draft_hidden(models.draft, state, batch)
-    hidden, state, pages, trips = _hidden(models, state, batch, adapters)
+    return _after_prefill(models, *_hidden(models, state, batch, adapters), batch, vocab_limit)
+
+
+def _after_prefill(models: Models, hidden, state: EngineState, pages, trips, batch: StepBatch, vocab_limit):
+    """From the final hidden states to the output."""
     positions = batch.start[:, None] + jnp.arange(batch.tokens.shape[1])
     counts = _count_reused(clear_counts(state.token_counts, batch.slots, batch.first), batch)
     counts = count_prompt(counts, batch.slots, batch.tokens, positions < batch.length[:, None],
@@ -248,9 +307,8 @@ def _generate(models: Models, bucket: Bucket, state: EngineState, batch: StepBat
         now = _at_step(batch, tokens, tied, slots=len(state.token_counts) - 1)
         model = nnx.merge(graph, here)
         hidden, state, pages, trips = _hidden(models._replace(target=model), state, now, adapters)
-        sampled = _sample(model, hidden[:, 0], now.sampling, now.slots, now.allowed, state.token_counts, vocab_limit)
-        counts = count_output(state.token_counts, now.slots, sampled.tokens, now.samples)
-        return state._replace(token_counts=counts), sampled, pages, trips
+        state, sampled = _after_token(model, hidden, state, now, vocab_limit)
+        return state, sampled, pages, trips
 
     def body(index, carry):
         state, tokens, outputs, pages, trips = carry
@@ -269,12 +327,24 @@ def _generate(models: Models, bucket: Bucket, state: EngineState, batch: StepBat
     return state, StepOutput(outputs, batch.counts, None, pages, trips)
 
 
+def _after_token(model: Qwen2, hidden, state: EngineState, batch: StepBatch, vocab_limit
+                 ) -> tuple[EngineState, Sampled]:
+    """From the final hidden states ``[R, 1, D]`` to one token of every row."""
+    sampled = _sample(model, hidden[:, 0], batch.sampling, batch.slots, batch.allowed, state.token_counts, vocab_limit)
+    counts = count_output(state.token_counts, batch.slots, sampled.tokens, batch.samples)
+    return state._replace(token_counts=counts), sampled
+
+
 def _check_drafts(models: Models, state: EngineState, batch: StepBatch, vocab_limit, adapters):
     """``batch.tokens``: the last token of each row, and drafts of those after it (-1: the draft model's)."""
     if models.draft is not None:
         state, drawn = _draw_drafts(models.draft, state, batch, vocab_limit)
         batch = batch._replace(tokens=jnp.where(batch.tokens < 0, drawn, batch.tokens))
-    hidden, state, pages, trips = _hidden(models, state, batch, adapters)
+    return _after_drafts(models, *_hidden(models, state, batch, adapters), batch, vocab_limit)
+
+
+def _after_drafts(models: Models, hidden, state: EngineState, pages, trips, batch: StepBatch, vocab_limit):
+    """From the final hidden states to the output."""
     rows, width = batch.tokens.shape
     sampling = jax.tree.map(lambda x: jnp.repeat(x, width, axis=0), batch.sampling)
     sampling = sampling._replace(step=sampling.step + jnp.tile(jnp.arange(width), rows))

@@ -2,47 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from qwen_jax.engine import settings
 from qwen_jax.engine.executables import planned
+from qwen_jax.engine.spread import Spread, Version
 from qwen_jax.errors import UserError
-from qwen_jax.model import Qwen2, build, params_of
-from qwen_jax.quantization import Precision, Ranges, scales_of
+from qwen_jax.model import Qwen2, params_of
 
 if TYPE_CHECKING:
     from qwen_jax.checkpoint import Source
 
-
 class Weights:
     """The version that new requests run with, the one before it, and those that older requests still run with.
 
-    A version is a tuple of arrays in the order of ``treedef``: the parameters, as ``precision`` holds them, and the
-    scales of 8-bit pages; ``ranges`` that were measured hold for all versions. It is a value, so putting another one in
-    its place compiles nothing.
+    A version has for each part of the model a tuple of arrays in the order of ``spread.treedefs[part]``: the
+    parameters, as ``precision`` holds them, and the scales of 8-bit pages. It is a value, so putting another one in its
+    place compiles nothing.
+
+    Args:
+      source: version 0: a module, or a checkpoint, of which every device reads its part. A module's arrays (or the
+        shapes it has instead) are used as they are where a single device holds the whole model.
     """
 
-    def __init__(self, model: Qwen2, precision: Precision, ranges: tuple[Ranges, ...] | None = None) -> None:
-        self.config, self.precision, self._ranges = model.config, precision, ranges
-        params = {path: precision.store(path, value) for path, value in params_of(model).items()}
-        model = build(self.config, params)
-        self.graph, state = nnx.split(model)
-        leaves, self.treedef = jax.tree.flatten((state, scales_of(params, precision, ranges)))
+    def __init__(self, source: Qwen2 | Source, spread: Spread) -> None:
+        self.config, self.spread = source.config, spread
         self.current, self.previous = 0, None
-        self._versions: dict[int, tuple[jax.Array, ...]] = {0: tuple(leaves)}
-        self._specs = {path: (value.shape, value.dtype) for path, value in params.items()}
-        self._shardings = {path: value.sharding for path, value in params.items()}
-        self._dtype = model.dtype
         self._candidate: int | None = None
         self._count = 1
+        if isinstance(source, Qwen2):
+            placed = ((path, spread.stored(path, value)) for path, value in params_of(source).items())
+        else:
+            placed = self._read(source)
+        self._versions: dict[int, Version] = {0: spread.leaves(spread.all(placed))}
 
-    def __getitem__(self, version: int) -> tuple[jax.Array, ...]:
+    def __getitem__(self, version: int) -> Version:
         return self._versions[version]
 
     @property
@@ -51,10 +51,15 @@ class Weights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of one version."""
-        return sum(leaf.nbytes for leaf in self._versions[self.current])
+        """Bytes of one version on the device that has the most of it; in all on a CPU, whose devices share memory."""
+        found: Counter[jax.Device] = Counter()
+        for leaves in self._versions[self.current]:
+            for leaf in leaves:
+                for shard in leaf.addressable_shards:
+                    found[shard.device] += shard.data.nbytes
+        return sum(found.values()) if settings.platform() == "cpu" else max(found.values())
 
-    def load(self, source: Any) -> tuple[jax.Array, ...]:
+    def load(self, source: Any) -> Version:
         """Another version's arrays, checked, on the devices; nothing changes here, and any thread may call this.
 
         Args:
@@ -65,19 +70,17 @@ class Weights:
         """
         self._check_memory()
         if isinstance(source, str | Path):
-            from qwen_jax.checkpoint import load_params
-
             checked = self._checked(source)
             with planned():
-                return self._leaves(load_params(checked, checked.config, self._dtype, self._shardings, self.precision))
+                return self.spread.leaves(self.spread.all(self._read(checked)))
         params = params_of(source) if isinstance(source, Qwen2) else source
         if not isinstance(params, Mapping):
             raise UserError("weights come from a folder, a hub id, a Qwen2 module or parameters by name, not from "
                             f"{type(source).__name__}")
         with planned():
-            return self._leaves(self._placed(params))
+            return self.spread.leaves(self.spread.all(self._copied(params)))
 
-    def add(self, leaves: tuple[jax.Array, ...]) -> int:
+    def add(self, leaves: Version) -> int:
         """A number for these arrays, which requests may then run with, until `make_current` or `forget`."""
         number, self._count = self._count, self._count + 1
         self._versions[number] = leaves
@@ -113,18 +116,16 @@ class Weights:
         Raises UserError, and nothing has changed, for what `load` refuses. What goes wrong after that is a
         RuntimeError: the weights are then a mixture.
         """
-        from qwen_jax.checkpoint import iter_params
-
         checked = self._checked(source)
         self.drop_unused(())
         if self.previous is not None:
             self.forget(self.previous)
-        params = self._by_path(self._versions.pop(self.current))
+        params = self.spread.by_name(self._versions.pop(self.current))
         try:
             with planned():
-                for path, value in iter_params(checked, checked.config, self._dtype, self._shardings, self.precision):
-                    params[path] = value  # the old one is freed before the next is read
-                leaves = self._leaves(params)
+                for path, value in self._read(checked):
+                    self.spread.put(params, path, value)  # the old one is freed before the next is read
+                leaves = self.spread.leaves(params)
         except Exception as error:
             raise RuntimeError(f"the weights were being replaced by {source} in place: {error}") from error
         self.current, self._candidate = self.add(leaves), None
@@ -146,29 +147,26 @@ class Weights:
         verify(source)
         return source
 
-    def _placed(self, params: Mapping[str, Any]) -> dict[str, jax.Array]:
+    def _copied(self, params: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        """Somebody else's arrays."""
         from qwen_jax.checkpoint import check_finite
 
-        placed = {}
-        for path in params.keys() & self._shardings.keys():  # others are found by _leaves
-            array = np.asarray(params[path])
-            array = array.astype(self._dtype) if array.dtype != self._dtype else array.copy()
-            check_finite(path, array)
-            placed[path] = self.precision.store(path, jax.device_put(array, self._shardings[path]))
-        return placed | {path: params[path] for path in params.keys() - self._shardings.keys()}
-
-    def _leaves(self, params: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
-        own = self._specs
-        wrong = sorted(params.keys() ^ own.keys())
+        specs, dtype = self.spread.specs, self.spread.dtype
+        wrong = sorted(params.keys() ^ specs.keys())
         if wrong:
             raise UserError(f"parameters are missing or unexpected: {', '.join(wrong[:8])}")
-        wrong = [f"{path} {tuple(params[path].shape)} {params[path].dtype} for {shape} {dtype}"
-                 for path, (shape, dtype) in own.items() if (params[path].shape, params[path].dtype) != (shape, dtype)]
+        wrong = [f"{path} {tuple(np.shape(value))} for {specs[path].shape}" for path, value in params.items()
+                 if np.shape(value) != specs[path].shape]
         if wrong:
-            raise UserError(f"parameters of another shape or type: {'; '.join(wrong[:8])}")
-        _, state = nnx.split(build(self.config, params))
-        return tuple(jax.tree.leaves((state, scales_of(params, self.precision, self._ranges))))
+            raise UserError(f"parameters of another shape: {'; '.join(wrong[:8])}")
+        for path, value in params.items():
+            array = np.asarray(value)
+            array = array.astype(dtype) if array.dtype != dtype else array.copy()
+            check_finite(path, array)
+            yield path, self.spread.stored(path, array)
 
-    def _by_path(self, leaves: tuple[jax.Array, ...]) -> dict[str, Any]:
-        state, _ = jax.tree.unflatten(self.treedef, leaves)
-        return params_of(nnx.merge(self.graph, state))
+    def _read(self, source: Source) -> Iterator[tuple[str, Any]]:
+        from qwen_jax.checkpoint import iter_params
+
+        spread = self.spread
+        return iter_params(source, self.config, spread.dtype, spread.shardings, spread.precision, spread.expansions)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qwen_jax.config import ModelConfig
+from qwen_jax.model.partition import WHOLE, Partition
 from qwen_jax.model.qwen2 import Layer, Qwen2
 
 
@@ -22,16 +23,16 @@ class ParamSpec(NamedTuple):
     axes: tuple[str, ...]
 
 
-def _create(config: ModelConfig, dtype, seed: int = 0) -> Qwen2:
-    return Qwen2(config, rngs=nnx.Rngs(seed), dtype=dtype)
+def _create(config: ModelConfig, dtype, seed: int = 0, **part) -> Qwen2:
+    return Qwen2(config, rngs=nnx.Rngs(seed), dtype=dtype, **part)
 
 
 def _create_layer(config: ModelConfig) -> Layer:
     return Layer(config, nnx.Rngs(0), jnp.float32)
 
 
-def _abstract_split(config: ModelConfig, dtype):
-    return nnx.split(nnx.eval_shape(partial(_create, config, dtype)), nnx.Param, ...)
+def _abstract_split(config: ModelConfig, dtype, **part):
+    return nnx.split(nnx.eval_shape(partial(_create, config, dtype, **part)), nnx.Param, ...)
 
 
 def _dotted(path) -> str:
@@ -45,9 +46,14 @@ def abstract(config: ModelConfig, dtype="bfloat16") -> dict[str, ParamSpec]:
             for path, leaf in nnx.to_flat_state(params)}
 
 
-def build(config: ModelConfig, params: Mapping[str, jax.Array]) -> Qwen2:
-    """The module around ``params`` (canonical path to array), without a copy. KeyError for missing or extra paths."""
-    return _fill(*_abstract_split(config, jnp.float32), params)
+def build(config: ModelConfig, params: Mapping[str, jax.Array], partition: Partition = WHOLE, first: bool = True,
+          last: bool = True) -> Qwen2:
+    """The module around ``params`` (canonical path to array), without a copy. KeyError for missing or extra paths.
+
+    For a part of a network ``config`` is the part's own; the others are as in `Qwen2`, and a stage's layers count from
+    0.
+    """
+    return _fill(*_abstract_split(config, jnp.float32, partition=partition, first=first, last=last), params)
 
 
 def _fill(graph, state, rest, params: Mapping[str, jax.Array]):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from qwen_jax.errors import UserError
 SITES = {"qkv": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",), "gate_up": ("gate_proj", "up_proj"),
          "down": ("down_proj",)}
 TARGETS = tuple(target for targets in SITES.values() for target in targets)
+Axis = tuple[str, int]  # name and size
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,16 @@ class LoraConfig:
 
 def target_sizes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """Target -> (inputs, outputs) of its matrix."""
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    model, inner = config.hidden_size, config.intermediate_size
+    return {target: tuple(prod(size for _, size in axes) for axes in split_axes(config, target)) for target in TARGETS}
+
+
+def split_axes(config: ModelConfig, target: str) -> tuple[tuple[Axis, ...], tuple[Axis, ...]]:
+    """The logical axes (see `model.abstract`) that a target's inputs and its outputs are flattened from."""
+    model, inner = (("embed", config.hidden_size),), (("mlp", config.intermediate_size),)
+    keys = (("kv_heads", config.num_kv_heads), ("head_dim", config.head_dim))
+    queries = (keys[0], ("group", config.group_size), keys[1])
     return {"q_proj": (model, queries), "k_proj": (model, keys), "v_proj": (model, keys), "o_proj": (queries, model),
-            "gate_proj": (model, inner), "up_proj": (model, inner), "down_proj": (inner, model)}
+            "gate_proj": (model, inner), "up_proj": (model, inner), "down_proj": (inner, model)}[target]
 
 
 def num_parameters(config: ModelConfig, lora: LoraConfig) -> int:

@@ -16,8 +16,9 @@ from flax import nnx
 from qwen_kernels.attention import causal_attention
 
 from qwen_jax.config import ModelConfig
+from qwen_jax.model.partition import WHOLE, Partition
 from qwen_jax.model.rope import apply_rope, rope_tables
-from qwen_jax.quantization import FP8Tensor, matrix, product, rows
+from qwen_jax.quantization import FP8Tensor, matrix, product
 
 # (layer index, q[B, T, K, G, H], k[B, T, K, H], v[B, T, K, H]) -> [B, T, K, G, H]
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -116,15 +117,16 @@ class Layer(nnx.Module):
         self.mlp = MLP(config, rngs, dtype)
 
     def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend, adapt=_unchanged,
-                 bare: bool = False) -> jax.Array:
+                 bare: bool = False, partition: Partition = WHOLE) -> jax.Array:
         """``x[B, T, D]`` to the same shape.
 
         ``attend(q, k, v)`` does attention and any caching, of keys and values without their biases where ``bare``;
-        ``adapt(site, x, y)`` may change the output y of a product.
+        ``adapt(site, x, y)`` may change the output y of a product. In tensor parallelism, this is one device's part.
         """
-        q, k, v = self.attention.project(self.attention_norm(x), cos, sin, adapt, bare)
-        x = x + self.attention.output(attend(q, k, v), adapt)
-        return x + self.mlp(self.mlp_norm(x), adapt)
+        normed = partition.gathered(self.attention_norm(x))
+        q, k, v = self.attention.project(normed, cos, sin, adapt, bare)
+        x = x + partition.joined(self.attention.output(attend(q, k, v), adapt))
+        return x + partition.joined(self.mlp(partition.gathered(self.mlp_norm(x)), adapt))
 
 
 class Embedding(nnx.Module):
@@ -140,14 +142,19 @@ class Qwen2(nnx.Module):
 
     ``model(tokens[B, T])`` returns float32 logits ``[B, T, V]``. A tied head is the embedding itself: no second copy
     exists, and ``model.head`` is None. Weights are random; ``build`` puts a checkpoint's in their place.
+
+    partition: of which this is one device's part, in tensor parallelism. first, last: whether it looks tokens up, and
+    whether it computes logits; a stage of a pipeline may do neither.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.float32) -> None:
-        self.config = config
-        self.embed = Embedding(config, rngs, dtype)
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, partition: Partition = WHOLE,
+                 first: bool = True, last: bool = True) -> None:
+        self.config, self.partition = config, partition
+        self.embed = nnx.data(Embedding(config, rngs, dtype) if first else None)
         self.layers = nnx.List([Layer(config, rngs, dtype) for _ in range(config.num_layers)])
-        self.norm = RMSNorm(config, rngs, dtype)
-        self.head = nnx.data(None if config.tie_word_embeddings else Embedding(config, rngs, dtype))
+        self.norm = nnx.data(RMSNorm(config, rngs, dtype) if last else None)
+        own_head = last and not (config.tie_word_embeddings and first)
+        self.head = nnx.data(Embedding(config, rngs, dtype) if own_head else None)
 
     def __call__(self, tokens: jax.Array, *, positions: jax.Array | None = None,
                  segment_ids: jax.Array | None = None) -> jax.Array:
@@ -166,18 +173,24 @@ class Qwen2(nnx.Module):
         """Final normalised hidden states ``[B, T, D]``, with attention, and adapters if any, as the caller wants.
 
         bare: for each layer, whether ``attend`` gets keys and values without their biases; by default with them.
+        A stage that is not the first is given hidden states ``[B, T, D]`` for ``tokens``, and one that is not the last
+        returns what its last layer does.
         """
+        partition = self.partition.for_step(positions)
         cos, sin = rope_tables(self.config.rope, self.config.head_dim, positions)
-        x = rows(self.embed.weight.get_value(), tokens, self.dtype)
+        if self.embed is None:
+            x = partition.share(tokens)
+        else:
+            x = partition.lookup(self.embed.weight.get_value(), tokens, self.dtype)
         for index, layer in enumerate(self.layers):
             x = layer(x, cos, sin, partial(attend, index), partial(adapt, index) if adapt else _unchanged,
-                      bool(bare) and bare[index])
-        return self.norm(x)
+                      bool(bare) and bare[index], partition)
+        return partition.gathered(x if self.norm is None else self.norm(x))
 
     @property
     def dtype(self) -> jnp.dtype:
         """The element type it computes in; 8-bit weights are stored in another."""
-        return self.norm.scale.dtype
+        return self.layers[0].attention_norm.scale.dtype
 
     @property
     def head_weight(self) -> jax.Array | FP8Tensor:
@@ -185,9 +198,10 @@ class Qwen2(nnx.Module):
         return (self.embed if self.head is None else self.head).weight.get_value()
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Float32 logits ``[..., V]`` of ``hidden[..., D]``."""
+        """Float32 logits ``[..., V]`` of ``hidden[..., D]``, the same on every device."""
         flat = hidden.reshape(-1, hidden.shape[-1])
         # XLA:CPU widens the whole matrix for a bf16 product of a single row.
         padded = jnp.pad(flat, ((0, max(0, 2 - len(flat))), (0, 0)))
         logits = product("nd,vd->nv", padded, self.head_weight, jnp.float32)[: len(flat)]
+        logits = self.partition.whole_logits(logits, self.config.vocab_size)
         return logits.reshape(*hidden.shape[:-1], -1)

@@ -68,7 +68,8 @@ class Layout:
         """What is computed or stored beyond the model's own, as fractions of it: query heads, KV heads, MLP columns
         and rows of the vocabulary."""
         one = self.config
-        return {"query_heads": self.slots * self.group / one.num_heads - 1, "kv_heads": self.slots / one.num_kv_heads - 1,
+        return {"query_heads": self.slots * self.group / one.num_heads - 1,
+                "kv_heads": self.slots / one.num_kv_heads - 1,
                 "mlp": self.mlp / one.intermediate_size - 1, "vocabulary": self.vocab / one.vocab_size - 1}
 
     @property

@@ -32,7 +32,8 @@ def main() -> None:
         sampled = Sampled(np.full((rows, 1), 7, np.int32), np.zeros((rows, 1), np.float32),
                           np.zeros((rows, 1, 20), np.int32), np.zeros((rows, 1, 20), np.float32))
         counts = batch.samples.astype(np.int32) if bucket.phase == "prefill" else batch.counts
-        return StepOutput(sampled, counts, None, np.zeros((rows, 2), np.int32))
+        return StepOutput(sampled, counts, None, np.zeros((rows, 2), np.int32),
+                          np.zeros(rows, np.int32))
 
     runner.start = stub
     params = SamplingParams(max_tokens=4000, temperature=0.7, top_p=0.9, ignore_eos=True)

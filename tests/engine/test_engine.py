@@ -309,12 +309,6 @@ def test_settings_that_cannot_work(hf, options, message):
         Engine(hf, warmup=False, **options)
 
 
-def test_more_parallelism_than_one_is_refused_until_it_exists(hf, monkeypatch):
-    monkeypatch.setattr("qwen_jax.engine.settings.jax.devices", lambda: [None] * 8)
-    with pytest.raises(UserError, match="above 1 are not implemented yet"):
-        Engine(hf, tp_size=8, warmup=False)
-
-
 def test_what_is_not_a_model():
     with pytest.raises(UserError, match="use Engine.from_pretrained"):
         Engine("some/path", warmup=False)

@@ -53,13 +53,14 @@ def answers(engine):
 
 
 def test_what_is_stored(engine):
-    model = build(engine.config, engine.runner.weights._by_path(engine.runner.weights[0]))
+    weights = engine.runner.weights
+    model = build(engine.config, weights.spread.by_name(weights[0])[0])
     kinds = {path: isinstance(value, FP8Tensor) for path, value in params_of(model).items()}
     for layer in range(4):
         for name in ("attention.wqkv", "attention.wo", "mlp.gate_up", "mlp.down"):
             assert kinds[f"layers.{layer}.{name}"] == (layer in (1, 2))
     assert not kinds["embed.weight"] and not kinds["head.weight"] and not kinds["layers.1.attention.bqkv"]
-    assert engine.runner._state.k_pages[0].dtype.itemsize == 1
+    assert engine.runner.state.k_pages[0].dtype.itemsize == 1
     assert {bucket.precision for bucket in engine.runner.table} == {EIGHT_BIT, "f32"}
 
 
@@ -117,7 +118,7 @@ def test_int8_pages_with_measured_ranges(hf, fragile, exact, answers):
     whole = [prompt + some for prompt, some in zip(PROMPTS, said, strict=True)]
     found = calibrate_eight_bit(build(config, params), whole).found
     engine = Engine(hf, kv_cache_dtype="int8", calibrated=found, limits=LIMITS, progress=False)
-    assert engine.runner._state.k_pages[0].dtype == jnp.int8
+    assert engine.runner.state.k_pages[0].dtype == jnp.int8
     scores = [np.concatenate([score.token_logprobs for score in one.score(PROMPTS, said)])
               for one in (exact, engine, fragile)]
     ours, e4m3 = (np.linalg.norm(some - scores[0]) for some in scores[1:])
@@ -146,22 +147,22 @@ def poison(engine, prompt, page, layer):
     sequence = engine.intake.requests(prompt, GREEDY)[0].sequence
     sequence.salt = repr((0, engine.runner.adapters.identity(0), "full_attention")).encode()
     found = engine.pool.match(sequence.page_keys(len(prompt) // PAGE))
-    state = engine.runner._state
+    state = engine.runner.state
     pages = list(state.v_pages)
     pages[layer] = pages[layer].at[found[page], 1, 7].set(0x7F)  # e4m3's NaN
-    engine.runner._state = state._replace(v_pages=tuple(pages))
+    engine.runner.state = state._replace(v_pages=tuple(pages))
     return found[page]
 
 
 def damage(engine, layer, which, value):
     """Puts ``value`` into one scale of a layer's keys (0) or values (1); returns what undoes it."""
     weights = engine.runner.weights
-    leaves = weights._versions[0]
+    leaves, = weights[0]
     at = len(leaves) - 2 * (4 - layer) + which
-    weights._versions[0] = (*leaves[:at], leaves[at].at[1, 3].set(value), *leaves[at + 1:])
+    weights._versions[0] = (*leaves[:at], leaves[at].at[1, 3].set(value), *leaves[at + 1:]),
 
     def undo():
-        weights._versions[0] = leaves
+        weights._versions[0] = leaves,
 
     return undo
 
@@ -198,13 +199,13 @@ def test_damaged_scales_are_found(fragile, in_16_bits, value):
 def test_a_second_trip_is_an_error(engine, answers):
     """The scale of a weight is needed in 16 bits too."""
     weights = engine.runner.weights
-    leaves = weights._versions[0]
+    leaves, = weights[0]
     at = next(n for n, leaf in enumerate(leaves) if leaf.dtype == jnp.float8_e4m3fn) + 1
-    weights._versions[0] = (*leaves[:at], leaves[at].at[0].set(0), *leaves[at + 1:])
+    weights._versions[0] = (*leaves[:at], leaves[at].at[0].set(0), *leaves[at + 1:]),
     try:
         outputs = engine.generate(PROMPTS, GREEDY)
     finally:
-        weights._versions[0] = leaves
+        weights._versions[0] = leaves,
     assert all(output.finish_reason == "error" and "layer 1" in output.error and output.token_ids == []
                for output in outputs)
     assert engine.stats().guard_trips == {1: 8} and engine.stats().pages_used == 0
@@ -307,7 +308,7 @@ def test_other_weights_in_8_bits(hf, engine, answers, tmp_path):
 
 
 def test_memory(engine, exact):
-    pages = [sum(leaf.nbytes for leaf in one.runner._state.k_pages) / one.pool.num_pages for one in (engine, exact)]
+    pages = [sum(leaf.nbytes for leaf in one.runner.state.k_pages) / one.pool.num_pages for one in (engine, exact)]
     assert pages[0] == pages[1] / 4  # of float32
     assert engine.runner.weights.nbytes < 0.75 * exact.runner.weights.nbytes
     assert 0 < engine.scheduler.wide_pool.capacity == 512 // PAGE

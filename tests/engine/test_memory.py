@@ -20,7 +20,8 @@ def test_as_many_bytes_as_there_are(options):
                     **options)
     weights, scales = engine.runner.weights, 2 * 4 * 2 * 16 * 4 if engine.precision.kv_cache[0] else 0
     assert weight_bytes(engine.config, "bfloat16", engine.precision) == weights.nbytes - scales
-    state = engine.runner._new_state()
+    engine.runner.stages[0].allocate()
+    state = engine.runner.state
     pages = sum(leaf.nbytes for leaf in (*state.k_pages, *state.v_pages))
     assert kv_bytes_per_token(engine.config, "bfloat16", engine.precision) == pages / engine.pool.num_pages / 64
 
