@@ -66,7 +66,7 @@ def load_params(source: Source, config: ModelConfig, dtype: Any = None,
         alike, because it is given some of them at a time.
 
     From a converted checkpoint each process reads the chunks that its devices' parts overlap, and only parameters in
-    ``expand`` whole. From a Hugging Face folder each process reads every tensor whole, one parameter at a time.
+    ``expand`` whole. From a Hugging Face folder it reads all parameters of which it holds a part whole, one at a time.
     Host memory beyond the result stays within one group of tensors (256 MB, or the largest tensor).
     Raises UserError for damaged or mismatched weights, and for NaN or Inf in a Hugging Face folder's.
     """
@@ -96,6 +96,10 @@ def _from_folder(source: Source, config: ModelConfig, target: np.dtype | None, p
     table, tensors = layout(config), open_tensors(source)
     with progress(sum(entry.size for entry in table.values()), "loading") as bar:
         for path, entry in table.items():
+            if not placed[path].addressable_devices:
+                form = zeros(entry.shape, tensors.dtype(entry.parts[0].name))
+                yield path, absent(form, target, expand.get(path), placed[path])
+                continue
             array = assemble(entry, tensors.read)
             value = (place_expanded(array, target, expand[path], placed[path]) if path in expand else
                      place(array, target, placed[path]))
@@ -166,7 +170,7 @@ def _from_orbax(source: Source, config: ModelConfig, target: np.dtype | None, pl
                         value = FP8Tensor(value, loaded.pop(path + SCALE))
                     if path in expand:
                         value = place_expanded(value, target, expand[path], placed[path])
-                        let_go(value)
+                    let_go(value)
                     yield path, value
                     bar.update(sizes[path])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.engine.parts import Part, put_global
 from qwen_jax.errors import UserError
 from qwen_jax.model.lora import TARGETS, adapt_site, split_axes, target_sizes
-from qwen_jax.parallel.layout import expand
+from qwen_jax.parallel.layout import expand, expanded_shape
 
 NO_ADAPTER = 0  # the slot whose values stay zero
 
@@ -128,27 +129,44 @@ class AdapterTable:
                 values[slot] = 0
                 if name in adapter:
                     here = (slot, slice(rank)) if name.endswith(".a") else (slot, slice(None), slice(rank))
-                    values[here] = np.asarray(adapter[name][index])
+                    values[here] = np.asarray(adapter[name])[index]
         self._scale[slot] = scale
         self._put()
+
+    def rearrange(self, parts: Sequence[Part]) -> None:
+        """The same adapters for other parts of the model."""
+        self._parts, self._values = tuple(parts), (None,) * len(parts)
+        if self._users:
+            self._put()
+
+    def shapes(self, part: Part) -> Adapters | None:
+        """What `values` is for a part, as shapes."""
+        if not self._users:
+            return None
+        layers = tuple({name: self._held(part, name, jax.ShapeDtypeStruct(values.shape, values.dtype))
+                        for name, values in layer.items()} for layer in self._host[part.start:part.end])
+        return Adapters(layers, jax.ShapeDtypeStruct(self._scale.shape, np.float32, sharding=part.replicated))
 
     def _put(self) -> None:
         # Copies: on CPU a device array may share the host's memory, and steps under way must keep what they were given.
         self._values = tuple(Adapters(
-            tuple({name: self._placed(part, name, values.copy()) for name, values in layer.items()}
+            tuple({name: self._held(part, name, values.copy()) for name, values in layer.items()}
                   for layer in self._host[part.start:part.end]),
             put_global(self._scale.copy(), part.replicated)) for part in self._parts)
 
-    def _placed(self, part: Part, name: str, values: np.ndarray) -> jax.Array:
-        """One factor of all slots, ``[S, r, I]`` or ``[S, O, r]``, as a part holds it."""
+    def _held(self, part: Part, name: str, values: Any) -> Any:
+        """One factor of all slots, ``[S, r, I]`` or ``[S, O, r]``, or its shape, as a part holds it."""
         target, _, factor = name.rpartition(".")
         own = split_axes(self._config, target)[factor == "b"]
         names, sizes = zip(*own, strict=True)
         axes = ("slot", "rank", *names) if factor == "a" else ("slot", *names, "rank")
         before, after = values.shape[:2 if factor == "a" else 1], values.shape[3 if factor == "a" else 2:]
-        held = expand(values.reshape(*before, *sizes, *after), axes, part.layout)
         # The flattened axis is divided as the first of those in it.
         flat = ("slot", "rank", names[0]) if factor == "a" else ("slot", names[0], "rank")
+        if isinstance(values, jax.ShapeDtypeStruct):
+            size = prod(expanded_shape(sizes, names, part.layout))
+            return part.moved(jax.ShapeDtypeStruct((*before, size, *after), values.dtype), flat)
+        held = expand(values.reshape(*before, *sizes, *after), axes, part.layout)
         return part.moved(held.reshape(*before, -1, *after), flat)
 
 

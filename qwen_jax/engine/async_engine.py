@@ -102,7 +102,7 @@ class AsyncEngine:
         engine = self._engine
         tried = golden_requests(engine.intake, golden)
         async with self._updating:
-            add = partial(engine.runner.weights.add, await asyncio.to_thread(engine.runner.weights.load, source))
+            add = partial(engine.weights.add, await asyncio.to_thread(engine.weights.load, source))
             version = await self._on_engine(add)
             try:
                 async with asyncio.TaskGroup() as tasks:
@@ -110,7 +110,7 @@ class AsyncEngine:
                         tasks.create_task(self._finish(_Listener(request, version)))
                 check_golden(tried)
             except BaseException:
-                await asyncio.shield(self._on_engine(lambda: engine.runner.weights.forget(version)))
+                await asyncio.shield(self._on_engine(lambda: engine.weights.forget(version)))
                 raise
             await self._on_engine(lambda: switch(engine.loop, version, policy))
         return version

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,28 +11,27 @@ import numpy as np
 from qwen_kernels.sparse_attention import Sparsity
 
 from qwen_jax.config import GenerationDefaults
-from qwen_jax.engine import settings
+from qwen_jax.engine import resharding, settings
 from qwen_jax.engine.adapters import AdapterTable
+from qwen_jax.engine.deployment import Blueprint, Deployment
 from qwen_jax.engine.executables import default_cache_dir
 from qwen_jax.engine.intake import Intake, Messages, Prompt, is_single
+from qwen_jax.engine.load_policy import LoadPolicy
 from qwen_jax.engine.loop import Loop
 from qwen_jax.engine.outputs import BucketStats, Delta, EngineStats, RequestOutput, Score
 from qwen_jax.engine.pages import PagePool
-from qwen_jax.engine.parts import draft_parts, parts_of
-from qwen_jax.engine.pipeline import Pipeline
 from qwen_jax.engine.request import Request
 from qwen_jax.engine.runner import Runner
 from qwen_jax.engine.sampling_params import SamplingParams
-from qwen_jax.engine.schedule import DEFAULT_POLICY, SPARSE, Limits, SchedulePolicy, bucket_table
+from qwen_jax.engine.schedule import DEFAULT_POLICY, Limits, SchedulePolicy, bucket_table
 from qwen_jax.engine.scheduler import Scheduler
 from qwen_jax.engine.speculation import DRAFT_MODEL, NGRAM, Speculation
-from qwen_jax.engine.spread import Spread
-from qwen_jax.engine.stage import Sizes
 from qwen_jax.engine.updates import Golden, check_golden, check_policy, golden_requests, replace_in_place, switch
 from qwen_jax.engine.weights import Weights
 from qwen_jax.errors import UserError
 from qwen_jax.model import empty
-from qwen_jax.quantization import Calibrated, default_precision, multiplies_fp8
+from qwen_jax.parallel.plan import ParallelPlan
+from qwen_jax.quantization import Calibrated, multiplies_fp8
 
 DEFAULT_SPARSITY = Sparsity()
 
@@ -45,15 +45,16 @@ class Engine:
       generation_config: defaults of the sampling options and the end-of-sequence ids; a transformers model's own by
         default.
       tp_size: devices that divide every layer among themselves; any number, see docs/parallelism.md.
-      pp_size: 1; other values are refused until they are implemented.
+      pp_size: stages of layers on devices of their own, a pipeline.
+      dp_size: replicas of the model, on tp_size * pp_size devices each, with requests of their own.
       fp8_enabled: e4m3 weights in all layers but the first and the last, and an 8-bit KV cache.
-      max_batch_size: sequences that run at once.
+      max_batch_size: sequences that run at once in each replica.
       max_seq_len: prompt and answer together, in tokens; by default 4096 or the model's context if that is shorter.
       dtype: element type of weights and KV cache, "bfloat16" or "float32"; None keeps the model's.
       kv_cache_dtype: "e4m3", "int8" (which needs ``calibrated``), or None for ``dtype``; "auto" is with
         ``fp8_enabled`` what calibration chose, without it e4m3; else None.
-      kv_cache_bytes: memory for KV pages; by default what ``max_batch_size`` full sequences need, at most a share of
-        the free memory.
+      kv_cache_bytes: memory of each device for KV pages; by default what ``max_batch_size`` full sequences need, at
+        most a share of the free memory.
       limits, policy: the bucket shapes and the schedule's thresholds, as data.
       prefix_cache: keep computed pages for prompts that begin alike (same weights, adapter and attention).
       max_adapters: LoRA adapters that may be loaded at once (`load_adapter`); max_adapter_rank: their largest rank.
@@ -66,6 +67,7 @@ class Engine:
       sparsity: of the sparse schedule's attention, for all layers or for each (None attends to everything).
       batch_invariant: a request's tokens do not depend on what runs beside it, to the last bit (see docs/engine.md).
       calibrated: what may be 8-bit and the ranges of keys and values, as `qwen-jax calibrate --fp8` finds them.
+      load_policy: two plans, between which the engine goes by itself; one of them is that of the sizes above.
       warmup: compile and run every bucket now; else call ``warmup()`` before the first request.
       progress: show progress bars on stderr.
 
@@ -73,17 +75,17 @@ class Engine:
     """
 
     def __init__(self, model: Any, *, tokenizer: Any = None, generation_config: Any = None, tp_size: int = 1,
-                 pp_size: int = 1, fp8_enabled: bool = False, max_batch_size: int = 64, max_seq_len: int | None = None,
-                 dtype: Any = None, kv_cache_dtype: str | None = "auto", kv_cache_bytes: int | None = None,
-                 limits: Limits | None = None,
+                 pp_size: int = 1, dp_size: int = 1, fp8_enabled: bool = False, max_batch_size: int = 64,
+                 max_seq_len: int | None = None, dtype: Any = None, kv_cache_dtype: str | None = "auto",
+                 kv_cache_bytes: int | None = None, limits: Limits | None = None,
                  policy: SchedulePolicy = DEFAULT_POLICY, prefix_cache: bool = True, max_adapters: int = 0,
                  max_adapter_rank: int = 16, cache_dir: str | Path | None | type(...) = ...,
                  speculation: Any = None, draft_tokens: int | None = None, strict_compiles: bool = False,
                  sparsity: Sparsity | Sequence[Sparsity | None] = DEFAULT_SPARSITY, batch_invariant: bool = False,
-                 calibrated: Calibrated | None = None, warmup: bool = True, progress: bool = True) -> None:
+                 calibrated: Calibrated | None = None, load_policy: LoadPolicy | None = None, warmup: bool = True,
+                 progress: bool = True) -> None:
         source, dtype, defaults = settings.source_of(model, dtype)
         self.config = source.config
-        self.plan = settings.plan_of(self.config, tp_size, pp_size)
         self.tokenizer = tokenizer
         self.generation_config: GenerationDefaults = generation_config or defaults
         if batch_invariant:
@@ -105,29 +107,30 @@ class Engine:
         table = bucket_table(self.limits, policy, "f32" if dtype == np.float32 else "bf16", eight_bit)
         draft = settings.draft_of(speculation, self.config, vocab_limit, dtype)
         self.sparsity = settings.sparsity_of(sparsity, self.config)
-        sparse = any(bucket.schedule == SPARSE for bucket in table)
-        parts = [part for replica in parts_of(self.plan) for part in replica]
-        weights = Weights(source, Spread(self.config, dtype, parts, self.precision, calibrated and calibrated.ranges))
-        guesses = draft and Weights(draft, Spread(draft.config, dtype, draft_parts(draft.config, self.plan),
-                                                  default_precision(draft.config, False, None)))
-        num_pages = settings.num_pages(parts[0].local, guesses and guesses.spread.parts[0].local, self.limits, dtype,
-                                       kv_cache_bytes, sparse, self.precision)
-        wide_pages = settings.wide_pages(self.limits, self.precision)
-        self.pool = PagePool(num_pages)
-        dense_tail = max((layer.dense_tail for layer in self.sparsity if layer), default=0)
-        self.scheduler = Scheduler(table, self.limits, self.pool, policy, prefix_cache, batch_invariant, dense_tail,
-                                   PagePool(wide_pages) if eight_bit else None)
-        self.adapters = AdapterTable(self.config, parts, max_adapters, max_adapter_rank, dtype)
+        directory = default_cache_dir() if cache_dir is ... else cache_dir and Path(cache_dir)
+        self._blueprint = Blueprint(
+            self.config, dtype, self.precision, calibrated and calibrated.ranges, table, self.limits, policy,
+            self.sparsity, vocab_limit, kv_cache_bytes, prefix_cache, batch_invariant, draft and draft.config,
+            directory or None, strict_compiles)
+        self.deployment = Deployment(settings.plan_of(self.config, tp_size, pp_size, dp_size), self._blueprint)
+        self.weights = Weights(source, self.deployment.spread)
+        self._draft = draft and Weights(draft, self.deployment.draft_spread)
+        self.adapters = AdapterTable(self.config, self.deployment.spread.parts, max_adapters, max_adapter_rank, dtype)
+        self._arrivals = itertools.count()
+        self.deployment.build(self.weights, self._draft, self.adapters, settings.free_per_device(self.plan),
+                              self._arrivals)
+        self._prepared = {self.plan: self.deployment}
         self.intake = Intake(tokenizer, self.generation_config, vocab_limit, self.config.vocab_size, self.scheduler,
                              self.adapters)
-        directory = default_cache_dir() if cache_dir is ... else cache_dir and Path(cache_dir)
-        sizes = Sizes(num_pages, self.limits.max_batch_size, vocab_limit, self.sparsity, wide_pages)
-        kind = Runner if len(self.plan.stages) == 1 else Pipeline
-        self.runner = kind(table, sizes, weights, range(len(self.plan.stages)), self.adapters, guesses,
-                           directory or None, strict_compiles)
         kind = DRAFT_MODEL if draft else speculation
-        self.loop = Loop(self.scheduler, self.runner, kind and Speculation(kind, self.limits.draft_tokens))
+        self.loop = Loop(self.deployment.replicas, self.weights, self.adapters,
+                         kind and Speculation(kind, self.limits.draft_tokens))
         self._progress = progress
+        self._load_policy = load_policy
+        if load_policy:
+            if self.plan not in (load_policy.latency, load_policy.throughput):
+                raise UserError(f"the engine begins with {self.plan}, which is neither of its load_policy's plans")
+            self.loop.before_step = self._follow_load
         if warmup:
             self.warmup()
 
@@ -172,9 +175,64 @@ class Engine:
             options["calibrated"] = read_calibrated(folder, config)
         return cls(empty(config, settings.check_dtype(dtype)), dtype=dtype, warmup=False, **options)
 
+    @property
+    def plan(self) -> ParallelPlan:
+        """Which devices do what."""
+        return self.deployment.plan
+
+    @property
+    def runner(self) -> Runner:
+        """Of the first replica."""
+        return self.deployment.replicas[0].runner
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """Of the first replica."""
+        return self.deployment.replicas[0].scheduler
+
+    @property
+    def pool(self) -> PagePool:
+        """Of the first replica."""
+        return self.scheduler.pool
+
     def warmup(self) -> None:
         """Compile (or load from disk) and run every program once; nothing compiles afterwards."""
-        self.runner.warmup(self._progress)
+        for runner in self.deployment.runners:
+            runner.warmup(self._progress)
+        if self._load_policy:
+            self.prepare_plan(self._load_policy.latency)
+            self.prepare_plan(self._load_policy.throughput)
+
+    # --- plans
+
+    def prepare_plan(self, plan: ParallelPlan) -> None:
+        """Compile (or load from disk) what `reshard` to a plan needs: programs, and what moves pages between it and the
+        others. Requests wait meanwhile."""
+        if plan not in self._prepared:
+            deployment = Deployment(plan, self._blueprint)
+            free = settings.free_per_device(plan, beside=deployment.bytes_per_device)
+            deployment.build(self.weights, self._draft, self.adapters, free, self._arrivals)
+            self._prepared[plan] = deployment
+        for deployment in self._prepared.values():
+            resharding.prepare(deployment, self._progress)
+
+    def reshard(self, plan: ParallelPlan) -> None:
+        """Go on by another plan, between two steps and with requests in flight, whose keys and values move along.
+
+        Nothing is compiled where `prepare_plan` has been called; else it is called now. A request for which there is
+        no room any more waits, and its tokens are computed again. Kept pages that no request uses are dropped.
+        """
+        if plan == self.plan:
+            return
+        self.prepare_plan(plan)
+        resharding.move(self.loop, self.deployment, self._prepared[plan], self._draft)
+        self.deployment = self._prepared[plan]
+        self.intake.scheduler = self.scheduler
+
+    def _follow_load(self) -> None:
+        load = sum(replica.scheduler.num_sequences for replica in self.deployment.replicas)
+        if target := self._load_policy.decide(self.plan, load, self.loop.clock()):
+            self.reshard(target)
 
     # --- requests
 
@@ -272,7 +330,7 @@ class Engine:
     @property
     def weight_version(self) -> int:
         """Number of the weights that new requests run with; the first has 0."""
-        return self.runner.weights.current
+        return self.weights.current
 
     def update_weights(self, source: Any, policy: str = "finish_old", golden: Golden | None = None,
                        in_place: bool = False) -> int:
@@ -296,7 +354,7 @@ class Engine:
             if golden is not None or not isinstance(source, str | Path):
                 raise UserError("in_place=True takes a checkpoint's folder and no golden prompts")
             return replace_in_place(self.loop, source, policy)
-        weights, tried = self.runner.weights, golden_requests(self.intake, golden)
+        weights, tried = self.weights, golden_requests(self.intake, golden)
         version = weights.add(weights.load(source))
         try:
             self.loop.complete([request for request, _ in tried], version)
@@ -309,7 +367,7 @@ class Engine:
 
     def rollback(self) -> int:
         """Back to the weights before the last update, as with "finish_old"; returns their version's number."""
-        version = self.runner.weights.other()
+        version = self.weights.other()
         switch(self.loop, version, "finish_old")
         return version
 
@@ -317,7 +375,8 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Counters since the engine was made."""
-        figures, runner, scheduler = self.loop.figures, self.runner, self.scheduler
+        figures, runner, runners = self.loop.figures, self.runner, self.deployment.runners
+        schedulers = [replica.scheduler for one in self._prepared.values() for replica in one.replicas]
         speculation = self.loop.speculation
         buckets = []
         for bucket, usage in figures.usage.items() if runner.ready else ():
@@ -325,13 +384,20 @@ class Engine:
             buckets.append(BucketStats(str(bucket), usage.steps, usage.rows, usage.tokens, usage.seconds,
                                        runner.prepare_seconds[bucket], all(one.from_disk for one in programs),
                                        max(one.temp_bytes for one in programs)))
+
+        def total(name: str) -> int:
+            return sum(getattr(scheduler, name) for scheduler in schedulers)
+
         return EngineStats(
-            compiles_after_warmup=runner.compiles_after_warmup, warmup_seconds=runner.warmup_seconds,
-            executables=len(runner.executables.programs), pages_used=self.pool.capacity - self.pool.num_free,
-            pages_total=self.pool.capacity, running=len(scheduler.running), waiting=len(scheduler.waiting),
+            compiles_after_warmup=runner.compiles_after_warmup,
+            warmup_seconds=sum(runner.warmup_seconds for runner in runners),
+            executables=sum(len(runner.executables.programs) for runner in runners),
+            pages_used=sum(one.pool.capacity - one.pool.num_free for one in schedulers),
+            pages_total=sum(one.scheduler.pool.capacity for one in self.deployment.replicas),
+            running=sum(len(one.running) for one in schedulers), waiting=sum(len(one.waiting) for one in schedulers),
             prompt_tokens=figures.prompt_tokens, generated_tokens=figures.generated_tokens,
-            finished=dict(figures.finished), preemptions=scheduler.preemptions, prefix_queries=scheduler.prefix_queries,
-            prefix_hits=scheduler.prefix_hits, weight_version=self.weight_version,
+            finished=dict(figures.finished), preemptions=total("preemptions"), prefix_queries=total("prefix_queries"),
+            prefix_hits=total("prefix_hits"), weight_version=self.weight_version,
             drafted_tokens=speculation.drafted if speculation else 0,
             accepted_tokens=speculation.accepted if speculation else 0,
             sparse_density=figures.attended_pages / figures.visible_pages if figures.visible_pages else 1.0,

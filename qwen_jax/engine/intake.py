@@ -35,13 +35,13 @@ class Intake:
     def __init__(self, tokenizer: Any, defaults: GenerationDefaults, vocab_limit: int, vocab_size: int,
                  scheduler: Scheduler, adapters: AdapterTable) -> None:
         self._tokenizer, self._defaults, self.vocab_limit = tokenizer, defaults, vocab_limit
-        self._scheduler, self._adapters = scheduler, adapters
+        self.scheduler, self._adapters = scheduler, adapters
         self._grammars = GrammarCompiler(tokenizer, vocab_size, defaults.eos_token_ids)
         self._ids = itertools.count()
 
     @property
     def max_seq_len(self) -> int:
-        return self._scheduler.limits.max_seq_len
+        return self.scheduler.limits.max_seq_len
 
     def tokens(self, prompt: Prompt | Messages) -> list[int]:
         """Token ids of a text, of a conversation up to where the assistant begins to answer, or of token ids."""
@@ -81,7 +81,7 @@ class Intake:
             sequence.min_new_tokens = own.min_tokens
             if matcher:
                 sequence.burst = 1  # the host has to see each token
-            self._scheduler.check(sequence)
+            self.scheduler.check(sequence)
             requests.append(Request(sequence, self._tokenizer, self._defaults.eos_token_ids, index, score_from,
                                     adapter, matcher))
         return requests

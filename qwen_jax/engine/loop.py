@@ -1,27 +1,30 @@
-"""The one loop that joins scheduler, programs and text: requests in, steps, answers out."""
+"""The one loop that joins schedulers, programs and text: requests in, steps, answers out."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Sized
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from qwen_jax.engine.adapters import AdapterTable
 from qwen_jax.engine.batch import build_batch
+from qwen_jax.engine.deployment import Replica
 from qwen_jax.engine.plan import StepPlan
 from qwen_jax.engine.request import Request
-from qwen_jax.engine.runner import Runner
 from qwen_jax.engine.schedule import SPARSE, Bucket
 from qwen_jax.engine.scheduler import Scheduler
 from qwen_jax.engine.sequence import Sequence, State
 from qwen_jax.engine.speculation import Speculation
 from qwen_jax.engine.steps import StepOutput
+from qwen_jax.engine.weights import Weights
 from qwen_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
+POLL_SECONDS = 1e-4  # between looks at which of several replicas is done
 DISPATCH_SECONDS = 0.05  # a decode step generates as many tokens per row as fit into this: it delays whoever comes
 
 
@@ -53,32 +56,36 @@ class Figures:
 class Loop:
     """`submit` requests and call `step` until they are closed. One thread at a time.
 
-    While the device works on a step, the texts of the step before it are made. So a request may be finished (its pages
-    are free) and not yet closed (its output is incomplete): the next step closes it.
+    While devices work on a step, the texts of the step before it are made. So a request may be finished (its pages are
+    free) and not yet closed (its output is incomplete): the next step closes it. Where there are several replicas, each
+    has a step under way, and `step` ends the first that is done.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, speculation: Speculation | None = None) -> None:
-        self.scheduler, self.runner, self.speculation = scheduler, runner, speculation
+    def __init__(self, replicas: Sized[Replica], weights: Weights, adapters: AdapterTable,
+                 speculation: Speculation | None = None) -> None:
+        self.replicas, self.weights, self.adapters, self.speculation = list(replicas), weights, adapters, speculation
+        runner, scheduler = replicas[0].runner, replicas[0].scheduler
         self.figures = Figures({bucket: Usage() for bucket in runner.table})
         self.failure: BaseException | None = None
         self.clock = time.monotonic  # of deadlines
-        self._slots, self._vocab_size = scheduler.limits.max_batch_size, runner.weights.config.vocab_size
+        self.before_step: Callable[[], None] | None = None  # what may reshard
+        self._slots, self._vocab_size = scheduler.limits.max_batch_size, weights.config.vocab_size
         self._requests: dict[int, Request] = {}
-        self._undelivered: tuple[StepPlan, StepOutput, list[list[int]]] | None = None
-        self._step_seconds = DISPATCH_SECONDS  # of the last decode step, per token of a row
+        self.homes: dict[int | str, Replica] = {}  # of the requests
 
     def submit(self, requests: Iterable[Request], version: int | None = None) -> None:
         """Queue what `Intake` made, by default for the current version of the weights; `step` works on it."""
-        if not self.runner.ready:
+        if not all(replica.runner.ready for replica in self.replicas):
             raise UserError("the engine is not warmed up: call warmup() first")
         for request in requests:
             sequence = request.sequence
-            request.adapter = self.runner.adapters.acquire(request.adapter_name)
-            self._use(request, self.runner.weights.current if version is None else version)
+            request.adapter = self.adapters.acquire(request.adapter_name)
+            self._use(request, self.weights.current if version is None else version)
             if request.score_from is not None:  # logits are needed from the position before on
                 sequence.reusable = request.score_from - 1
-            self.scheduler.add(sequence)
-            self._requests[sequence.request_id] = request
+            home = min(self.replicas, key=lambda replica: replica.scheduler.num_sequences)
+            home.scheduler.add(sequence)
+            self._requests[sequence.request_id], self.homes[sequence.request_id] = request, home
             self.figures.prompt_tokens += len(sequence.prompt)
 
     def abort(self, request_id: int) -> bool:
@@ -86,8 +93,9 @@ class Loop:
         request = self._requests.get(request_id)
         if request is None:
             return False
-        self._deliver()  # which closes it when it has ended already
-        if not self.scheduler.abort(request_id):
+        home = self.homes[request_id]
+        self._deliver(home)  # which closes it when it has ended already
+        if not home.scheduler.abort(request_id):
             return False
         self._close(request)
         return True
@@ -96,26 +104,68 @@ class Loop:
         """Run one step for whatever is queued. Returns whether there was work."""
         if self.failure:
             raise RuntimeError("the engine stopped after a failed step; make a new one") from self.failure
-        began = time.perf_counter()
-        for sequence in self.scheduler.expired(self.clock()):
-            self.abort(sequence.request_id)
-        plan = self.scheduler.plan(max(1, int(DISPATCH_SECONDS / self._step_seconds)),
-                                   self.speculation and self.speculation.propose)
-        if plan is None:
-            return self._deliver()
+        self._abort_expired()
+        if self.before_step:
+            self.before_step()
+        self._share_out()
         try:
-            batch = build_batch(plan, self._requests, self._slots, self._vocab_size)
-            started = time.perf_counter()
-            output = self.runner.start(plan.bucket, batch, plan.version)
-            self._deliver()
-            output = self.runner.finish(output)
+            for replica in self.replicas:
+                if replica.under_way is None:
+                    self._begin(replica)
+            delivered = [self._deliver(replica) for replica in self.replicas]
+            busy = [replica for replica in self.replicas if replica.under_way is not None]
+            if busy:
+                self._end(_first_done(busy))
         except BaseException as error:  # the state was given away to the step: nothing can continue from here
             self.failure = error
             raise
+        return bool(busy) or any(delivered)
+
+    def settle(self) -> None:
+        """Ends and delivers what is under way."""
+        try:
+            for replica in self.replicas:
+                if replica.under_way is not None:
+                    self._deliver(replica)
+                    self._end(replica)
+                self._deliver(replica)
+        except BaseException as error:
+            self.failure = self.failure or error
+            raise
+
+    def _abort_expired(self) -> None:
+        now = self.clock()
+        for replica in self.replicas:
+            for sequence in replica.scheduler.expired(now):
+                self.abort(sequence.request_id)
+
+    def _share_out(self) -> None:
+        """A replica without work takes over the first in line of the longest queue."""
+        for replica in self.replicas:
+            if not replica.scheduler.has_work:
+                longest = max(self.replicas, key=lambda other: len(other.scheduler.waiting))
+                if longest.scheduler.waiting and longest.scheduler.running:
+                    sequence = longest.scheduler.waiting[0]
+                    longest.scheduler.withdraw(sequence)
+                    replica.scheduler.add(sequence)
+                    self.homes[sequence.request_id] = replica
+
+    def _begin(self, replica: Replica) -> None:
+        began = time.perf_counter()
+        steps = DISPATCH_SECONDS / (replica.step_seconds or DISPATCH_SECONDS)
+        plan = replica.scheduler.plan(max(1, int(steps)), self.speculation and self.speculation.propose)
+        if plan is not None:
+            batch = build_batch(plan, self._requests, self._slots, self._vocab_size)
+            started = time.perf_counter()
+            replica.under_way = plan, replica.runner.start(plan.bucket, batch, plan.version), began, started
+
+    def _end(self, replica: Replica) -> None:
+        plan, started, began, start = replica.under_way
+        output = replica.runner.finish(started)
         ready = time.perf_counter()
-        self._commit(plan, output)
-        self._account(plan, output, ready - started, started - began + time.perf_counter() - ready)
-        return True
+        replica.under_way = None
+        self._commit(replica, plan, output)
+        self._account(replica, plan, output, ready - start, start - began + time.perf_counter() - ready)
 
     def complete(self, requests: Sized[Request], version: int | None = None) -> None:
         """Submit requests and run until all of them are closed; whatever interrupts takes them out again."""
@@ -129,16 +179,16 @@ class Loop:
 
     def restart(self, requests: Iterable[Request], version: int) -> None:
         """Let open requests of which nothing has been handed out begin again, with this version of the weights."""
-        self._deliver()
+        self.settle()
         for request in requests:
             if not request.closed:
-                self.scheduler.restart(request.sequence)
+                self.homes[request.sequence.request_id].scheduler.restart(request.sequence)
                 request.forget()
                 self._use(request, version)
 
     def untouched(self, only_waiting: bool) -> list[Request]:
         """Open requests of which nobody has seen anything yet; or only those that have not begun at all."""
-        self._deliver()
+        self.settle()
         return [request for request in self._requests.values() if request.sequence.state is not State.FINISHED and (
             request.sequence.schedule is None if only_waiting else not request.streams)]
 
@@ -147,7 +197,7 @@ class Loop:
 
     # --- after a step
 
-    def _commit(self, plan: StepPlan, output: StepOutput) -> None:
+    def _commit(self, replica: Replica, plan: StepPlan, output: StepOutput) -> None:
         """Tokens into their sequences, whose pages are free at once when they end; their texts come later."""
         taken, stopped = [], []
         trips = output.trips.tolist()
@@ -165,34 +215,34 @@ class Loop:
             if tokens and (reason := request.follow_grammar(tokens)):
                 stopped.append((row.seq, reason))
             taken.append(tokens)
-        self.scheduler.commit(plan, taken)
+        replica.scheduler.commit(plan, taken)
         for sequence, reason in stopped:
-            self.scheduler.finish(sequence, reason)
+            replica.scheduler.finish(sequence, reason)
         for row, trip in zip(plan.rows, trips, strict=False):
             if trip and row.seq.state is not State.FINISHED:
-                self._fall_back(row.seq, trip - 1)
-        self._undelivered = plan, output, taken
+                self._fall_back(replica.scheduler, row.seq, trip - 1)
+        replica.undelivered = plan, output, taken
         if any(row.seq.request_id in self._requests and self._requests[row.seq.request_id].stops_at_text
                for row in plan.rows):
-            self._deliver()  # whether a stop string has appeared decides who runs next
+            self._deliver(replica)  # whether a stop string has appeared decides who runs next
 
-    def _fall_back(self, sequence: Sequence, layer: int) -> None:
+    def _fall_back(self, scheduler: Scheduler, sequence: Sequence, layer: int) -> None:
         """A row's numbers were of no use: once more in 16 bits, or the end."""
         self.figures.trips[layer] = self.figures.trips.get(layer, 0) + 1
-        if self.scheduler.wide_pool is not None and not sequence.wide:
+        if scheduler.wide_pool is not None and not sequence.wide:
             logger.info("request %s is computed again in 16 bits: its numbers left the range of 8 bits in layer %d",
                         sequence.request_id, layer)
-            self.scheduler.fall_back(sequence)
+            scheduler.fall_back(sequence)
             return
         request = self._requests[sequence.request_id]
         request.output.error = f"what it computes is not finite or has damaged scales, first in layer {layer}"
-        self.scheduler.finish(sequence, "error")
+        scheduler.finish(sequence, "error")
 
-    def _deliver(self) -> bool:
-        """Hands the last step's results to its requests. Returns whether there were any."""
-        if self._undelivered is None:
+    def _deliver(self, replica: Replica) -> bool:
+        """Hands the results of a replica's last step to its requests. Returns whether there were any."""
+        if replica.undelivered is None:
             return False
-        (plan, output, taken), self._undelivered = self._undelivered, None
+        (plan, output, taken), replica.undelivered = replica.undelivered, None
         sparse = plan.bucket.schedule == SPARSE
         for index, (row, tokens) in enumerate(zip(plan.rows, taken, strict=True)):
             request = self._requests.get(row.seq.request_id)
@@ -208,31 +258,31 @@ class Loop:
                 if output.prompt is not None and request.score_from is not None:
                     request.add_prompt_scores(row.start, *(array[index, : row.count] for array in output.prompt))
                 if tokens and request.add_tokens(tokens, output.sampled, index):
-                    self.scheduler.finish(row.seq, "stop")
+                    replica.scheduler.finish(row.seq, "stop")
             except Exception as error:  # what one request's text does to us is that request's affair alone
                 logger.exception("request %s failed", row.seq.request_id)
                 request.output.error = f"{type(error).__name__}: {error}"
-                self.scheduler.finish(row.seq, "error")
+                replica.scheduler.finish(row.seq, "error")
             if row.seq.state is State.FINISHED:
                 self._close(request)
         return True
 
     def _close(self, request: Request) -> None:
         request.deltas.append(request.close())
-        self.runner.adapters.release(request.adapter)
-        del self._requests[request.sequence.request_id]
-        if request.sequence.version != self.runner.weights.current:
-            self.runner.weights.drop_unused(self.versions_in_use())
+        self.adapters.release(request.adapter)
+        del self._requests[request.sequence.request_id], self.homes[request.sequence.request_id]
+        if request.sequence.version != self.weights.current:
+            self.weights.drop_unused(self.versions_in_use())
         reason = request.output.finish_reason
         self.figures.finished[reason] = self.figures.finished.get(reason, 0) + 1
 
     def _use(self, request: Request, version: int) -> None:
         sequence = request.sequence
         sequence.version = version
-        sequence.salt = repr((version, self.runner.adapters.identity(request.adapter),
-                              self.scheduler.attention(sequence))).encode()
+        sequence.salt = repr((version, self.adapters.identity(request.adapter),
+                              self.replicas[0].scheduler.attention(sequence))).encode()
 
-    def _account(self, plan: StepPlan, output: StepOutput, device: float, host: float) -> None:
+    def _account(self, replica: Replica, plan: StepPlan, output: StepOutput, device: float, host: float) -> None:
         figures, usage = self.figures, self.figures.usage[plan.bucket]
         sampled = int(output.counts[: len(plan.rows)][output.trips[: len(plan.rows)] == 0].sum())
         decode = plan.bucket.phase == "decode"
@@ -250,4 +300,15 @@ class Loop:
         if self.speculation:
             self.speculation.record(plan, output.counts[: len(plan.rows)].tolist(), device + host)
         if decode and plan.bucket.tokens == 1:
-            self._step_seconds = device / max(row.count for row in plan.rows)
+            replica.step_seconds = device / max(row.count for row in plan.rows)
+
+
+def _first_done(busy: Sized[Replica]) -> Replica:
+    """The replica whose step has ended, or ends first; of several the one that was started first."""
+    busy = sorted(busy, key=lambda replica: replica.under_way[3])
+    while len(busy) > 1:
+        for replica in busy:
+            if replica.runner.done(replica.under_way[1]):
+                return replica
+        time.sleep(POLL_SECONDS)
+    return busy[0]

@@ -129,6 +129,10 @@ class PagePool:
                 del self._idle[page]
                 self._free.append(page)
 
+    def forget_all(self) -> None:
+        """No page is found any more."""
+        self.forget(list(self._key_of))
+
     def match(self, keys: Sequence[bytes]) -> list[int]:
         """The kept pages of the longest beginning of a chain."""
         pages = []

@@ -16,7 +16,7 @@ from qwen_jax.model import Qwen2, build
 from qwen_jax.model.partition import WHOLE, Partition
 from qwen_jax.parallel.layout import Layout, expand, expanded_shape
 from qwen_jax.parallel.mesh import TENSOR, plan_meshes, spec_of
-from qwen_jax.parallel.plan import ParallelPlan, make_plan
+from qwen_jax.parallel.plan import ParallelPlan
 from qwen_jax.quantization import Precision, Ranges
 
 # Tokens in a step from which the hidden states between products are divided over the tokens: below, a collective takes
@@ -141,12 +141,6 @@ def parts_of(plan: ParallelPlan, devices: Sequence[jax.Device] | None = None) ->
     return [[Part(mesh, plan.layout, start, start + count)
              for mesh, start, count in zip(replica, plan.first_layers, plan.stages, strict=True)]
             for replica in plan_meshes(plan, devices)]
-
-
-def draft_parts(config: ModelConfig, plan: ParallelPlan, devices: Sequence[jax.Device] | None = None) -> list[Part]:
-    """A draft model beside each part of a plan of single stages: whole, divided by a layout of its own."""
-    own = make_plan(config, plan.data, 1, plan.tensor)
-    return [part for replica in parts_of(own, devices) for part in replica]
 
 
 def held_by(parts: Sequence[Part], path: str) -> Iterator[tuple[int, str]]:

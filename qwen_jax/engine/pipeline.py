@@ -65,6 +65,9 @@ class Pipeline(Runner):
             passed = self.run(Key(bucket, index), batch, version, passed, np.int32(turn))
         return passed
 
+    def done(self, started: Started) -> bool:
+        return super().done(started.outputs)
+
     def finish(self, started: Started) -> StepOutput:
         outputs = jax.device_get(started.outputs)
         rows = [_after_another(of_group) for of_group in outputs]
@@ -87,9 +90,9 @@ class Pipeline(Runner):
             def shape(sizes, dtype):
                 return jax.ShapeDtypeStruct((rows, *sizes), dtype, sharding=stage.part.replicated)
 
-            passed = Passed(shape((bucket.tokens, self.weights.config.hidden_size), self.weights.spread.dtype),
+            passed = Passed(shape((bucket.tokens, self.weights.config.hidden_size), stage.dtype),
                             shape((2,), jnp.int32), shape((), jnp.int32))
-        return stage.lower(step, stage.arguments(batch, self.weights.current, passed, np.int32(0)))
+        return stage.lower(step, stage.shapes_of_arguments(batch, passed, np.int32(0)))
 
 
 def micro_batch(bucket: Bucket, stages: int) -> int:

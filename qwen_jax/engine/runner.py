@@ -15,9 +15,8 @@ from qwen_jax.engine.adapters import AdapterTable
 from qwen_jax.engine.batch import dry_run_batch
 from qwen_jax.engine.executables import Executables, Program, planned, unplanned_compiles
 from qwen_jax.engine.schedule import Bucket
-from qwen_jax.engine.stage import Sizes, Stage
+from qwen_jax.engine.stage import Held, Sizes, Stage
 from qwen_jax.engine.steps import EngineState, StepBatch, StepOutput, run_bucket
-from qwen_jax.engine.weights import Weights
 from qwen_jax.errors import UserError
 
 
@@ -32,22 +31,23 @@ class Runner:
     """Programs for every bucket of a table, for one replica of the model.
 
     Args:
-      parts: which of the weights' parts it runs on, and with which of the adapters' values: one here, and one for each
-        stage in a `Pipeline`.
-      draft: the weights of the model that guesses tokens, in the same parts, if there is one.
+      held: the weights; draft: those of the model that guesses tokens, in the same parts, if there is one.
+      parts: which of their parts it runs on, and with which of the adapters' values: one here, and one for each stage
+        in a `Pipeline`.
       cache_dir: where programs are kept; None keeps none.
       strict: refuse to go on after a compilation that was not part of a warm-up.
     """
 
-    def __init__(self, table: tuple[Bucket, ...], sizes: Sizes, weights: Weights, parts: Sequence[int],
-                 adapters: AdapterTable, draft: Weights | None, cache_dir: Path | None, strict: bool = False) -> None:
-        self.table, self.sizes, self.weights, self.adapters = table, sizes, weights, adapters
-        self.stages = [Stage(table, sizes, weights, part, adapters, draft) for part in parts]
+    def __init__(self, table: tuple[Bucket, ...], sizes: Sizes, held: Held, parts: Sequence[int],
+                 adapters: AdapterTable, draft: Held | None, cache_dir: Path | None, strict: bool = False) -> None:
+        self.table, self.sizes, self.weights, self.adapters = table, sizes, held.weights, adapters
+        self.stages = [Stage(table, sizes, held, part, adapters, draft) for part in parts]
         self._strict = strict
-        self._vocab_size = weights.config.vocab_size
+        self._vocab_size = held.weights.config.vocab_size
         self.executables = Executables(self._lower, lambda key: self.stages[key.stage].part.devices,
                                        [stage.identity for stage in self.stages], cache_dir)
         self.prepare_seconds: dict[Bucket, float] = dict.fromkeys(table, 0.0)
+        self.movers: list[Any] = []  # of each stage, what moves its state (see `moving`); empty where nothing will
         self.warmup_seconds = 0.0
         self._compiles_at_warmup: int | None = None
 
@@ -84,8 +84,7 @@ class Runner:
         began = time.perf_counter()
         with planned():
             for stage in self.stages:
-                if stage.state is None:
-                    stage.allocate()
+                stage.allocate()
             for bucket in self._prepared(progress, "warm-up"):
                 rows = 0 if all(program.from_disk for program in self.programs(bucket)) else 1
                 dry = dry_run_batch(bucket, self.sizes.slots, self._vocab_size, rows)
@@ -95,10 +94,22 @@ class Runner:
 
     def compile(self, progress: bool) -> None:
         """Compile (or load from disk) every program and run none: for this, weights may be shapes without values."""
-        for stage in self.stages:
-            stage.allocate_shapes()
         with planned():
+            for stage in self.stages:
+                stage.prepare()
             list(self._prepared(progress, "compiling"))
+
+    def pause(self) -> None:
+        """Gives the memory of the state back."""
+        for stage in self.stages:
+            stage.state = None
+
+    def resume(self) -> None:
+        """With an empty state, after `compile` or `pause`."""
+        for stage in self.stages:
+            stage.allocate()
+        if not self.ready:
+            self._compiles_at_warmup = unplanned_compiles()
 
     def _prepared(self, progress: bool, what: str) -> Iterator[Bucket]:
         """Every bucket once its programs are ready."""
@@ -124,6 +135,10 @@ class Runner:
         """The output of what `start` began, on the host."""
         return jax.device_get(started)
 
+    def done(self, started: Any) -> bool:
+        """Whether `finish` would not wait."""
+        return all(x.is_ready() for x in jax.tree.leaves(started))
+
     def run(self, key: Key, batch: StepBatch, version: int, *others: Any) -> Any:
         """Runs one program: what it returns beside the state."""
         stage = self.stages[key.stage]
@@ -142,4 +157,4 @@ class Runner:
             return run_bucket(stage.models(leaves, draft), key.bucket, state, batch, vocab_limit, adapters)
 
         batch = dry_run_batch(key.bucket, self.sizes.slots, self._vocab_size)
-        return stage.lower(step, stage.arguments(batch, self.weights.current))
+        return stage.lower(step, stage.shapes_of_arguments(batch))

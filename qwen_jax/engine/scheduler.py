@@ -13,7 +13,8 @@ sequence whose next page another one is about to compute waits for it, so a pref
 
 import bisect
 import heapq
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Sized
 from operator import attrgetter
 
@@ -45,11 +46,12 @@ class Scheduler:
     dense_tail: last tokens of a prompt whose pages sparse attention computes otherwise than the rest, and so are not
       shared; neither are its answers'.
     wide_pool: pages of sequences that fell back from 8-bit to 16-bit steps (`fall_back`); None where all are 16-bit.
+    arrivals: numbers in ascending order, shared by the schedulers of several replicas.
     """
 
     def __init__(self, table: tuple[Bucket, ...], limits: Limits, pool: PagePool,
                  policy: SchedulePolicy = DEFAULT_POLICY, prefix_cache: bool = True, invariant: bool = False,
-                 dense_tail: int = 0, wide_pool: PagePool | None = None):
+                 dense_tail: int = 0, wide_pool: PagePool | None = None, arrivals: Iterator[int] | None = None):
         self.limits, self.pool, self.policy, self.prefix_cache = limits, pool, policy, prefix_cache
         self.invariant, self.dense_tail, self.wide_pool = invariant, dense_tail, wide_pool
         self.prefix_queries = self.prefix_hits = 0  # pages looked up at admissions, and found
@@ -63,7 +65,8 @@ class Scheduler:
         self._computing: dict[bytes, Sequence] = {}  # keys of pages that running sequences have yet to prefill
         self._table = table
         self._chunk = max(bucket.tokens for bucket in table)
-        self._arrivals = self._steps = self._prefills = 0
+        self._arrivals = itertools.count() if arrivals is None else arrivals
+        self._steps = self._prefills = 0
         self._last_phase = "decode"
 
     @property
@@ -90,12 +93,46 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         """Queues a request that passes `check`."""
         self.check(seq)
-        seq.arrival = self._arrivals
-        self._arrivals += 1
+        if seq.arrival < 0:
+            seq.arrival = next(self._arrivals)
         self._sequences[seq.request_id] = seq
         bisect.insort(self.waiting, seq, key=_rank)
         if seq.deadline is not None:
             heapq.heappush(self._deadlines, (seq.deadline, seq.arrival, seq))
+
+    def withdraw(self, seq: Sequence) -> None:
+        """Takes a sequence out without ending it: another scheduler will `add` or `adopt` it. It keeps nothing here."""
+        if seq.state is State.RUNNING:
+            self._release(seq)
+            seq.state = State.WAITING
+        else:
+            self.waiting.remove(seq)
+        del self._sequences[seq.request_id]
+
+    def adopt(self, seq: Sequence, pages: list[int]) -> None:
+        """Goes on with a sequence of another scheduler, whose contents will be in ``pages`` of this one's pool, which
+        are allocated or shared for it. There must be a free slot."""
+        self._sequences[seq.request_id] = seq
+        bisect.insort(self.running, seq, key=_rank)
+        seq.state, seq.pages, seq.slot = State.RUNNING, pages, heapq.heappop(self._free_slots)
+        for index, key in enumerate(seq.keys[:seq.num_kept]):
+            self.pool.keep(key, pages[index], seq.keys[index - 1] if index else seq.salt)
+        if seq.deadline is not None:
+            heapq.heappush(self._deadlines, (seq.deadline, seq.arrival, seq))
+
+    def lose_pages(self, seq: Sequence) -> None:
+        """Of a withdrawn sequence: all its known tokens are to be prefilled again."""
+        seq.num_computed = seq.num_reused = seq.num_kept = 0
+        seq.prefill_end = seq.num_tokens
+
+    @property
+    def num_sequences(self) -> int:
+        """Waiting and running."""
+        return len(self._sequences)
+
+    @property
+    def free_slots(self) -> int:
+        return len(self._free_slots)
 
     def expired(self, now: float) -> list[Sequence]:
         """Unfinished sequences whose deadline has come; each is returned once."""

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -43,14 +44,16 @@ _KV_MOST_ON_CPU = 2 << 30
 _ONE_TOKEN_ABOVE = 100_000_000
 
 
-def plan_of(config: ModelConfig, tp_size: int, pp_size: int) -> ParallelPlan:
+def plan_of(config: ModelConfig, tp_size: int, pp_size: int, dp_size: int) -> ParallelPlan:
     """The plan that an engine's arguments ask for; UserError for what this machine or this model cannot have."""
-    check_positive(tp_size=tp_size, pp_size=pp_size)
-    devices = len(jax.devices())
-    if tp_size * pp_size > devices:
-        raise UserError(f"tp_size={tp_size} and pp_size={pp_size} need {tp_size * pp_size} devices and there "
-                        f"{'is' if devices == 1 else 'are'} {devices}: lower them")
-    return make_plan(config, stage=pp_size, tensor=tp_size)
+    sizes = {"tp_size": tp_size, "pp_size": pp_size, "dp_size": dp_size}
+    check_positive(**sizes)
+    needed, devices = prod(sizes.values()), len(jax.devices())
+    if needed > devices:
+        asked = " and ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
+        raise UserError(f"{asked} need {needed} devices and there {'is' if devices == 1 else 'are'} {devices}: lower "
+                        "them")
+    return make_plan(config, dp_size, pp_size, tp_size)
 
 
 def source_of(model: Any, dtype: Any) -> tuple[Qwen2 | Source, jnp.dtype, GenerationDefaults]:
@@ -168,17 +171,18 @@ def draft_of(speculation: Any, config: ModelConfig, vocab_limit: int, dtype: Any
 
 
 def num_pages(config: ModelConfig, draft: ModelConfig | None, limits: Limits, dtype: Any, kv_cache_bytes: int | None,
-              sparse: bool, precision: Precision) -> int:
-    """Pages of the pool, the null page included. A page spans the layers of both models.
+              sparse: bool, precision: Precision, free_bytes: int) -> int:
+    """Pages of a replica's pool, the null page included. A page spans the layers of both models.
 
-    ``kv_cache_bytes`` hold the pages of `wide_pages` too.
+    config, draft: one device's part of them. kv_cache_bytes: of each device; they hold the pages of `wide_pages` too.
+    By default a share of ``free_bytes``, what it has beside the weights.
     """
     one = page_bytes(config, dtype, pages_for(limits.max_seq_len) if sparse else 0, precision.kv_cache)
     one += page_bytes(draft, dtype) if draft else 0
     most = limits.max_batch_size * pages_for(limits.max_seq_len)
     reserved = wide_pages(limits, precision) * page_bytes(config, dtype)
     if kv_cache_bytes is None:
-        kv_cache_bytes = max(int(free_memory() * _KV_SHARE[platform()]), pages_for(limits.max_seq_len) * one)
+        kv_cache_bytes = max(int(free_bytes * _KV_SHARE[platform()]), pages_for(limits.max_seq_len) * one)
         if platform() == "cpu":
             kv_cache_bytes = min(kv_cache_bytes, max(_KV_MOST_ON_CPU, pages_for(limits.max_seq_len) * one))
     pages = min(most, (kv_cache_bytes - reserved) // one)
@@ -203,6 +207,15 @@ def free_memory() -> int:
             return next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def free_per_device(plan: ParallelPlan, beside: int | None = None) -> int:
+    """Bytes that each device of a plan can still give; ``beside`` so many bytes of weights, if these are not there yet
+    and nothing else is. The devices of a CPU share its memory."""
+    stats = jax.devices()[0].memory_stats()
+    if beside is not None and stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - beside
+    return free_memory() // (plan.devices if platform() == "cpu" else 1)
 
 
 def differences(config: ModelConfig, other: ModelConfig) -> list[str]:

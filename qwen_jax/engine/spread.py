@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.parts import Part, held_by
 from qwen_jax.errors import UserError
 from qwen_jax.model import abstract, params_of
-from qwen_jax.parallel.layout import expand, expanded_shape
+from qwen_jax.parallel.layout import contract, expand, expanded_shape
 from qwen_jax.quantization import Precision, Ranges, scales_of
 
 Leaves = tuple[jax.Array, ...]  # of one part
@@ -91,6 +93,38 @@ class Spread:
         return [params_of(nnx.merge(graph, jax.tree.unflatten(treedef, leaves)[0]))
                 for graph, treedef, leaves in zip(self.graphs, self.treedefs, version, strict=True)]
 
+    def rearranged(self, other: Spread, version: Version) -> Version:
+        """A version that lies as ``other`` says, as this spread has it. Nothing is computed, so nothing compiles: where
+        the layouts differ, arrays pass through the host, one at a time."""
+        theirs, axes = other.by_name(version), ("kv_heads", "head_dim")
+        params: list[dict[str, Any]] = [{} for _ in self.parts]
+        for path, spec in self.specs.items():
+            first, *copies = [theirs[index].pop(name) for index, name in held_by(other.parts, path)]
+            del copies  # each is let go of as soon as it has been copied
+            self.put(params, path, self._from(other, first, spec.axes))
+        scales = other._scales_of_layers(version)
+
+        def of(part: Part):
+            return jax.tree.map(lambda x: part.moved(_positive(self._from(other, x, axes)), axes),
+                                tuple(scales[part.start:part.end]))
+
+        return tuple(tuple(jax.tree.leaves((nnx.split(part.build(own))[1], of(part))))
+                     for part, own in zip(self.parts, params, strict=True))
+
+    def _from(self, other: Spread, value: Any, axes: Sequence[str]) -> Any:
+        """An array that is expanded for ``other``'s layout, for this one's; where these are the same, it itself."""
+        mine, old = self.parts[0].layout, other.parts[0].layout
+        if replace(mine, tensor=1) == replace(old, tensor=1):
+            return value
+        return expand(contract(jax.tree.map(np.asarray, value), axes, old), axes, mine)
+
+    def _scales_of_layers(self, version: Version) -> list[Any]:
+        """Of every layer of the model, from the first replica."""
+        found: list[Any] = [None] * self.parts[0].layout.config.num_layers
+        for part, treedef, leaves in zip(self.parts, self.treedefs, version, strict=True):
+            found[part.start:part.end] = jax.tree.unflatten(treedef, leaves)[1]
+        return found
+
     def _first_of_each(self, params: Sequence[Mapping[str, Any]]) -> Iterable[tuple[str, Any]]:
         """Path and value of every parameter, from the first part that has it."""
         for path, index in self._owners.items():
@@ -99,3 +133,8 @@ class Spread:
     def _scales(self, part: Part, own: Mapping[str, Any]) -> Any:
         scales = scales_of(own, part.precision(self.precision), part.ranges(self._ranges))
         return jax.tree.map(lambda x: part.moved(x, ("kv_heads", "head_dim")), scales)
+
+
+def _positive(scale: Any) -> Any:
+    """Scales of slots without a head, which `expand` makes 0, divide zeros: 1 does."""
+    return np.where(scale == 0, 1, scale).astype(scale.dtype) if isinstance(scale, np.ndarray) else scale

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,11 +17,19 @@ from qwen_jax.engine.adapters import AdapterTable
 from qwen_jax.engine.batch import everything
 from qwen_jax.engine.parts import Part, put_global
 from qwen_jax.engine.schedule import SPARSE, Bucket
+from qwen_jax.engine.spread import Spread
 from qwen_jax.engine.steps import EngineState, Models, StepBatch, new_state
 from qwen_jax.engine.weights import Weights
 from qwen_jax.model import Qwen2
 from qwen_jax.model.partition import WHOLE
 from qwen_jax.quantization import forms
+
+
+class Held(NamedTuple):
+    """Weights, and how they are spread where this is for: `Weights.spread` when it runs."""
+
+    weights: Weights
+    spread: Spread
 
 
 class Sizes(NamedTuple):
@@ -44,17 +52,24 @@ class Sizes(NamedTuple):
 class Stage:
     """What runs on one part's devices.
 
+    Args:
+      held: the weights, of which it runs with part number ``part``; draft: those of the model that guesses tokens, if
+        there is one. Programs are lowered from the shapes in the spreads, so the weights themselves may be elsewhere
+        until the first step.
+
     Attributes:
       state: donated to every step; None before `allocate`.
       identity: what the programs depend on.
     """
 
-    def __init__(self, table: tuple[Bucket, ...], sizes: Sizes, weights: Weights, part: int, adapters: AdapterTable,
-                 draft: Weights | None) -> None:
-        spread = weights.spread
+    def __init__(self, table: tuple[Bucket, ...], sizes: Sizes, held: Held, part: int, adapters: AdapterTable,
+                 draft: Held | None) -> None:
+        spread = held.spread
         self.part: Part = spread.parts[part]
-        self._index, self._weights, self._adapters, self._draft = part, weights, adapters, draft
+        self.draft_layout = draft and draft.spread.parts[part].layout
+        self._index, self._held, self._adapters, self._draft = part, held, adapters, draft
         layers = slice(self.part.start, self.part.end)
+        self.dtype = spread.dtype
         self._sparsity = sizes.sparsity[layers]
         self._vocab_limit, self._vocab_size = np.int32(sizes.vocab_limit), self.part.layout.config.vocab_size
         sparse = any(bucket.schedule == SPARSE for bucket in table)
@@ -64,28 +79,39 @@ class Stage:
                                   draft and draft.spread.parts[part].held, table[0].pages if sparse else 0,
                                   precision.kv_cache, sizes.wide_pages)
         self.state: EngineState | None = None
+        self._allocate: Callable[[], EngineState] | None = None
         self._masks: dict[int, jax.Array] = {}
         self.identity = [repr(self.part), str(spread.dtype), sizes.num_pages, sizes.slots,
                          adapters.identity_of_shapes, draft and repr(draft.spread.parts[part]),
                          repr(self._sparsity) if sparse else None, repr(precision), sizes.wide_pages]
 
+    def prepare(self) -> None:
+        """Compiles what `allocate` runs."""
+        if self._allocate is None:
+            shardings = jax.tree.map(lambda x: x.sharding, self.shapes)
+            self._allocate = jax.jit(self._new_state, out_shardings=shardings).lower().compile()
+
     def allocate(self) -> None:
-        """An empty state on the devices."""
-        self.state = jax.jit(self._new_state, out_shardings=self._shardings())()
+        """An empty state on the devices, if there is none."""
+        self.prepare()
+        if self.state is None:
+            self.state = self._allocate()
 
-    def allocate_shapes(self) -> None:
-        """Shapes in the state's place, for which programs can be lowered."""
-        self.state = jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-                                  jax.eval_shape(self._new_state), self._shardings())
-
-    def _shardings(self) -> EngineState:
-        """Pages and what summarises them are divided as KV heads are."""
+    @cached_property
+    def shapes(self) -> EngineState:
+        """Of the state. Pages and what summarises them are divided as KV heads are."""
         def of_field(name: str, shapes: Any) -> Any:
             axes = () if name == "token_counts" else ("page", "kv_heads")
-            return jax.tree.map(lambda x: self.part.sharding((*axes, *"?" * (x.ndim - len(axes))), x.shape), shapes)
+            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.part.sharding(
+                (*axes, *"?" * (x.ndim - len(axes))), x.shape)), shapes)
 
         shapes = jax.eval_shape(self._new_state)
         return EngineState(*(of_field(name, getattr(shapes, name)) for name in shapes._fields))
+
+    def shapes_of_arguments(self, batch: StepBatch, *others: Any) -> tuple:
+        """As `arguments`, to lower a step with."""
+        return (self._held.spread.shapes[self._index], self._draft and self._draft.spread.shapes[self._index],
+                self.shapes, batch, self._vocab_limit, self._adapters.shapes(self.part), *others)
 
     def arguments(self, batch: StepBatch, version: int, *others: Any) -> tuple:
         """Of a step; the state is number `STATE`."""
@@ -94,13 +120,14 @@ class Stage:
             if rows not in self._masks:
                 self._masks[rows] = put_global(batch.allowed, self.part.replicated)
             batch = batch._replace(allowed=self._masks[rows])
-        return (self._weights[version][self._index], self._draft and self._draft[0][self._index], self.state, batch,
-                self._vocab_limit, self._adapters.values[self._index], *others)
+        draft = self._draft and self._draft.weights[0][self._index]
+        return (self._held.weights[version][self._index], draft, self.state, batch, self._vocab_limit,
+                self._adapters.values[self._index], *others)
 
     def models(self, leaves: tuple, draft: tuple | None) -> Models:
         """While a step is traced."""
-        params, scales = jax.tree.unflatten(self._weights.spread.treedefs[self._index], leaves)
-        model = nnx.merge(self._weights.spread.graphs[self._index], params)
+        params, scales = jax.tree.unflatten(self._held.spread.treedefs[self._index], leaves)
+        model = nnx.merge(self._held.spread.graphs[self._index], params)
         if draft is not None:
             params, _ = jax.tree.unflatten(self._draft.spread.treedefs[self._index], draft)
             draft = nnx.merge(self._draft.spread.graphs[self._index], params)

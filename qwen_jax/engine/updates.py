@@ -56,25 +56,29 @@ def switch(loop: Loop, version: int, policy: str) -> None:
     "finish_old": those that have begun keep their version. "restart": they begin again with the new one, except those
     whose answers somebody is already reading.
     """
-    loop.runner.weights.make_current(version)
+    loop.weights.make_current(version)
     loop.restart(loop.untouched(only_waiting=policy == "finish_old"), version)
-    loop.runner.weights.drop_unused(loop.versions_in_use())
+    loop.weights.drop_unused(loop.versions_in_use())
 
 
 def replace_in_place(loop: Loop, source: str, policy: str) -> int:
     """Without a second copy of the weights: the engine runs dry, then its parameters are replaced one by one."""
-    scheduler, weights = loop.scheduler, loop.runner.weights
+    schedulers, weights = [replica.scheduler for replica in loop.replicas], loop.weights
     if policy == "restart":
         loop.restart(loop.untouched(only_waiting=False), weights.current)
-    scheduler.paused = True
+    for scheduler in schedulers:
+        scheduler.paused = True
     try:
-        while scheduler.running or any(sequence.output for sequence in scheduler.waiting):
+        while any(scheduler.running or any(sequence.output for sequence in scheduler.waiting)
+                  for scheduler in schedulers):
             loop.step()
+        loop.settle()
         version = weights.replace(source)
     except RuntimeError as error:
         loop.failure = loop.failure or error
         raise
     finally:
-        scheduler.paused = False
+        for scheduler in schedulers:
+            scheduler.paused = False
     loop.restart(loop.untouched(only_waiting=False), version)
     return version

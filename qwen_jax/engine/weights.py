@@ -131,6 +131,12 @@ class Weights:
         self.current, self._candidate = self.add(leaves), None
         return self.current
 
+    def rearrange(self, spread: Spread) -> None:
+        """All versions for other parts of the model; compiles nothing."""
+        for number in self.versions:
+            self._versions[number] = spread.rearranged(self.spread, self._versions.pop(number))
+        self.spread = spread
+
     def _check_memory(self) -> None:
         free = settings.free_memory()
         if free < self.nbytes:

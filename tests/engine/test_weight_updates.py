@@ -102,7 +102,7 @@ def flip_a_byte(folder):
     (lambda root, tmp: {}, "missing or unexpected"),
     (lambda root, tmp: 7, "not from int"),
     # Every number is finite, and no logit is.
-    (lambda root, tmp: params_with(**{"norm.scale": jnp.full(32, 3e38)}), "fail on a golden prompt"),
+    (lambda root, tmp: params_with(**{"norm.scale": np.full(32, 3e38, np.float32)}), "fail on a golden prompt"),
 ])
 def test_bad_weights_leave_the_old_ones(engine, folders, answers, tmp_path, source, message):
     with pytest.raises(UserError, match=message):
@@ -236,7 +236,7 @@ def test_under_load_nothing_fails_and_nobody_mixes(engine, folders, answers):
         while seen.count(2) < 8:
             await asyncio.sleep(0.01)
         with pytest.raises(UserError, match="golden"):
-            await serving.update_weights(params_with(**{"norm.scale": jnp.full(32, 3e38)}))
+            await serving.update_weights(params_with(**{"norm.scale": np.full(32, 3e38, np.float32)}))
         assert await serving.rollback() == 1
         count = len(seen)
         while seen[count:].count(1) < 8:

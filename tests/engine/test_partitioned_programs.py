@@ -1,0 +1,132 @@
+"""What the programs of one device in tensor parallelism do: which collectives, how many bytes and operations."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from parallel_bench import LIMITS, engine_of, shrunk
+
+from qwen_jax import Engine
+from qwen_jax.config import PRESETS
+from qwen_jax.engine.deployment import Blueprint, Deployment
+from qwen_jax.engine.memory import weight_bytes
+from qwen_jax.engine.runner import Key
+from qwen_jax.engine.schedule import Limits
+from qwen_jax.parallel.plan import make_plan
+
+KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "collective_permute", "collective_broadcast")
+
+
+def collectives(lowered) -> Counter:
+    """(kind, shape and type of the result) of every collective in a lowered program, before XLA has seen it. The body
+    of a loop and the branches of a condition count once, a function as often as it is called."""
+    module = lowered.compiler_ir("stablehlo")
+    functions = {op.attributes["sym_name"].value: op for op in module.body.operations}
+    found: Counter = Counter()
+
+    def walk(op):
+        name = op.operation.name
+        if name == "func.call":
+            walk(functions[op.attributes["callee"].value])
+        kind = name.removeprefix("stablehlo.")
+        if kind in KINDS:
+            for result in op.operation.results:
+                found[kind, str(result.type)] += 1
+        for region in op.operation.regions:
+            for block in region:
+                for inner in block.operations:
+                    walk(inner)
+
+    walk(functions["main"])
+    return found
+
+
+def program(engine, phase):
+    bucket = next(bucket for bucket in engine.runner.table if bucket.phase == phase)
+    return engine.runner._lower(Key(bucket, 0))
+
+
+@pytest.mark.parametrize("size, tensor", [("7b", 4), ("0.5b", 3)])
+def test_a_decode_step_has_these_collectives_and_no_others(size, tensor):
+    """Two sums for each layer, one for the look-up, the logits of its rows, and which rows tripped."""
+    engine = engine_of(size, tp_size=tensor, warmup=False)
+    layers, hidden, vocab = engine.config.num_layers, engine.config.hidden_size, engine.plan.layout.vocab
+    assert collectives(program(engine, "decode")) == {
+        ("all_reduce", f"tensor<4x1x{hidden}xf32>"): 2 * layers + 1,
+        ("all_gather", f"tensor<4x{vocab}xf32>"): 1,
+        ("all_reduce", "tensor<4xi32>"): 1,
+    }
+
+
+def test_a_small_prefill_has_those_and_the_logits_of_scored_prompts():
+    engine = engine_of("7b", tp_size=4, warmup=False)
+    layers, hidden, vocab = engine.config.num_layers, engine.config.hidden_size, engine.plan.layout.vocab
+    assert collectives(program(engine, "prefill")) == {
+        ("all_reduce", f"tensor<2x64x{hidden}xf32>"): 2 * layers + 1,
+        ("all_gather", f"tensor<2x{vocab}xf32>"): 1,
+        ("all_gather", f"tensor<64x{vocab}xf32>"): 1,
+        ("all_reduce", "tensor<2xi32>"): 1,
+    }
+
+
+def test_a_large_prefill_divides_the_tokens_between_products(monkeypatch):
+    """Sequence parallelism: every sum is a reduce-scatter, and an all-gather before the next product."""
+    monkeypatch.setattr("qwen_jax.engine.parts.SCATTER_FROM", 128)
+    engine = engine_of("7b", tp_size=4, warmup=False)
+    layers, hidden, vocab = engine.config.num_layers, engine.config.hidden_size, engine.plan.layout.vocab
+    assert collectives(program(engine, "prefill")) == {
+        ("reduce_scatter", f"tensor<2x16x{hidden}xf32>"): 2 * layers + 1,
+        ("all_gather", f"tensor<2x64x{hidden}xf32>"): 2 * layers + 1,
+        ("all_gather", f"tensor<2x{vocab}xf32>"): 1,
+        ("all_gather", f"tensor<64x{vocab}xf32>"): 1,
+        ("all_reduce", "tensor<2xi32>"): 1,
+    }
+
+
+def test_one_device_has_none():
+    assert not collectives(program(engine_of("7b", warmup=False), "decode"))
+
+
+def deployment(config, tensor, dtype="bfloat16") -> Deployment:
+    """Nothing is allocated."""
+    from qwen_kernels.sparse_attention import Sparsity
+
+    from qwen_jax.engine.schedule import DEFAULT_POLICY, bucket_table
+    from qwen_jax.engine.settings import precision_of
+
+    blueprint = Blueprint(config, dtype, precision_of(config, False, None), None, bucket_table(LIMITS), LIMITS,
+                          DEFAULT_POLICY, (Sparsity(),) * config.num_layers, config.vocab_size)
+    return Deployment(make_plan(config, tensor=tensor), blueprint)
+
+
+def test_72b_on_eight_devices_takes_an_eighth_of_the_memory_on_each():
+    config = PRESETS["qwen2.5-72b"]
+    one = deployment(config, 8)
+    assert one.bytes_per_device <= weight_bytes(config, "bfloat16", one.blueprint.precision) / 8 * 1.03
+    part = one.spread.parts[0]
+    assert part.local.num_kv_heads * 8 == config.num_kv_heads  # and so of keys and values
+
+
+def test_72b_on_eight_devices_takes_an_eighth_of_the_operations_on_each():
+    """Compiled, not run; of two layers, embedding and head."""
+    limits = Limits(32, 128, ((1, 64),), (), (32,), 1)
+    config = replace(PRESETS["qwen2.5-72b"], num_layers=2)
+    flops = []
+    for tensor in (1, 8):
+        engine = Engine(_shapes(config), limits=limits, tp_size=tensor, dtype="bfloat16", warmup=False, cache_dir=None,
+                        kv_cache_bytes=1 << 30, progress=False)
+        compiled = [program(engine, phase).compile() for phase in ("prefill", "decode")]
+        flops.append([one.cost_analysis()["flops"] for one in compiled])
+    for whole, part in zip(*flops, strict=True):
+        assert part <= whole / 8 * 1.03
+        assert part >= whole / 8 * 0.99  # nothing was left out
+
+
+def _shapes(config):
+    from qwen_jax.model import empty
+
+    return empty(config, "bfloat16")
+
+
+def test_shrunk_is_what_it_says():
+    assert shrunk("7b").num_heads == PRESETS["qwen2.5-7b"].num_heads
