@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax.config import ModelConfig
+from qwen_jax.engine.executables import planned
 from qwen_jax.engine.parts import Part, put_global
 from qwen_jax.errors import UserError
 from qwen_jax.model.lora import TARGETS, adapt_site, split_axes, target_sizes
@@ -79,7 +80,8 @@ class AdapterTable:
             raise UserError(f"an adapter named {name!r} is loaded: unload it first")
         if not self._free:
             raise UserError(f"all {len(self._slots)} adapter slots are taken: unload one, or raise max_adapters")
-        lora, adapter = load_adapter(folder, self._config)
+        with planned():  # reading compiles the conversion of its shapes
+            lora, adapter = load_adapter(folder, self._config)
         if lora.rank > self._max_rank:
             raise UserError(f"the adapter in {folder} has rank {lora.rank}, this engine takes {self._max_rank}: raise "
                             "max_adapter_rank")

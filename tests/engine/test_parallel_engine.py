@@ -62,12 +62,12 @@ OPTIONS = {"limits": LIMITS, "progress": False, "dtype": "float32"}
 def test_checkpoints_are_read_onto_the_plan(checkpoint, plan):
     """Layouts that expand (4 devices for 2 KV heads), and a tied head on another stage than the embedding."""
     hf, orbax = checkpoint
+    others = {path: np.asarray(value) * np.float32(0.9) for path, value in params_of(model_of("0.5b")).items()}
     wanted = Engine.from_pretrained(hf, **OPTIONS).generate(prompts(), GREEDY)
     engine = Engine.from_pretrained(orbax, **plan, **OPTIONS)
     assert largest_difference(engine.generate(prompts(), GREEDY), wanted) <= 1e-4
     # Another version, from the folder, and back.
-    engine.update_weights({path: np.asarray(value) * np.float32(0.9)
-                           for path, value in params_of(model_of("0.5b")).items()})
+    engine.update_weights(others)
     assert largest_difference(engine.generate(prompts(), GREEDY), wanted) > 1e-2
     engine.update_weights(hf)
     assert largest_difference(engine.generate(prompts(), GREEDY), wanted) <= 1e-4
