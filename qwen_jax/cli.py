@@ -247,6 +247,25 @@ def _info(args: argparse.Namespace) -> None:
               else f"{name.replace('_', ' '):{width}}  {value}")
 
 
+def _plan(args: argparse.Namespace) -> None:
+    from qwen_jax.checkpoint.source import find_config
+    from qwen_jax.parallel.hardware import hardware
+    from qwen_jax.parallel.planner import Request, plans, same_memory
+    from qwen_jax.parallel.report import as_rows, as_text
+    from qwen_jax.quantization import default_precision
+
+    config, _ = find_config(args.model)
+    memory = same_memory(args.memory_gb) if args.memory_gb else None
+    precision = default_precision(config, True, "e4m3") if args.fp8 else None
+    report = plans(Request(config, hardware(args.device), args.devices, args.batch, args.seq, args.dtype, precision,
+                           memory), args.objective)
+    if args.json:
+        for row in as_rows(report):
+            print(json.dumps(row))
+    else:
+        print(as_text(report))
+
+
 def _compile(args: argparse.Namespace) -> None:
     engine = _compiled(args, args.output)
     print(f"{len(engine.runner.executables.programs)} executables in {args.output}")
@@ -392,6 +411,17 @@ def _parser() -> argparse.ArgumentParser:
                     "The engine finds them with cache_dir=DIR and the same sizes, on the same kind of device.")
     build.add_argument("model", help="MODEL or a preset such as qwen2.5-7b")
     build.add_argument("-o", "--output", metavar="DIR", required=True)
+    plan = command("plan", _plan, "Say how a model can be divided over several devices, and what each way costs.")
+    plan.add_argument("model", help="MODEL or a preset such as qwen2.5-72b")
+    plan.add_argument("--devices", type=int, required=True, metavar="N")
+    plan.add_argument("--device", default="h100", help="its kind: a10, a100, a100-40, h100, h200, cpu (default h100)")
+    plan.add_argument("--memory-gb", type=float, nargs="+", metavar="GB", help="of each device (default: its kind's)")
+    plan.add_argument("--batch", type=int, default=1, metavar="B", help="sequences at once (default 1)")
+    plan.add_argument("--seq", type=int, default=4096, metavar="S", help="their tokens (default 4096)")
+    plan.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    plan.add_argument("--fp8", action="store_true", help="e4m3 weights and KV cache")
+    plan.add_argument("--objective", default="latency", choices=("latency", "throughput"), help="what to rank by")
+    plan.add_argument("--json", action="store_true", help="one JSON object per plan")
     for sub in (info, build):
         sub.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the engine")
         sub.add_argument("--max-batch-size", type=int)

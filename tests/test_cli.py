@@ -45,6 +45,15 @@ def test_info_of_a_preset():
     assert "7,615,616,512" in shown and "57,344" in shown  # parameters; KV bytes per token
 
 
+def test_plans_for_people_and_for_programs():
+    args = ("plan", "qwen2.5-72b", "--devices", "8", "--device", "a100", "--batch", "8")
+    text = run(*args).stdout
+    assert "data=1 stage=1 tensor=8 on each device" in text and "Rejected:" in text
+    rows = [json.loads(line) for line in run(*args, "--json").stdout.splitlines()]
+    assert rows[0]["feasible"] and rows[0]["tensor"] == 8 and rows[0]["bytes"] == sum(rows[0]["memory"].values())
+    assert len(rows) == 10 and all(row["reason"] for row in rows if not row["feasible"])
+
+
 def test_generate_streams_text_and_json_agrees():
     prompt = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
     common = ("generate", "bundled", "--prompt", prompt, "--max-tokens", "6", "--temperature", "0", "--max-seq-len",
@@ -66,6 +75,7 @@ def test_chat_keeps_the_conversation():
 
 @pytest.mark.parametrize("args, said", [
     (("info", "qwen9"), "unknown preset 'qwen9'"),
+    (("plan", "qwen2.5-7b", "--devices", "2", "--memory-gb", "24", "16"), "plan with 16 GB for each"),
     (("info", "/nowhere/at/all"), "no model at /nowhere/at/all"),
     (("generate", "bundled", "--prompt", "", "--max-seq-len", "64"), "the prompt is empty"),
     (("generate", "bundled", "--prompt", "x", "--temperature", "-1"), "temperature must be"),

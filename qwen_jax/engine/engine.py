@@ -44,7 +44,8 @@ class Engine:
       tokenizer: a transformers fast tokenizer; without one, prompts are token ids and ``text`` stays empty.
       generation_config: defaults of the sampling options and the end-of-sequence ids; a transformers model's own by
         default.
-      tp_size: devices that divide every layer among themselves; any number, see docs/parallelism.md.
+      tp_size: devices that divide every layer among themselves; any number, or "auto" for the one with which the
+        planner predicts the least time per token (docs/planner.md).
       pp_size: stages of layers on devices of their own, a pipeline.
       dp_size: replicas of the model, on tp_size * pp_size devices each, with requests of their own.
       fp8_enabled: e4m3 weights in all layers but the first and the last, and an 8-bit KV cache.
@@ -74,7 +75,7 @@ class Engine:
     Raises UserError for settings that cannot work here. One thread at a time may use an engine.
     """
 
-    def __init__(self, model: Any, *, tokenizer: Any = None, generation_config: Any = None, tp_size: int = 1,
+    def __init__(self, model: Any, *, tokenizer: Any = None, generation_config: Any = None, tp_size: int | str = 1,
                  pp_size: int = 1, dp_size: int = 1, fp8_enabled: bool = False, max_batch_size: int = 64,
                  max_seq_len: int | None = None, dtype: Any = None, kv_cache_dtype: str | None = "auto",
                  kv_cache_bytes: int | None = None, limits: Limits | None = None,
@@ -112,7 +113,8 @@ class Engine:
             self.config, dtype, self.precision, calibrated and calibrated.ranges, table, self.limits, policy,
             self.sparsity, vocab_limit, kv_cache_bytes, prefix_cache, batch_invariant, draft and draft.config,
             directory or None, strict_compiles)
-        self.deployment = Deployment(settings.plan_of(self.config, tp_size, pp_size, dp_size), self._blueprint)
+        plan = settings.plan_of(self.config, tp_size, pp_size, dp_size, self.limits, dtype, self.precision)
+        self.deployment = Deployment(plan, self._blueprint)
         self.weights = Weights(source, self.deployment.spread)
         self._draft = draft and Weights(draft, self.deployment.draft_spread)
         self.adapters = AdapterTable(self.config, self.deployment.spread.parts, max_adapters, max_adapter_rank, dtype)

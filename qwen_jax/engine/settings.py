@@ -28,7 +28,9 @@ from qwen_jax.engine.schedule import (
 )
 from qwen_jax.errors import UserError
 from qwen_jax.model import Qwen2, build, params_of
+from qwen_jax.parallel.hardware import hardware_of
 from qwen_jax.parallel.plan import ParallelPlan, make_plan
+from qwen_jax.parallel.planner import Request, best_tensor
 from qwen_jax.quantization import Calibrated, FP8Tensor, Precision, default_precision
 
 if TYPE_CHECKING:
@@ -44,8 +46,16 @@ _KV_MOST_ON_CPU = 2 << 30
 _ONE_TOKEN_ABOVE = 100_000_000
 
 
-def plan_of(config: ModelConfig, tp_size: int, pp_size: int, dp_size: int) -> ParallelPlan:
+def plan_of(config: ModelConfig, tp_size: int | str, pp_size: int, dp_size: int, limits: Limits, dtype: Any,
+            precision: Precision) -> ParallelPlan:
     """The plan that an engine's arguments ask for; UserError for what this machine or this model cannot have."""
+    if tp_size == "auto":
+        check_positive(pp_size=pp_size, dp_size=dp_size)
+        device = jax.devices()[0]
+        memory = (device.memory_stats() or {}).get("bytes_limit") or free_memory()
+        request = Request(config, hardware_of(device.device_kind), len(jax.devices()), limits.max_batch_size * dp_size,
+                          limits.max_seq_len, str(jnp.dtype(dtype)), precision, memory)
+        return best_tensor(request, dp_size, pp_size)
     sizes = {"tp_size": tp_size, "pp_size": pp_size, "dp_size": dp_size}
     check_positive(**sizes)
     needed, devices = prod(sizes.values()), len(jax.devices())

@@ -194,6 +194,14 @@ def test_plans_that_cannot_be(options, message):
         engine_of("7b", warmup=False, **options)
 
 
+def test_the_planner_chooses_the_degree(monkeypatch):
+    engine = engine_of("7b", tp_size="auto", warmup=False)
+    assert 1 <= engine.plan.tensor <= 8 and engine.plan.devices == engine.plan.tensor
+    monkeypatch.setattr("qwen_jax.engine.settings.free_memory", lambda: 1000)
+    with pytest.raises(UserError, match="does not fit"):
+        engine_of("7b", tp_size="auto", warmup=False)
+
+
 def test_a_draft_model_and_stages():
     with pytest.raises(UserError, match="use pp_size=1"):
         Engine(model_of("7b"), pp_size=2, speculation=init(shrunk("0.5b"), 0), warmup=False,
