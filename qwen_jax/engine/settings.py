@@ -51,7 +51,7 @@ def plan_of(config: ModelConfig, tp_size: int | str, pp_size: int, dp_size: int,
     """The plan that an engine's arguments ask for; UserError for what this machine or this model cannot have."""
     if tp_size == "auto":
         check_positive(pp_size=pp_size, dp_size=dp_size)
-        device = jax.devices()[0]
+        device = jax.local_devices()[0]
         memory = (device.memory_stats() or {}).get("bytes_limit") or free_memory()
         request = Request(config, hardware_of(device.device_kind), len(jax.devices()), limits.max_batch_size * dp_size,
                           limits.max_seq_len, str(jnp.dtype(dtype)), precision, memory)
@@ -209,7 +209,7 @@ def wide_pages(limits: Limits, precision: Precision) -> int:
 
 def free_memory() -> int:
     """Bytes that the first device can still give."""
-    stats = jax.devices()[0].memory_stats()
+    stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
     try:
@@ -222,7 +222,7 @@ def free_memory() -> int:
 def free_per_device(plan: ParallelPlan, beside: int | None = None) -> int:
     """Bytes that each device of a plan can still give; ``beside`` so many bytes of weights, if these are not there yet
     and nothing else is. The devices of a CPU share its memory."""
-    stats = jax.devices()[0].memory_stats()
+    stats = jax.local_devices()[0].memory_stats()
     if beside is not None and stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - beside
     return free_memory() // (plan.devices if platform() == "cpu" else 1)
