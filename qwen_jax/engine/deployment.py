@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -16,7 +15,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.engine import settings
 from qwen_jax.engine.adapters import AdapterTable
 from qwen_jax.engine.pages import PagePool
-from qwen_jax.engine.parts import Part, parts_of
+from qwen_jax.engine.parts import parts_of
 from qwen_jax.engine.pipeline import Pipeline
 from qwen_jax.engine.plan import StepPlan
 from qwen_jax.engine.runner import Runner
@@ -90,17 +89,17 @@ class Deployment:
 
     def __post_init__(self) -> None:
         one, plan = self.blueprint, self.plan
-        self.spread = Spread(one.config, one.dtype, _flat(parts_of(plan)), one.precision, one.ranges)
+        self.spread = Spread(one.config, one.dtype, parts_of(plan), one.precision, one.ranges)
         if one.draft:
             if len(plan.stages) > 1:
                 raise UserError("a draft model needs its target on the same devices: use pp_size=1, or speculation="
                                 "'ngram'")
             beside = make_plan(one.draft, plan.data, 1, plan.tensor)
-            self.draft_spread = Spread(one.draft, one.dtype, _flat(parts_of(beside)),
+            self.draft_spread = Spread(one.draft, one.dtype, parts_of(beside),
                                        default_precision(one.draft, False, None))
 
     def build(self, weights: Weights, draft: Weights | None, adapters: AdapterTable, free_bytes: int,
-              arrivals: Iterator[int] | None = None) -> None:
+              arrivals: Iterator[int]) -> None:
         """Replicas; nothing is compiled yet, and nothing allocated. ``free_bytes``: of each device, beside the weights.
         """
         one, stages = self.blueprint, len(self.plan.stages)
@@ -113,7 +112,6 @@ class Deployment:
         sizes = Sizes(num_pages, one.limits.max_batch_size, one.vocab_limit, one.sparsity, wide_pages)
         dense_tail = max((layer.dense_tail for layer in one.sparsity if layer), default=0)
         kind = Runner if stages == 1 else Pipeline
-        arrivals = arrivals or itertools.count()
         for index in range(self.plan.data):
             runner = kind(one.table, sizes, Held(weights, self.spread), range(index * stages, (index + 1) * stages),
                           adapters, draft and Held(draft, self.draft_spread), one.cache_dir, one.strict)
@@ -135,7 +133,3 @@ class Deployment:
                 for device in part.devices:
                     found[device] = found.get(device, 0) + own
         return max(found.values())
-
-
-def _flat(parts: Sequence[Sequence[Part]]) -> list[Part]:
-    return [part for replica in parts for part in replica]

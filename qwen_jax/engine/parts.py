@@ -136,11 +136,10 @@ def put_global(x: Any, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-def parts_of(plan: ParallelPlan, devices: Sequence[jax.Device] | None = None) -> list[list[Part]]:
-    """``[replica][stage]``."""
-    return [[Part(mesh, plan.layout, start, start + count)
-             for mesh, start, count in zip(replica, plan.first_layers, plan.stages, strict=True)]
-            for replica in plan_meshes(plan, devices)]
+def parts_of(plan: ParallelPlan) -> list[Part]:
+    """The stages of the first replica, then those of the next."""
+    return [Part(mesh, plan.layout, start, start + count) for replica in plan_meshes(plan)
+            for mesh, start, count in zip(replica, plan.first_layers, plan.stages, strict=True)]
 
 
 def held_by(parts: Sequence[Part], path: str) -> Iterator[tuple[int, str]]:

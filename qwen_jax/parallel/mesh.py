@@ -7,7 +7,7 @@ the program. The engine's steps run in a ``shard_map`` over ``tensor``, where th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from qwen_jax.errors import UserError
 from qwen_jax.parallel.plan import ParallelPlan
 
-DATA, STAGE, TENSOR = "data", "stage", "tensor"
+DATA, TENSOR = "data", "tensor"
 # Logical axis of a parameter (see model.abstract) -> mesh axis. Tensor parallelism in Megatron's way: whole KV groups,
 # columns of the MLP's first product and rows of its second, the vocabulary of embedding and head. All else is whole
 # on every device.
@@ -34,11 +34,11 @@ def make_mesh(data: int = 1, tensor: int = 1) -> Mesh:
                          devices=devices[:data * tensor])
 
 
-def plan_meshes(plan: ParallelPlan, devices: Sequence[jax.Device] | None = None) -> list[list[Mesh]]:
-    """A mesh with the one axis ``tensor`` for every stage of every replica, ``[replica][stage]``, of the first of
-    ``devices`` (by default all there are). Neighbours share the tensor axis: they exchange the most, and come first on
-    one host. UserError when there are too few devices."""
-    devices = jax.devices() if devices is None else list(devices)
+def plan_meshes(plan: ParallelPlan) -> list[list[Mesh]]:
+    """A mesh with the one axis ``tensor`` for every stage of every replica, ``[replica][stage]``, of the first devices.
+    Neighbours share the tensor axis: they exchange the most, and come first on one host. UserError when there are too
+    few devices."""
+    devices = jax.devices()
     if plan.devices > len(devices):
         raise UserError(f"the plan {plan} needs {plan.devices} devices and there {_are(len(devices))}: lower an axis")
     grid = np.array(devices[:plan.devices], object).reshape(plan.data, len(plan.stages), plan.tensor)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from qwen_kernels.attention import PAGE
+
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.parallel.hardware import Hardware
@@ -13,7 +15,6 @@ from qwen_jax.parallel.plan import ParallelPlan, make_plan
 from qwen_jax.parallel.roofline import ITEM, Work
 from qwen_jax.quantization import Precision, default_precision
 
-PAGE = 64  # tokens
 STEP_TOKENS = 8192  # of the largest prefill step
 SCORED = 64  # positions whose logits exist at once
 RESERVE = 0.05  # of a device's memory, for the runtime
@@ -122,8 +123,7 @@ def best_plan(request: Request, objective: str = "latency", **limits: int) -> Pr
 def best_tensor(request: Request, data: int, stage: int) -> ParallelPlan:
     """The plan with so many replicas and stages whose degree of tensor parallelism, of those that ``request.devices``
     allow, gives a token soonest. UserError, which says what would fit, when none does."""
-    found = [predict(replace(request, devices=data * stage * tensor),
-                     make_plan(request.config, data, stage, tensor, layout=layout))
+    found = [predict(request, make_plan(request.config, data, stage, tensor, layout=layout))
              for tensor in range(1, request.devices // (data * stage) + 1)
              for layout in layouts(request.config, tensor)]
     fitting = [one for one in found if one.bytes <= request.device_bytes]
@@ -142,8 +142,9 @@ def predict(request: Request, plan: ParallelPlan) -> Predicted:
     # have been through the slowest.
     size = -(-rows // stages)
     each = [work.step(stage, size, 1, request.seq_len).seconds for stage in range(stages)]
-    per_token = work.seconds(size, 1, request.seq_len) if rows < stages else stages * max(
-        work.seconds(size, 1, request.seq_len) / stages, max(each))
+    per_token = work.seconds(size, 1, request.seq_len)
+    if rows >= stages:
+        per_token = max(per_token, stages * max(each))
     first_token = work.seconds(1, request.seq_len, request.seq_len / 2)
     return Predicted(plan, _memory(request, work, rows), first_token, per_token, request.batch / per_token)
 
@@ -213,10 +214,7 @@ def _order(one: Predicted, objective: str) -> tuple[float, ...]:
 
 
 def _fits(request: Request) -> bool:
-    return any(predict(request, make_plan(request.config, data, stage, tensor, layout=layout)).bytes
-               <= request.device_bytes
-               for data, stage, tensor in _factors(request.devices) if stage <= request.config.num_layers
-               and data <= request.batch for layout in layouts(request.config, tensor))
+    return bool(plans(request).feasible)
 
 
 def _largest(sizes: range, fits) -> int | None:

@@ -8,7 +8,6 @@ A ring moves ``2 (t - 1) / t`` of an all-reduce's bytes over each of t devices' 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.parallel.hardware import BANDWIDTH_SHARE, COMPUTE_SHARE, LINK_SHARE, Hardware
@@ -123,5 +122,5 @@ def parameter_count(config: ModelConfig) -> int:
     """Of the whole model, unpadded."""
     layers = config.num_layers * (_products(config) + (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
                                   + 2 * config.hidden_size)
-    return layers + prod((config.vocab_size, config.hidden_size)) * (2 - config.tie_word_embeddings) + \
-        config.hidden_size
+    tables = (2 - config.tie_word_embeddings) * config.vocab_size
+    return layers + (tables + 1) * config.hidden_size
