@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from qwen_jax.config import ModelConfig
     from qwen_jax.engine.async_engine import AsyncEngine
     from qwen_jax.engine.engine import DeepSeekEngine, Engine
+    from qwen_jax.engine.hosts import join
     from qwen_jax.engine.sampling_params import SamplingParams
     from qwen_jax.engine.schedule import dynamic_schedule
     from qwen_jax.errors import UserError
@@ -24,10 +25,11 @@ _HOME = {
     "convert": "qwen_jax.checkpoint",
     "dynamic_schedule": "qwen_jax.engine.schedule",
     "export": "qwen_jax.checkpoint",
+    "join": "qwen_jax.engine.hosts",
     "load_model": "qwen_jax.checkpoint",
 }
 __all__ = ["AsyncEngine", "DeepSeekEngine", "Engine", "ModelConfig", "SamplingParams", "StructuredOutput", "UserError",
-           "convert", "dynamic_schedule", "export", "load_model"]
+           "convert", "dynamic_schedule", "export", "join", "load_model"]
 
 
 def __getattr__(name: str):

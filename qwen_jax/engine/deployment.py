@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,8 @@ from qwen_kernels.sparse_attention import Sparsity
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import settings
 from qwen_jax.engine.adapters import AdapterTable
+from qwen_jax.engine.hosts import Leader
+from qwen_jax.engine.leading import LeadingRunner
 from qwen_jax.engine.pages import PagePool
 from qwen_jax.engine.parts import parts_of
 from qwen_jax.engine.pipeline import Pipeline
@@ -99,9 +102,9 @@ class Deployment:
                                        default_precision(one.draft, False, None))
 
     def build(self, weights: Weights, draft: Weights | None, adapters: AdapterTable, free_bytes: int,
-              arrivals: Iterator[int]) -> None:
+              arrivals: Iterator[int], leader: Leader | None = None) -> None:
         """Replicas; nothing is compiled yet, and nothing allocated. ``free_bytes``: of each device, beside the weights.
-        """
+        ``leader``: of the other processes, where there are some and this is the first."""
         one, stages = self.blueprint, len(self.plan.stages)
         sparse = any(bucket.schedule == SPARSE for bucket in one.table)
         largest = max(self.spread.parts, key=lambda part: part.end - part.start)
@@ -111,7 +114,7 @@ class Deployment:
         wide_pages = settings.wide_pages(one.limits, one.precision)
         sizes = Sizes(num_pages, one.limits.max_batch_size, one.vocab_limit, one.sparsity, wide_pages)
         dense_tail = max((layer.dense_tail for layer in one.sparsity if layer), default=0)
-        kind = Runner if stages == 1 else Pipeline
+        kind = partial(LeadingRunner, leader) if leader else Runner if stages == 1 else Pipeline
         for index in range(self.plan.data):
             runner = kind(one.table, sizes, Held(weights, self.spread), range(index * stages, (index + 1) * stages),
                           adapters, draft and Held(draft, self.draft_spread), one.cache_dir, one.strict)

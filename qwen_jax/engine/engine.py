@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from qwen_jax.engine import resharding, settings
 from qwen_jax.engine.adapters import AdapterTable
 from qwen_jax.engine.deployment import Blueprint, Deployment
 from qwen_jax.engine.executables import default_cache_dir
+from qwen_jax.engine.hosts import Follower, Leader, connect
 from qwen_jax.engine.intake import Intake, Messages, Prompt, is_single
+from qwen_jax.engine.leading import Following, LeadingAdapters, LeadingWeights, check_same
 from qwen_jax.engine.load_policy import LoadPolicy
 from qwen_jax.engine.loop import Loop
 from qwen_jax.engine.outputs import BucketStats, Delta, EngineStats, RequestOutput, Score
@@ -114,19 +117,31 @@ class Engine:
             self.sparsity, vocab_limit, kv_cache_bytes, prefix_cache, batch_invariant, draft and draft.config,
             directory or None, strict_compiles)
         plan = settings.plan_of(self.config, tp_size, pp_size, dp_size, self.limits, dtype, self.precision)
+        settings.check_processes(plan, load_policy is not None)
         self.deployment = Deployment(plan, self._blueprint)
-        self.weights = Weights(source, self.deployment.spread)
+        self._processes = connect()
+        leader = self._processes if isinstance(self._processes, Leader) else None
+        self.weights = (partial(LeadingWeights, leader) if leader else Weights)(source, self.deployment.spread)
         self._draft = draft and Weights(draft, self.deployment.draft_spread)
-        self.adapters = AdapterTable(self.config, self.deployment.spread.parts, max_adapters, max_adapter_rank, dtype)
+        self.adapters = (partial(LeadingAdapters, leader) if leader else AdapterTable)(
+            self.config, self.deployment.spread.parts, max_adapters, max_adapter_rank, dtype)
         self._arrivals = itertools.count()
-        self.deployment.build(self.weights, self._draft, self.adapters, settings.free_per_device(self.plan),
-                              self._arrivals)
+        free_bytes = settings.free_per_device(self.plan)
+        if self._processes:
+            free_bytes = min(self._processes.agree("free_bytes", free_bytes))
+        self.deployment.build(self.weights, self._draft, self.adapters, free_bytes, self._arrivals, leader)
         self._prepared = {self.plan: self.deployment}
         self.intake = Intake(tokenizer, self.generation_config, vocab_limit, self.config.vocab_size, self.scheduler,
                              self.adapters)
         kind = DRAFT_MODEL if draft else speculation
         self.loop = Loop(self.deployment.replicas, self.weights, self.adapters,
                          kind and Speculation(kind, self.limits.draft_tokens))
+        self._following: Following | None = None
+        if self._processes:
+            check_same(self._processes, self.runner)
+        if isinstance(self._processes, Follower):
+            self._following = Following(self._processes, self.runner, self.weights, self.adapters)
+            self.loop.refuses = Following.REFUSAL
         self._progress = progress
         self._load_policy = load_policy
         if load_policy:
@@ -198,18 +213,44 @@ class Engine:
         return self.scheduler.pool
 
     def warmup(self) -> None:
-        """Compile (or load from disk) and run every program once; nothing compiles afterwards."""
+        """Compile (or load from disk) and run every program once; nothing compiles afterwards. Where there are several
+        processes, all of them have to call this."""
+        if self._following:
+            self._following.warmup(self._progress)
+            return
         for runner in self.deployment.runners:
             runner.warmup(self._progress)
         if self._load_policy:
             self.prepare_plan(self._load_policy.latency)
             self.prepare_plan(self._load_policy.throughput)
 
+    # --- several processes
+
+    def follow(self) -> None:
+        """In a process other than 0 (see `join`): do what process 0 does, until it closes its engine or ends. When one
+        of the processes dies, all end with a message and exit code 1."""
+        if not self._following:
+            raise UserError("follow() is for the processes beside process 0, of which this is none")
+        self._following.run()
+
+    def close(self) -> None:
+        """In process 0: lets the others return from `follow`; no step runs afterwards. They also return when this
+        process ends, and where there is one process, this has nothing to do."""
+        if isinstance(self._processes, Leader):
+            self._processes.close()
+            self.loop.refuses = "the engine is closed"
+
+    def _only_here(self) -> None:
+        if self.loop.refuses:
+            raise UserError(self.loop.refuses)
+
     # --- plans
 
     def prepare_plan(self, plan: ParallelPlan) -> None:
         """Compile (or load from disk) what `reshard` to a plan needs: programs, and what moves pages between it and the
         others. Requests wait meanwhile."""
+        if self._processes:
+            raise UserError("an engine of several processes keeps its plan: it cannot prepare or go to another")
         if plan not in self._prepared:
             deployment = Deployment(plan, self._blueprint)
             free = settings.free_per_device(plan, beside=deployment.bytes_per_device)
@@ -240,10 +281,12 @@ class Engine:
 
     def load_adapter(self, name: str, folder: str | Path) -> None:
         """Make a PEFT adapter available to requests as ``name``, between two steps and without compiling anything."""
+        self._only_here()
         self.adapters.load(name, folder)
 
     def unload_adapter(self, name: str) -> None:
         """Free an adapter's slot; refused while requests use it."""
+        self._only_here()
         self.adapters.unload(name)
 
     def generate(self, prompts: Prompt | Sequence[Prompt],
@@ -351,8 +394,11 @@ class Engine:
 
         Raises UserError, and the old weights stay, when they cannot be used or do not fit into memory.
         """
+        self._only_here()
         check_policy(policy)
         if in_place:
+            if self._processes:
+                raise UserError("in_place=True is not for several processes, of which one could fail half-way")
             if golden is not None or not isinstance(source, str | Path):
                 raise UserError("in_place=True takes a checkpoint's folder and no golden prompts")
             return replace_in_place(self.loop, source, policy)
@@ -369,6 +415,7 @@ class Engine:
 
     def rollback(self) -> int:
         """Back to the weights before the last update, as with "finish_old"; returns their version's number."""
+        self._only_here()
         version = self.weights.other()
         switch(self.loop, version, "finish_old")
         return version

@@ -129,7 +129,8 @@ class Executables:
         if self._cache_dir is None:
             return None
         ids = [device.id for device in self._devices(key)]
-        text = json.dumps([_environment(), self._identity, repr(key), ids], sort_keys=True)
+        process = [jax.process_index(), jax.process_count()]
+        text = json.dumps([_environment(), self._identity, repr(key), ids, process], sort_keys=True)
         return self._cache_dir / f"{hashlib.sha256(text.encode()).hexdigest()}.exe"
 
 

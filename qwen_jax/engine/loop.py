@@ -69,12 +69,15 @@ class Loop:
         self.failure: BaseException | None = None
         self.clock = time.monotonic  # of deadlines
         self.before_step: Callable[[], None] | None = None  # what may reshard
+        self.refuses: str | None = None  # why no requests are taken here
         self._slots, self._vocab_size = scheduler.limits.max_batch_size, weights.config.vocab_size
         self._requests: dict[int, Request] = {}
         self.homes: dict[int | str, Replica] = {}  # of the requests
 
     def submit(self, requests: Iterable[Request], version: int | None = None) -> None:
         """Queue what `Intake` made, by default for the current version of the weights; `step` works on it."""
+        if self.refuses:
+            raise UserError(self.refuses)
         if not all(replica.runner.ready for replica in self.replicas):
             raise UserError("the engine is not warmed up: call warmup() first")
         for request in requests:

@@ -66,6 +66,21 @@ def plan_of(config: ModelConfig, tp_size: int | str, pp_size: int, dp_size: int,
     return make_plan(config, dp_size, pp_size, tp_size)
 
 
+def check_processes(plan: ParallelPlan, other_plans: bool) -> None:
+    """UserError for a plan that several processes cannot carry out together, or when it is not to be the only one."""
+    processes, devices = jax.process_count(), len(jax.devices())
+    if processes == 1:
+        return
+    if plan.data > 1 or len(plan.stages) > 1:
+        raise UserError(f"an engine of {processes} processes is one replica of one stage: divide the model by tp_size "
+                        "alone, and make replicas engines of their own")
+    if other_plans:
+        raise UserError(f"an engine of {processes} processes keeps its plan: it takes no load_policy")
+    if plan.devices != devices:
+        raise UserError(f"tp_size={plan.tensor} leaves devices of the {processes} processes without work: use all "
+                        f"{devices}, or fewer processes")
+
+
 def source_of(model: Any, dtype: Any) -> tuple[Qwen2 | Source, jnp.dtype, GenerationDefaults]:
     """Where an engine's weights come from, the element type it computes in, and the model's generation defaults."""
     if isinstance(model, tuple) and hasattr(model, "config"):  # a Source: nothing is read yet
