@@ -254,6 +254,9 @@ def _plan(args: argparse.Namespace) -> None:
     from qwen_jax.parallel.report import as_rows, as_text
     from qwen_jax.quantization import default_precision
 
+    if args.xla_flags:
+        print(*hardware(args.device).xla_flags)
+        return
     config, _ = find_config(args.model)
     memory = same_memory(args.memory_gb) if args.memory_gb else None
     precision = default_precision(config, True, "e4m3") if args.fp8 else None
@@ -422,6 +425,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--fp8", action="store_true", help="e4m3 weights and KV cache")
     plan.add_argument("--objective", default="latency", choices=("latency", "throughput"), help="what to rank by")
     plan.add_argument("--json", action="store_true", help="one JSON object per plan")
+    plan.add_argument("--xla-flags", action="store_true", help="print only what XLA_FLAGS should have on such devices")
     for sub in (info, build):
         sub.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the engine")
         sub.add_argument("--max-batch-size", type=int)

@@ -51,6 +51,7 @@ def test_plans_for_people_and_for_programs():
     assert "data=1 stage=1 tensor=8 on each device" in text and "Rejected:" in text
     rows = [json.loads(line) for line in run(*args, "--json").stdout.splitlines()]
     assert rows[0]["feasible"] and rows[0]["tensor"] == 8 and rows[0]["bytes"] == sum(rows[0]["memory"].values())
+    assert run(*args, "--xla-flags").stdout.startswith("--xla_gpu_enable_latency_hiding_scheduler=true ")
     assert len(rows) == 10 and all(row["reason"] for row in rows if not row["feasible"])
 
 

@@ -27,17 +27,18 @@ class Guard:
         self._known = known
         self.trips = jnp.zeros(len(known), jnp.int32)
 
-    def storable(self, layer: int, written: Iterable[tuple[EightBitPages, jax.Array]]) -> None:
-        """Keys and values ``[R, T, K, H]`` on their way into 8-bit pages."""
+    def storable(self, layer: int, written: Iterable[tuple[EightBitPages, jax.Array]], offset: int = 0) -> None:
+        """Keys and values ``[R, T, K, H]`` on their way into 8-bit pages; offset: of their first position."""
         for pages, values in written:
-            self._trip(layer, jnp.any(jnp.any(pages.beyond(values), axis=(2, 3)) & self._known, axis=1))
+            self._trip(layer, jnp.any(pages.beyond(values), axis=(2, 3)), offset)
 
-    def finite(self, layer: int, x: jax.Array) -> None:
-        """``x[R, T, ...]`` that a layer computed."""
-        fine = jnp.all(jnp.isfinite(x), axis=tuple(range(2, x.ndim)))
-        self._trip(layer, jnp.any(~fine & self._known, axis=1))
+    def finite(self, layer: int, x: jax.Array, offset: int = 0) -> None:
+        """``x[R, T, ...]`` that a layer computed; offset: of its first position."""
+        self._trip(layer, ~jnp.all(jnp.isfinite(x), axis=tuple(range(2, x.ndim))), offset)
 
-    def _trip(self, layer: int, rows: jax.Array) -> None:
+    def _trip(self, layer: int, wrong: jax.Array, offset: int) -> None:
+        """wrong: bool ``[R, T]``."""
+        rows = jnp.any(wrong & self._known[:, offset:offset + wrong.shape[1]], axis=1)
         self.trips = jnp.where((self.trips == 0) & rows, layer + 1, self.trips)
 
 

@@ -22,6 +22,9 @@ from qwen_jax.quantization import Precision, Ranges
 # Tokens in a step from which the hidden states between products are divided over the tokens: below, a collective takes
 # as long as its latency, and one is better than two.
 SCATTER_FROM = 1024
+# And from which each row's tokens go through the layers in two halves, each of which still fills the devices' products;
+# 0 where devices do not compute while they exchange.
+OVERLAP_FROM = {"cpu": 0, "gpu": 2048, "tpu": 2048}
 EMBED, HEAD = "embed.weight", "head.weight"
 
 
@@ -53,7 +56,9 @@ class Part:
 
     @cached_property
     def partition(self) -> Partition:
-        return WHOLE if self.layout.tensor == 1 else Partition(TENSOR, self.layout.tensor, SCATTER_FROM)
+        if self.layout.tensor == 1:
+            return WHOLE
+        return Partition(TENSOR, self.layout.tensor, SCATTER_FROM, OVERLAP_FROM[self.devices[0].platform])
 
     @cached_property
     def local(self) -> ModelConfig:

@@ -216,33 +216,35 @@ def _hidden(models: Models, state: EngineState, batch: StepBatch, adapters, ente
     k_pages, v_pages, summaries = list(state.k_pages), list(state.v_pages), list(state.summaries)
     model = models.target
     counts = []
-    where = batch.page_table, batch.start, batch.length
     positions = batch.start[:, None] + jnp.arange(batch.tokens.shape[1])
     guard = Guard(positions < batch.length[:, None])
     pages = models.pages or (None,) * model.config.num_layers
 
-    def write(layer, k, v):
+    def write(layer, offset, where, k, v):
         if pages[layer] is None:
             k_pages[layer] = write_pages(k_pages[layer], k, *where)
             v_pages[layer] = write_pages(v_pages[layer], v, *where)
             return k_pages[layer], v_pages[layer]
         forms = zip((k_pages, v_pages), pages[layer], strict=True)
         held = [EightBitPages(stored[layer], form) for stored, form in forms]
-        guard.storable(layer, zip(held, (k, v), strict=True))
+        guard.storable(layer, zip(held, (k, v), strict=True), offset)
         held = [write_pages(into, new, *where) for into, new in zip(held, (k, v), strict=True)]
         k_pages[layer], v_pages[layer] = (one.stored for one in held)
         return held
 
-    def attend(layer, q, k, v):
-        held = write(layer, k, v)
-        out = attend_to(layer, q, *held)
-        guard.finite(layer, out)
+    def attend(layer, q, k, v, offset=0):
+        # A second half's keys have to wait for the first one's attention, or the compiler may write them into a copy of
+        # all pages. So it writes nothing for rows that have tripped there, whose numbers nobody uses.
+        length = jnp.where(guard.trips > 0, 0, batch.length) if offset else batch.length
+        where = batch.page_table, batch.start + offset, length
+        out = attend_to(layer, where, q, *write(layer, offset, where, k, v))
+        guard.finite(layer, out, offset)
         return out
 
-    def attend_to(layer, q, k_held, v_held):
+    def attend_to(layer, where, q, k_held, v_held):
         if models.sparsity is None:
             return paged_attention(q, k_held, v_held, *where)
-        everything = visible_pages(q.shape[1], batch.start, batch.length) * q.shape[2]
+        everything = visible_pages(q.shape[1], *where[1:]) * q.shape[2]
         if models.sparsity[layer] is None:
             counts.append(jnp.stack([everything, everything], axis=1))
             return paged_attention(q, k_held, v_held, *where)

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 
 from qwen_jax.quantization import FP8Tensor, rows
 
+HALF_MULTIPLE = 128  # tokens of a row: whole pages, and whole blocks of queries
+
 
 @dataclass(frozen=True)
 class Partition:
@@ -28,18 +30,31 @@ class Partition:
         tokens between products (sequence parallelism, https://arxiv.org/abs/2205.05198): sums become reduce-scatters
         and all-gathers, as many bytes, and what is done to each token alone (norms, sums with the residual) is
         divided, as is the memory for it. 0 for never.
-      scattered: whether this is so now.
+      overlap_from: with as many tokens in a step or more, each row's tokens go through the layers in two halves, by
+        turns: while devices exchange one half's sums, they compute the other's. 0 for never.
+      scattered: whether devices keep a share of the tokens now; halved: whether they go in halves.
     """
 
     axis: str | None = None
     size: int = 1
     scatter_from: int = 0
+    overlap_from: int = 0
     scattered: bool = False
+    halved: bool = False
 
     def for_step(self, tokens: jax.Array) -> Partition:
-        """For a step of these tokens ``[B, T]``: scattered if they are many, and T divides."""
-        many = 0 < self.scatter_from <= tokens.size and tokens.shape[1] % self.size == 0
-        return replace(self, scattered=self.axis is not None and many)
+        """For a step of these tokens ``[B, T]``: scattered and halved if they are many, and T divides."""
+        if self.axis is None:
+            return self
+        halved = 0 < self.overlap_from <= tokens.size and tokens.shape[1] % (2 * HALF_MULTIPLE) == 0
+        whole = self.size * (1 + halved)
+        scattered = 0 < self.scatter_from <= tokens.size and tokens.shape[1] % whole == 0
+        return replace(self, scattered=scattered, halved=halved)
+
+    def slices(self, tokens: int) -> list[slice]:
+        """Of the tokens of each row, those that go through a layer together."""
+        half = tokens // 2
+        return [slice(0, half), slice(half, tokens)] if self.halved else [slice(0, tokens)]
 
     def lookup(self, table: jax.Array | FP8Tensor, tokens: jax.Array, dtype) -> jax.Array:
         """Rows ``[B, T, D]`` of a table of which this device has the rows ``[V / size, D]``; `joined`."""

@@ -123,9 +123,17 @@ class Layer(nnx.Module):
         ``attend(q, k, v)`` does attention and any caching, of keys and values without their biases where ``bare``;
         ``adapt(site, x, y)`` may change the output y of a product. In tensor parallelism, this is one device's part.
         """
+        return self.transformed(self.attended(x, cos, sin, attend, adapt, bare, partition), adapt, partition)
+
+    def attended(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend, adapt, bare: bool,
+                 partition: Partition) -> jax.Array:
+        """The first half of the block."""
         normed = partition.gathered(self.attention_norm(x))
         q, k, v = self.attention.project(normed, cos, sin, adapt, bare)
-        x = x + partition.joined(self.attention.output(attend(q, k, v), adapt))
+        return x + partition.joined(self.attention.output(attend(q, k, v), adapt))
+
+    def transformed(self, x: jax.Array, adapt, partition: Partition) -> jax.Array:
+        """The second half."""
         return x + partition.joined(self.mlp(partition.gathered(self.mlp_norm(x)), adapt))
 
 
@@ -173,19 +181,28 @@ class Qwen2(nnx.Module):
         """Final normalised hidden states ``[B, T, D]``, with attention, and adapters if any, as the caller wants.
 
         bare: for each layer, whether ``attend`` gets keys and values without their biases; by default with them.
+        Where the partition takes the tokens in halves, ``attend`` is called for each of them, and told the ``offset``
+        of its first token.
         A stage that is not the first is given hidden states ``[B, T, D]`` for ``tokens``, and one that is not the last
         returns what its last layer does.
         """
         partition = self.partition.for_step(positions)
         cos, sin = rope_tables(self.config.rope, self.config.head_dim, positions)
+        together = partition.slices(positions.shape[1])
         if self.embed is None:
-            x = partition.share(tokens)
+            x = [partition.share(tokens[:, some]) for some in together]
         else:
-            x = partition.lookup(self.embed.weight.get_value(), tokens, self.dtype)
+            table = self.embed.weight.get_value()
+            x = [partition.lookup(table, tokens[:, some], self.dtype) for some in together]
         for index, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, partial(attend, index), partial(adapt, index) if adapt else _unchanged,
-                      bool(bare) and bare[index], partition)
-        return partition.gathered(x if self.norm is None else self.norm(x))
+            changing = partial(adapt, index) if adapt else _unchanged
+            for at, some in enumerate(together):
+                here = partial(attend, index, offset=some.start) if partition.halved else partial(attend, index)
+                x[at] = layer.attended(x[at], cos[:, some], sin[:, some], here, changing, bool(bare) and bare[index],
+                                       partition)
+            x = [layer.transformed(one, changing, partition) for one in x]
+        x = [partition.gathered(one if self.norm is None else self.norm(one)) for one in x]
+        return jnp.concatenate(x, axis=1) if partition.halved else x[0]
 
     @property
     def dtype(self) -> jnp.dtype:

@@ -16,7 +16,6 @@ from qwen_jax.parallel.roofline import ITEM, Work
 from qwen_jax.quantization import Precision, default_precision
 
 STEP_TOKENS = 8192  # of the largest prefill step
-SCORED = 64  # positions whose logits exist at once
 RESERVE = 0.05  # of a device's memory, for the runtime
 OBJECTIVES = ("latency", "throughput")
 
@@ -149,25 +148,21 @@ def predict(request: Request, plan: ParallelPlan) -> Predicted:
     return Predicted(plan, _memory(request, work, rows), first_token, per_token, request.batch / per_token)
 
 
+def memory_of(work: Work, stage: int, rows: int, seq_len: int, step: tuple[int, int]) -> dict[str, int]:
+    """Bytes by item on one device of a stage: for ``rows`` sequences of ``seq_len`` tokens each, while it works on a
+    step of ``(rows, tokens)``."""
+    return {"weights": work.weight_bytes(stage), **work.state_bytes(stage, rows, seq_len),
+            "step": work.step_bytes(stage, *step)}
+
+
 def _memory(request: Request, work: Work, rows: int) -> dict[str, int]:
-    """Bytes by item of the device that needs the most. What a step needs beside the rest is an estimate: the widest
-    activations of its tokens and the float32 logits of its rows, of which a sampler holds three."""
-    local, item = work.plan.layout.local, ITEM[request.dtype]
-    vocab = request.config.vocab_size
-    tokens = min(STEP_TOKENS, rows * request.seq_len)
-    widest = 2 * request.config.hidden_size + max(
-        3 * local.intermediate_size, (2 * local.num_heads + 2 * local.num_kv_heads) * local.head_dim)
-    pages = rows * -(-request.seq_len // PAGE) + 1
+    """Bytes by item of the device that needs the most, in the largest of the engine's steps."""
+    prefill = max(1, min(rows, STEP_TOKENS // request.seq_len)), min(STEP_TOKENS, request.seq_len)
 
     def of(stage: int) -> dict[str, int]:
-        last = stage == len(work.plan.stages) - 1
-        return {
-            "weights": work.weight_bytes(stage),
-            "kv_cache": pages * PAGE * work.kv_bytes_per_token(stage),
-            "token_counts": last * (rows + 1) * vocab * 4,
-            "step": tokens * widest * item + last * 3 * max(rows, SCORED) * vocab * 4,
-            "reserve": int(RESERVE * request.device_bytes),
-        }
+        largest = max((memory_of(work, stage, rows, request.seq_len, step) for step in (prefill, (rows, 1))),
+                      key=lambda memory: memory["step"])
+        return {**largest, "reserve": int(RESERVE * request.device_bytes)}
 
     return max(map(of, range(len(work.plan.stages))), key=lambda memory: sum(memory.values()))
 

@@ -31,10 +31,10 @@ class NoGuard:
     def __init__(self, known) -> None:
         self.trips = jnp.zeros(len(known), jnp.int32)
 
-    def storable(self, layer, written) -> None:
+    def storable(self, layer, written, offset) -> None:
         pass
 
-    def finite(self, layer, x) -> None:
+    def finite(self, layer, x, offset=0) -> None:
         pass
 
 

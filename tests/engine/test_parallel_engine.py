@@ -15,7 +15,8 @@ from parallel_bench import (
 )
 
 from qwen_jax import Engine, SamplingParams
-from qwen_jax.engine.schedule import Limits
+from qwen_jax.engine.parts import OVERLAP_FROM
+from qwen_jax.engine.schedule import Limits, SchedulePolicy
 from qwen_jax.errors import UserError
 from qwen_jax.model import abstract, init, params_of
 from qwen_jax.parallel.layout import contract
@@ -123,7 +124,6 @@ def test_only_some_devices_see_a_fault_and_all_act_on_it():
 @pytest.mark.parametrize("plan", [{"tp_size": 4}, {"tp_size": 2, "pp_size": 2}])
 def test_sparse_attention_adapters_and_options_of_sampling(plan, tmp_path):
     from qwen_jax.checkpoint.adapters import save_adapter
-    from qwen_jax.engine.schedule import SchedulePolicy
     from qwen_jax.model.lora import TARGETS, LoraConfig, init_adapter
 
     config = shrunk("7b")
@@ -148,6 +148,26 @@ def test_sparse_attention_adapters_and_options_of_sampling(plan, tmp_path):
     assert [one.token_ids for one in found[0]] == [one.token_ids for one in found[1]]
 
 
+@pytest.mark.parametrize("plan, scattered, more", [
+    ({"tp_size": 4}, True, {}), ({"tp_size": 3}, False, {"kv_cache_dtype": "e4m3"}),
+    ({"tp_size": 2, "pp_size": 2}, True, {"policy": SchedulePolicy(sparse_above_tokens=200)})])
+def test_large_prefills_in_two_halves(plan, scattered, more, monkeypatch):
+    """Rows that end in either half, chunks that do not begin at 0, 8-bit pages, sparse attention, stages."""
+    options = {**OPTIONS, "limits": Limits(4, 768, ((2, 256),), (), (4,), 4), **more}
+    rng = np.random.default_rng(2)
+    long = [rng.integers(0, 307, length).tolist() for length in (250, 70, 128, 640)]
+    wanted = Engine(model_of("7b"), **options).generate(long, GREEDY)
+    monkeypatch.setitem(OVERLAP_FROM, "cpu", 512)
+    monkeypatch.setattr("qwen_jax.engine.parts.SCATTER_FROM", 512 if scattered else 1 << 20)
+    found = Engine(model_of("7b"), **options, **plan).generate(long, GREEDY)
+    if "kv_cache_dtype" in more:  # where a value is rounded the other way
+        best = [[max(position.values()) for position in one.logprobs] for one in (*found, *wanted)]
+        np.testing.assert_allclose(best[:4], best[4:], atol=0.05)
+    else:
+        assert largest_difference(found, wanted) <= 1e-4
+    assert {one.schedule for one in found} == {one.schedule for one in wanted}
+
+
 @pytest.mark.parametrize("plan, speculation", [({"tp_size": 3}, "draft"), ({"tp_size": 2, "pp_size": 2}, "ngram"),
                                                ({"dp_size": 2}, "draft")])
 def test_speculation(plan, speculation):
@@ -158,6 +178,35 @@ def test_speculation(plan, speculation):
     wanted = Engine(model_of("7b"), **OPTIONS).generate(repeating, GREEDY)
     assert largest_difference(engine.generate(repeating, GREEDY), wanted) <= 1e-4
     assert engine.stats().drafted_tokens > 0
+
+
+def test_a_pipeline_idles_no_longer_than_it_takes_to_fill():
+    """Played with one unit of time for each program: s stages and m micro-batches idle (s - 1) / (m + s - 1) of it."""
+    engine, stages, played = engine_of("7b", pp_size=4, cache_dir=None), 4, []
+    runner = engine.runner
+    run, start = runner.run, runner.start
+
+    def recorded_run(key, batch, *others):
+        played[-1].append(key.stage)
+        return run(key, batch, *others)
+
+    def recorded_start(*arguments):
+        played.append([])
+        started = start(*arguments)
+        played[-1] = len(started.outputs), played[-1]
+        return started
+
+    runner.run, runner.start = recorded_run, recorded_start
+    engine.generate(prompts(), GREEDY)
+    assert {micro for micro, _ in played} >= {2, 4}  # of prefills, which have two rows, and of decode steps
+    for micro, order in played:
+        free, ready = [0] * stages, [0] * micro
+        for place, stage in enumerate(order):
+            assert stage == place % stages
+            batch = place // stages % micro
+            free[stage] = ready[batch] = max(free[stage], ready[batch]) + 1
+        idle = 1 - len(order) / (stages * max(free))
+        assert idle <= (stages - 1) / (micro + stages - 1) + 1e-9
 
 
 def test_replicas_share_the_work_and_nobody_waits_beside_an_idle_one():

@@ -10,6 +10,7 @@ from qwen_jax import Engine
 from qwen_jax.config import PRESETS
 from qwen_jax.engine.deployment import Blueprint, Deployment
 from qwen_jax.engine.memory import weight_bytes
+from qwen_jax.engine.parts import OVERLAP_FROM
 from qwen_jax.engine.runner import Key
 from qwen_jax.engine.schedule import Limits
 from qwen_jax.parallel.plan import make_plan
@@ -21,7 +22,7 @@ def collectives(lowered) -> Counter:
     """(kind, shape and type of the result) of every collective in a lowered program, before XLA has seen it. The body
     of a loop and the branches of a condition count once, a function as often as it is called."""
     module = lowered.compiler_ir("stablehlo")
-    functions = {op.attributes["sym_name"].value: op for op in module.body.operations}
+    functions = _functions(module)
     found: Counter = Counter()
 
     def walk(op):
@@ -81,6 +82,85 @@ def test_a_large_prefill_divides_the_tokens_between_products(monkeypatch):
         ("all_gather", f"tensor<64x{vocab}xf32>"): 1,
         ("all_reduce", "tensor<2xi32>"): 1,
     }
+
+
+def in_halves(monkeypatch, tensor) -> Engine:
+    monkeypatch.setattr("qwen_jax.engine.parts.SCATTER_FROM", 256)
+    monkeypatch.setitem(OVERLAP_FROM, "cpu", 256)
+    return engine_of("7b", tp_size=tensor, limits=Limits(4, 256, ((1, 256),), (), (4,), 4), warmup=False)
+
+
+@pytest.mark.parametrize("tensor, share", [(4, 32), (3, None)])
+def test_the_largest_prefills_go_in_two_halves(tensor, share, monkeypatch):
+    """As many bytes in twice as many collectives; where halves do not divide over the devices, sums of all."""
+    engine = in_halves(monkeypatch, tensor)
+    layers, hidden, vocab = engine.config.num_layers, engine.config.hidden_size, engine.plan.layout.vocab
+    sums = {("reduce_scatter", f"tensor<1x{share}x{hidden}xf32>"): 2 * (2 * layers + 1),
+            ("all_gather", f"tensor<1x128x{hidden}xf32>"): 2 * (2 * layers + 1)} if share else {
+        ("all_reduce", f"tensor<1x128x{hidden}xf32>"): 2 * (2 * layers + 1)}
+    assert collectives(program(engine, "prefill")) == {
+        **sums,
+        ("all_gather", f"tensor<1x{vocab}xf32>"): 1,
+        ("all_gather", f"tensor<64x{vocab}xf32>"): 1,
+        ("all_reduce", "tensor<1xi32>"): 1,
+    }
+
+
+def test_devices_compute_one_half_while_they_exchange_the_other(monkeypatch):
+    """For every sum of a layer there are products that neither wait for it nor it for them. In one piece there
+    are none."""
+    for halves in (True, False):
+        engine = in_halves(monkeypatch, 3)
+        if not halves:
+            monkeypatch.setitem(OVERLAP_FROM, "cpu", 0)
+            engine = engine_of("7b", tp_size=3, limits=engine.limits, warmup=False)
+        shape = f"tensor<1x{128 if halves else 256}x{engine.config.hidden_size}xf32>"
+        beside = products_beside_sums(program(engine, "prefill"), shape)
+        assert len(beside) == (1 + halves) * (2 * engine.config.num_layers + 1)
+        assert all(beside) if halves else not any(beside)
+
+
+def products_beside_sums(lowered, shape: str) -> list[int]:
+    """For every sum of this shape and type, how many products of its block could run at the same time."""
+    module = lowered.compiler_ir("stablehlo")
+    functions, found = _functions(module), []
+
+    def walk(block):
+        operations = list(block.operations)
+        made_by = {result: place for place, op in enumerate(operations) for result in op.operation.results}
+        needs: list[set[int]] = []  # of every operation, all before it
+        for op in operations:
+            direct = {made_by[name] for name in taken(op) if name in made_by}
+            needs.append(direct.union(*(needs[place] for place in direct)))
+        products = [place for place, op in enumerate(operations) if has_product(op, functions)]
+        for place, op in enumerate(operations):
+            if op.operation.name == "stablehlo.all_reduce" and str(op.operation.results[0].type) == shape:
+                found.append(sum(place not in needs[other] and other not in needs[place] for other in products))
+            for region in op.operation.regions:
+                for inner in region:
+                    walk(inner)
+
+    walk(module.body)
+    return found
+
+
+def _functions(module) -> dict:
+    return {op.attributes["sym_name"].value: op for op in module.body.operations}
+
+
+def taken(op) -> set:
+    """The values that an operation and those inside it use."""
+    names = set(op.operation.operands)
+    return names.union(*(taken(inner) for region in op.operation.regions for block in region
+                         for inner in block.operations))
+
+
+def has_product(op, functions) -> bool:
+    if op.operation.name == "func.call":
+        return has_product(functions[op.attributes["callee"].value], functions)
+    return op.operation.name == "stablehlo.dot_general" or any(
+        has_product(inner, functions) for region in op.operation.regions for block in region
+        for inner in block.operations)
 
 
 def test_one_device_has_none():

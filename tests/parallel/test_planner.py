@@ -1,15 +1,21 @@
 """Plans, what they are predicted to cost, and why others are rejected."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from math import prod
 
 import pytest
+from memory_bench import Case, compare
 
 from qwen_jax.config import PRESETS
+from qwen_jax.engine import parts, steps
 from qwen_jax.engine.deployment import Blueprint, Deployment
 from qwen_jax.engine.schedule import DEFAULT_POLICY, Limits, bucket_table
 from qwen_jax.errors import UserError
-from qwen_jax.model import abstract
+from qwen_jax.model import abstract, partition
+from qwen_jax.parallel import roofline
 from qwen_jax.parallel.hardware import HARDWARE, hardware, hardware_of
 from qwen_jax.parallel.layout import layouts
 from qwen_jax.parallel.plan import make_plan
@@ -139,3 +145,47 @@ def test_bad_devices():
     kinds = {"NVIDIA H200": "h200", "NVIDIA A100-SXM4-80GB": "a100", "NVIDIA A10": "a10", "cpu": "cpu",
              "NVIDIA A100-PCIE-40GB": "a100-40", "NVIDIA H100 80GB HBM3": "h100"}
     assert all(hardware_of(kind) is HARDWARE[name] for kind, name in kinds.items())
+
+
+@pytest.mark.parametrize("case", [Case("3b", 2, 4, 1, 16, (1, 1024)), Case("0.5b", 2, 1, 2, 4, (2, 256))], ids=str)
+def test_memory_is_what_the_engines_programs_take(case):
+    """Of each program and stage; twenty on released widths: scripts/bench/planner_memory.py."""
+    found = list(compare(case))
+    assert len(found) == 2 * case.stages
+    assert all(0.9 < one.ratio < 1.1 for one in found), found
+
+
+def test_steps_are_the_engines():
+    assert (roofline.SPARSE_ABOVE, roofline.SCATTER_FROM, roofline.OVERLAP_FROM, roofline.SAMPLED_ROWS,
+            roofline.SCORED_TOKENS, roofline.HALF_MULTIPLE) == (
+        DEFAULT_POLICY.sparse_above_tokens, parts.SCATTER_FROM, parts.OVERLAP_FROM["gpu"], steps.SAMPLED_ROWS,
+        steps.SCORED_TOKENS, partition.HALF_MULTIPLE)
+
+
+def test_a_large_prefill_by_hand():
+    """72B, 8 devices, a prompt of 4,096 tokens: each half-sum is hidden by what the other half computes beside it."""
+    config, card = preset("72b"), hardware("h100")
+    precision = default_precision(config, False, None)
+    step = Work(config, make_plan(config, tensor=8), card, precision).step(0, 1, 4096, 2048)
+    assert step.collectives == 2 * 2 * 161 + 2  # a reduce-scatter and an all-gather of every half
+    half = 2048 * 8192 * 2
+    assert step.collective_bytes == (2 * 2 * 161 * half + 152_064 * 4) * 7 / 8
+    one = 2 * half * 7 / 8 / (0.8 * 450e9) + 2 * 10e-6
+    attention = 2048 * (2 * 8192 * (2 * 8 + 2) * 128 + 4 * 2048 * 8 * 128) / (0.6 * 989e12)
+    mlp = 2048 * 2 * 3 * 8192 * 29568 / 8 / (0.6 * 989e12)
+    assert attention < one < mlp
+    logits = 152_064 * 4 * 7 / 8 / (0.8 * 450e9) + 20e-6
+    assert step.exchanging == pytest.approx(80 * 2 * (one - attention) + 2 * one + logits, rel=1e-3)
+    alone = Work(config, make_plan(config), card, precision).step(0, 1, 4096, 2048)
+    assert alone.exchanging == 0 and 7 < alone.seconds / step.seconds < 8
+
+
+def test_xla_takes_the_flags_of_every_device():
+    """And refuses others: it ends the process."""
+    kinds = sorted({" ".join(card.xla_flags) for card in HARDWARE.values() if card.xla_flags})
+    assert len(kinds) == 2 and HARDWARE["cpu"].xla_flags == ()
+    code = "import jax; jax.devices()"
+    for flags in (*kinds, "--xla_gpu_no_such_flag=true"):
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
+        assert (done.returncode == 0) == (flags in kinds), done.stderr

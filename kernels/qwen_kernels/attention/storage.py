@@ -52,10 +52,16 @@ def read_rows(pages: jax.Array | EightBitPages, page_table: jax.Array) -> jax.Ar
     return chosen.reshape(*chosen.shape[:2], -1, chosen.shape[-1]).swapaxes(1, 2)
 
 
-def map_blocks(one: Callable, blocks: Any, dtype) -> jax.Array:
-    """``jax.lax.map`` for results of ``dtype``.
+def map_blocks(one: Callable, blocks: jax.Array, *others: Any) -> jax.Array:
+    """``blocks[n, ...]`` with every one of them replaced by ``one(index, block, *others[index])``, which has its shape.
 
-    They are stacked as pages are stored: XLA:CPU would widen a whole bf16 stack, and narrow it again, for every block.
+    In place, because for each of a program's ``jax.lax.map`` XLA:CPU holds an empty result from the beginning. And as
+    pages are stored: it would widen a whole bf16 array, and narrow it again, for every block.
     """
-    stacked = jax.lax.map(lambda block: to_storage(one(block), page_dtype(dtype)), blocks)
-    return from_storage(stacked)
+    stored = page_dtype(blocks.dtype)
+
+    def step(index, held):
+        out = one(index, from_storage(held[index]), *jax.tree.map(lambda x: x[index], others))
+        return held.at[index].set(to_storage(out, stored))
+
+    return from_storage(jax.lax.fori_loop(0, len(blocks), step, to_storage(blocks, stored)))

@@ -27,11 +27,10 @@ def paged_attention(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_t
         return _query_block(q, 0, k_pages, v_pages, page_table, start, length)
     blocks = q.reshape(q.shape[0], tokens // block, block, *q.shape[2:]).swapaxes(0, 1)
 
-    def one(item):
-        index, q_block = item
+    def one(index, q_block):
         return _query_block(q_block, index * block, k_pages, v_pages, page_table, start, length)
 
-    out = map_blocks(one, (jnp.arange(tokens // block), blocks), q.dtype)
+    out = map_blocks(one, blocks)
     return out.swapaxes(0, 1).reshape(q.shape)
 
 

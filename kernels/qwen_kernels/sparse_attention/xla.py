@@ -31,8 +31,8 @@ def _attend(q, k_pages, v_pages, page_table, start, length, selection: Selection
     padding = -selection.places.shape[-1] % pages
     listed = jnp.pad(selection.places, ((0, 0),) * 3 + ((0, padding),), constant_values=HIDDEN)
 
-    def one(item):
-        index, queries, (listed, count, dense) = item
+    def one(index, queries, chosen):
+        listed, count, dense = chosen
 
         def pages_of(chunk):
             inside = chunk * pages + jnp.arange(pages)
@@ -49,6 +49,6 @@ def _attend(q, k_pages, v_pages, page_table, start, length, selection: Selection
 
     places = jax.tree.map(lambda x: x.swapaxes(0, 1), (listed, selection.count, selection.dense))
     if len(blocks) == 1:
-        return one((0, blocks[0], jax.tree.map(lambda x: x[0], places)))
-    out = map_blocks(one, (jnp.arange(len(blocks)), blocks, places), q.dtype)
+        return one(0, blocks[0], jax.tree.map(lambda x: x[0], places))
+    out = map_blocks(one, blocks, places)
     return out.swapaxes(0, 1).reshape(q.shape)
