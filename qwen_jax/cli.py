@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are not the user's business
     try:
-        args.run(args)
+        code = args.run(args)
         sys.stdout.flush()
     except UserError as error:
         print(f"qwen-jax: {' '.join(str(error).split())}", file=sys.stderr)
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe went away: say nothing, also at interpreter exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    return 0
+    return code or 0
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -92,6 +92,23 @@ def _chat(args: argparse.Namespace) -> None:
             print(delta.text, end="", flush=True)
         print()
         messages.append({"role": "assistant", "content": answer})
+
+
+def _serve(args: argparse.Namespace) -> int:
+    import asyncio
+
+    try:
+        from qwen_jax.serving.limits import read_keys
+        from qwen_jax.serving.server import ServerOptions, serve
+    except ModuleNotFoundError as error:
+        raise UserError(f"serving needs the package {error.name}: pip install 'qwen-jax[serve]'") from error
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    engine = {"dtype": args.dtype, "max_batch_size": args.max_batch_size, "max_seq_len": args.max_seq_len,
+              "tp_size": args.tp_size, "fp8_enabled": args.fp8, "max_adapters": args.max_adapters,
+              "kv_cache_bytes": args.kv_cache_bytes, "progress": sys.stderr.isatty()}
+    options = ServerOptions(args.host, args.port, args.served_model_name, args.max_requests, args.stall_seconds,
+                            args.drain_seconds, args.max_body_bytes, read_keys(args.api_keys, "QWEN_JAX_API_KEYS"))
+    return asyncio.run(serve(args.model, engine, options))
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -371,6 +388,24 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--top-p", type=float)
         sub.add_argument("--seed", type=int)
         sub.add_argument("--max-seq-len", type=int, help="default: 4096 or the model's context if shorter")
+
+    server = command("serve", _serve, "Serve a model over HTTP, with OpenAI's protocol.")
+    server.add_argument("model")
+    server.add_argument("--host", default="127.0.0.1")
+    server.add_argument("--port", type=int, default=8000)
+    server.add_argument("--served-model-name", metavar="NAME", help="what clients call the model (default: MODEL)")
+    server.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    server.add_argument("--max-batch-size", type=int, default=64)
+    server.add_argument("--max-seq-len", type=int)
+    server.add_argument("--kv-cache-bytes", type=int)
+    server.add_argument("--tp-size", type=int, default=1)
+    server.add_argument("--fp8", action="store_true", help="8-bit weights and KV cache")
+    server.add_argument("--max-adapters", type=int, default=0, metavar="N", help="LoRA adapters loaded at once")
+    server.add_argument("--max-requests", type=int, default=1024, metavar="N", help="open at once; more get 429")
+    server.add_argument("--max-body-bytes", type=int, default=4 << 20, metavar="N")
+    server.add_argument("--stall-seconds", type=float, default=60, help="without a step until /health fails")
+    server.add_argument("--drain-seconds", type=float, default=300, help="for running requests to end after SIGTERM")
+    server.add_argument("--api-keys", metavar="FILE", help="one key per line (default: those in QWEN_JAX_API_KEYS)")
 
     evaluation = command("eval", _eval, "Score a model on a suite of tasks with exact answers.")
     evaluation.add_argument("model")

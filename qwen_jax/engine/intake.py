@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import jinja2
 import numpy as np
 
 from qwen_jax.config import GenerationDefaults
@@ -47,17 +48,28 @@ class Intake:
         """Token ids of a text, of a conversation up to where the assistant begins to answer, or of token ids."""
         if not isinstance(prompt, str):
             if len(prompt) and isinstance(prompt[0], Mapping):
-                return self._chat(prompt)
+                return self.conversation(prompt)
             return settings.check_token_ids(prompt, self.vocab_limit)
         if self._tokenizer is None:
             raise UserError("this engine has no tokenizer: give token ids, or a checkpoint with tokenizer.json")
         return self._tokenizer.encode(prompt, add_special_tokens=False)
 
-    def _chat(self, messages: Messages) -> list[int]:
-        if self._tokenizer is None or not self._tokenizer.chat_template:
+    def conversation(self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
+        """Token ids of a conversation up to where the assistant begins to answer.
+
+        tools: descriptions of what the model may call, as the chat template wants them.
+        """
+        template = self._tokenizer and self._tokenizer.chat_template
+        if not template:
             raise UserError("this checkpoint has no chat template: use generate with a text or token ids")
-        return self.tokens(self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True,
-                                                               tokenize=False))
+        if tools and "tools" not in template:
+            raise UserError("this checkpoint's chat template knows no tools")
+        try:
+            text = self._tokenizer.apply_chat_template(list(messages), tools=list(tools) if tools else None,
+                                                       add_generation_prompt=True, tokenize=False)
+        except (jinja2.TemplateError, TypeError, KeyError, AttributeError, ValueError) as error:
+            raise UserError(f"the chat template refuses these messages: {error}") from error
+        return self.tokens(text)
 
     def requests(self, prompt: Prompt | Messages, params: SamplingParams, score_from: int | None = None,
                  adapter: str | None = None, priority: int = 0, deadline: float | None = None) -> list[Request]:

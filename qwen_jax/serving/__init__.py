@@ -1,0 +1,1 @@
+"""HTTP: OpenAI's protocol, streaming, limits, metrics."""

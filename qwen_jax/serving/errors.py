@@ -1,0 +1,31 @@
+"""What a client is told when something is wrong: OpenAI's error objects."""
+
+from __future__ import annotations
+
+from typing import Any
+
+TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
+         404: "not_found_error", 408: "timeout_error", 413: "invalid_request_error", 429: "rate_limit_error",
+         431: "invalid_request_error", 500: "server_error", 503: "service_unavailable_error"}
+
+
+class ApiError(Exception):
+    """An answer that is an error.
+
+    Args:
+      status: of HTTP; message: one sentence; code: OpenAI's short name for it, if it has one; param: the field that is
+        wrong; retry_after: seconds, for the header of that name.
+    """
+
+    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None,
+                 retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param, self.retry_after = status, message, code, param, retry_after
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return {"error": {"message": self.message, "type": TYPES[self.status], "param": self.param, "code": self.code}}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}

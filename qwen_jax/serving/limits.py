@@ -1,0 +1,100 @@
+"""What every request has to pass before its route: size of body and headers, and the key. Plain ASGI."""
+
+from __future__ import annotations
+
+import hmac
+import os
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from qwen_jax.errors import UserError
+from qwen_jax.serving.errors import ApiError
+
+MOST_HEADER_BYTES = 16 << 10
+OPEN_PATHS = frozenset(("/health", "/ready"))  # for whoever watches the process
+
+
+def read_keys(path: str | None, variable: str) -> tuple[bytes, ...]:
+    """API keys, one per line of a file, or else separated by blanks in an environment variable. UserError for a file
+    without any."""
+    if path is None:
+        return tuple(key.encode() for key in os.environ.get(variable, "").split())
+    try:
+        keys = tuple(line.strip().encode() for line in Path(path).read_text().splitlines() if line.strip())
+    except OSError as error:
+        raise UserError(f"the file of API keys cannot be read: {error.strerror}: {path}") from error
+    if not keys:
+        raise UserError(f"there is no API key in {path}")
+    return keys
+
+
+class Limits:
+    """Middleware. Refuses a request before anything reads its body; gives it an id, and says which in the answer.
+
+    Args:
+      keys: of which a request has to have one as ``Authorization: Bearer``; none for everybody.
+      body_bytes: the largest body.
+    """
+
+    def __init__(self, app: Any, keys: Iterable[bytes], body_bytes: int) -> None:
+        self._app, self._keys, self._body_bytes = app, tuple(keys), body_bytes
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        scope["request_id"] = request_id = f"req_{secrets.token_hex(12)}".encode()
+        began = False
+
+        async def send_with_id(message):
+            nonlocal began
+            if message["type"] == "http.response.start":
+                began = True
+                message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", request_id)]}
+            await send(message)
+
+        read = 0
+
+        async def receive_some():
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self._body_bytes:
+                raise self._too_large()
+            return message
+
+        try:
+            self._check(scope)
+            await self._app(scope, receive_some, send_with_id)
+        except ApiError as error:
+            if began:
+                raise
+            body = msgspec.json.encode(error.body)
+            headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()),
+                       (b"connection", b"close")]
+            headers += [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
+            await send_with_id({"type": "http.response.start", "status": error.status, "headers": headers})
+            await send_with_id({"type": "http.response.body", "body": body})
+
+    def _check(self, scope) -> None:
+        headers = scope["headers"]
+        if sum(len(name) + len(value) for name, value in headers) > MOST_HEADER_BYTES:
+            raise ApiError(431, f"the headers have more than {MOST_HEADER_BYTES} bytes")
+        found = dict(headers)
+        length = found.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self._body_bytes:
+            raise self._too_large()
+        if self._keys and scope["path"] not in OPEN_PATHS and not self._known(found.get(b"authorization", b"")):
+            raise ApiError(401, "this server needs an API key: Authorization: Bearer KEY", "invalid_api_key")
+
+    def _known(self, authorization: bytes) -> bool:
+        """In a time that does not depend on the keys."""
+        given = authorization.removeprefix(b"Bearer ").strip()
+        return any([hmac.compare_digest(given, key) for key in self._keys])
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"the body has more than {self._body_bytes} bytes")

@@ -1,0 +1,291 @@
+"""The engine's process: takes requests from a socket, steps, and sends what is new."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any
+
+from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.request import Request
+from qwen_jax.engine.sampling_params import SamplingParams
+from qwen_jax.engine.structured_output import StructuredOutput
+from qwen_jax.engine.updates import check_golden, check_policy, golden_requests, switch
+from qwen_jax.errors import UserError
+from qwen_jax.serving.wire import Piece, frame, read_frame
+
+logger = logging.getLogger(__name__)
+INTAKE_THREADS = 2  # which tokenise and compile grammars beside the steps
+DEVICE_FAILED = 3  # exit code
+
+
+class _Open:
+    """A request of a client, whose ``n`` answers are requests of the engine."""
+
+    def __init__(self, number: int, requests: list[Request], streams: bool, timeout: bool) -> None:
+        self.number, self.requests, self.streams, self.timeout = number, requests, streams, timeout
+        self.sent = [0] * len(requests)  # tokens of each answer
+
+
+class Worker:
+    """One thread, the caller of `run`, owns the engine. Others read the socket, tokenise and load weights."""
+
+    def __init__(self, engine: Engine, connection: socket.socket) -> None:
+        self._engine, self._connection = engine, connection
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._open: dict[int, _Open] = {}
+        self._aborted: set[int] = set()  # while they were being tokenised
+        self._preparing: set[int] = set()
+        self._pool = ThreadPoolExecutor(INTAKE_THREADS, "intake")
+        self._loader = ThreadPoolExecutor(1, "weights")
+        self._steps = 0
+
+    def run(self) -> None:
+        """Until the other side closes."""
+        self._send("ready", self._facts())
+        threading.Thread(target=self._read, daemon=True).start()
+        while True:
+            try:
+                call = self._inbox.get() if not self._open else self._inbox.get_nowait()
+                if call is None:
+                    return
+                call()
+            except queue.Empty:
+                self._engine.loop.step()
+                self._steps += 1
+                self._publish()
+
+    def _facts(self) -> dict[str, Any]:
+        engine = self._engine
+        return {"max_seq_len": engine.limits.max_seq_len, "max_batch_size": engine.limits.max_batch_size,
+                "adapters": engine.adapters.names, "compiled": engine.stats().executables,
+                "chat": bool(engine.tokenizer and engine.tokenizer.chat_template)}
+
+    # --- from the other process, on the reading thread
+
+    def _read(self) -> None:
+        while (message := read_frame(self._connection)) is not None:
+            kind, number, *rest = message
+            if kind == "generate":
+                self._preparing.add(number)
+                self._pool.submit(self._prepare, number, *rest)
+            elif kind == "abort":
+                self._inbox.put(lambda number=number: self._abort(number))
+            else:
+                self._call(number, *rest)
+        self._inbox.put(None)
+
+    def _prepare(self, number: int, options: dict[str, Any]) -> None:
+        """On a thread of its own: from a client's options to requests."""
+        try:
+            requests = self._requests(options)
+            opened = _Open(number, requests, options["stream"], options["timeout"] is not None)
+            self._inbox.put(lambda: self._begin(opened))
+        except Exception as error:
+            if not isinstance(error, UserError):
+                logger.exception("request %d could not be prepared", number)
+            kind = "user" if isinstance(error, UserError) else "fault"
+            failed = Piece(number, 0, error=_sentence(error), kind=kind, finish_reason="error")
+            self._inbox.put(lambda: self._refuse(failed))
+
+    def _requests(self, options: dict[str, Any]) -> list[Request]:
+        intake, timeout = self._engine.intake, options["timeout"]
+        deadline = None if timeout is None else time.monotonic() + timeout
+        params = dict(options["params"])
+        if looks := params.pop("structured_output", None):
+            params["structured_output"] = StructuredOutput(**looks)
+        if options.get("score_from") is not None:
+            params = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 1}
+        prompt = options["prompt"]
+        if isinstance(prompt, dict):  # a conversation
+            prompt = intake.conversation(prompt["messages"], prompt.get("tools"))
+        requests = intake.requests(prompt, SamplingParams(**params), options.get("score_from"), options["adapter"],
+                                   options["priority"], deadline)
+        for request in requests:
+            request.streams = options["stream"]
+        return requests
+
+    def _call(self, number: int, name: str, arguments: list[Any]) -> None:
+        if name == "update_weights":
+            self._loader.submit(self._update, number, *arguments)
+            return
+        calls = {"load_adapter": self._engine.load_adapter, "unload_adapter": self._engine.unload_adapter,
+                 "rollback": self._engine.rollback, "stats": self._stats, "tokenize": self._tokenize,
+                 "detokenize": self._detokenize, "profile": lambda: None}
+
+        def answer() -> None:
+            try:
+                value, error = calls[name](*arguments), None
+            except UserError as wrong:
+                value, error = None, str(wrong)
+            self._send("result", number, error, value)
+
+        self._inbox.put(answer)
+
+    # --- on the engine's thread
+
+    def _begin(self, opened: _Open) -> None:
+        self._preparing.discard(opened.number)
+        if opened.number in self._aborted:
+            self._aborted.discard(opened.number)
+            return
+        begun = []
+        try:
+            for request in opened.requests:
+                self._engine.loop.submit([request])
+                begun.append(request)
+        except UserError as error:  # an adapter may have gone since it was looked up
+            for request in begun:
+                self._engine.loop.abort(request.sequence.request_id)
+            self._send("step", [Piece(opened.number, 0, error=str(error), kind="user", finish_reason="error")], {})
+            return
+        self._open[opened.number] = opened
+
+    def _refuse(self, failed: Piece) -> None:
+        self._preparing.discard(failed.id)
+        self._aborted.discard(failed.id)
+        self._send("step", [failed], {})
+
+    def _abort(self, number: int) -> None:
+        opened = self._open.pop(number, None)
+        if opened is None:
+            if number in self._preparing:
+                self._aborted.add(number)
+            return
+        for request in opened.requests:
+            self._engine.loop.abort(request.sequence.request_id)
+
+    def _publish(self) -> None:
+        pieces, ended = [], []
+        for opened in self._open.values():
+            for request in opened.requests:
+                if opened.streams or request.closed:
+                    pieces += self._new(opened, request)
+            if all(request.closed for request in opened.requests):
+                ended.append(opened.number)
+        for number in ended:
+            del self._open[number]
+        self._send("step", pieces, self._gauges())
+
+    def _new(self, opened: _Open, request: Request) -> list[Piece]:
+        """What has not been sent of an answer; nothing when it has not changed."""
+        index, output = request.output.index, request.output
+        if not request.deltas:
+            return []
+        piece = Piece(opened.number, index, weight_version=request.sequence.version)
+        while request.deltas:
+            delta = request.deltas.popleft()
+            piece.text += delta.text
+            piece.token_ids = piece.token_ids + delta.token_ids
+            piece.finish_reason = delta.finish_reason or piece.finish_reason
+        if output.logprobs is not None:
+            first = opened.sent[index]
+            piece.logprobs = [self._named(request.params.logprobs, among)
+                              for among in output.logprobs[first:first + len(piece.token_ids)]]
+        opened.sent[index] += len(piece.token_ids)
+        if piece.finish_reason:
+            piece.tokens, piece.prompt_tokens = len(output.token_ids), len(output.prompt_token_ids)
+            piece.error = output.error
+            piece.kind = output.error and "fault"
+            if output.finish_reason == "abort" and opened.timeout:
+                piece.kind, piece.error = "deadline", "the deadline has passed"
+            if request.score_from is not None:
+                scored = zip(output.prompt_token_ids, output.prompt_logprobs or (), strict=True)
+                piece.score = [among[token] for token, among in scored if among is not None]
+        return [piece]
+
+    def _named(self, count: int, among: dict[int, float]) -> tuple[str, float, list[tuple[str, float]]]:
+        (token, logprob), *_ = among.items()
+        most = sorted(among.items(), key=lambda one: -one[1])[:count]
+        return self._text_of(token), logprob, [(self._text_of(one), value) for one, value in most]
+
+    def _text_of(self, token: int) -> str:
+        return self._engine.tokenizer.decode([token]) if self._engine.tokenizer else ""
+
+    def _gauges(self) -> dict[str, int]:
+        schedulers = [replica.scheduler for replica in self._engine.deployment.replicas]
+        return {"steps": self._steps, "running": sum(len(one.running) for one in schedulers),
+                "waiting": sum(len(one.waiting) for one in schedulers),
+                "pages_used": sum(one.pool.capacity - one.pool.num_free for one in schedulers),
+                "pages_total": sum(one.pool.capacity for one in schedulers)}
+
+    def _stats(self) -> dict[str, Any]:
+        return {**asdict(self._engine.stats()), "adapters": self._engine.adapters.names,
+                "versions": self._engine.weights.versions}
+
+    def _tokenize(self, prompt: Any) -> list[int]:
+        if isinstance(prompt, dict):
+            prompt = self._engine.intake.conversation(prompt["messages"], prompt.get("tools"))
+        return self._engine.intake.tokens(prompt)
+
+    def _detokenize(self, tokens: list[int]) -> str:
+        if self._engine.tokenizer is None:
+            raise UserError("this engine has no tokenizer")
+        return self._engine.tokenizer.decode(self._engine.intake.tokens(tokens))
+
+    # --- weights, loaded on a thread of their own
+
+    def _update(self, number: int, source: str, policy: str) -> None:
+        engine = self._engine
+        try:
+            check_policy(policy)
+            leaves = engine.weights.load(source)
+        except Exception as error:
+            sentence = _sentence(error)
+            self._inbox.put(lambda: self._send("result", number, sentence, None))
+            return
+        self._inbox.put(lambda: self._try(number, leaves, policy))
+
+    def _try(self, number: int, leaves: Any, policy: str) -> None:
+        """Golden prompts run first, while nothing else does; then the new weights are current."""
+        engine, error = self._engine, None
+        version = engine.weights.add(leaves)
+        try:
+            tried = golden_requests(engine.intake, None)
+            engine.loop.complete([request for request, _ in tried], version)
+            check_golden(tried)
+            switch(engine.loop, version, policy)
+        except UserError as wrong:
+            engine.weights.forget(version)
+            error = str(wrong)
+        self._send("result", number, error, engine.weight_version)
+
+    def _send(self, *message: Any) -> None:
+        self._connection.sendall(frame(*message))
+
+
+def _sentence(error: Exception) -> str:
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+
+
+def main() -> None:
+    """``python -m qwen_jax.serving.worker FD``: the socket is inherited, and its first frame says what to load."""
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    model, options = read_frame(connection)
+    try:
+        engine = Engine.from_pretrained(model, **options)
+    except UserError as error:
+        connection.sendall(frame("refused", str(error)))
+        sys.exit(2)
+    try:
+        Worker(engine, connection).run()
+    except (BrokenPipeError, ConnectionResetError):  # nobody is left to answer
+        pass
+    except BaseException as error:
+        traceback.print_exc()
+        connection.sendall(frame("failed", f"{type(error).__name__}: {error}"))
+        sys.stderr.flush()
+        os._exit(DEVICE_FAILED)  # what the devices run may never end
+
+
+if __name__ == "__main__":
+    main()

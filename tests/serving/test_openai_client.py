@@ -1,0 +1,106 @@
+"""The official client against a live server."""
+import json
+
+import openai
+import pytest
+
+from qwen_jax import Engine, SamplingParams
+
+MESSAGES = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return Engine.from_pretrained("bundled", dtype="float32", max_seq_len=256, max_batch_size=8, progress=False)
+
+
+def test_a_chat_is_the_engines(client, engine):
+    wanted, = engine.chat(MESSAGES, SamplingParams(max_tokens=12, temperature=0.0))
+    got = client.chat.completions.create(model="bundled", messages=MESSAGES, max_tokens=12, temperature=0)
+    assert got.choices[0].message.content == wanted.text and got.choices[0].message.role == "assistant"
+    assert got.choices[0].finish_reason == wanted.finish_reason == "length"
+    assert got.usage.completion_tokens == 12 and got.usage.total_tokens == 12 + got.usage.prompt_tokens
+    assert got.usage.prompt_tokens == len(wanted.prompt_token_ids) and got.system_fingerprint.endswith("-w0")
+
+
+def test_a_stream_says_the_same(client):
+    options = {"model": "bundled", "messages": MESSAGES, "max_tokens": 12, "temperature": 0}
+    whole = client.chat.completions.create(**options)
+    chunks = list(client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    assert chunks[0].choices[0].delta.role == "assistant" and chunks[-1].usage == whole.usage
+    assert "".join(one.choices[0].delta.content or "" for one in chunks[:-1]) == whole.choices[0].message.content
+    assert chunks[-2].choices[0].finish_reason == "length" and len({one.id for one in chunks}) == 1
+
+
+def test_several_answers_with_a_seed(client):
+    options = {"model": "bundled", "messages": MESSAGES, "max_tokens": 10, "temperature": 1.5, "n": 3, "seed": 5}
+    first, again = (client.chat.completions.create(**options) for _ in range(2))
+    texts = [choice.message.content for choice in first.choices]
+    assert texts == [choice.message.content for choice in again.choices] and len(set(texts)) > 1
+    assert [choice.index for choice in first.choices] == [0, 1, 2] and first.usage.completion_tokens <= 30
+    streamed = ["", "", ""]
+    for chunk in client.chat.completions.create(**options, stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert streamed == texts
+
+
+def test_logprobs(client, engine):
+    wanted, = engine.chat(MESSAGES, SamplingParams(max_tokens=6, temperature=0.0, logprobs=3))
+    got = client.chat.completions.create(model="bundled", messages=MESSAGES, max_tokens=6, temperature=0,
+                                         logprobs=True, top_logprobs=3)
+    content = got.choices[0].logprobs.content
+    assert [one.logprob for one in content] == pytest.approx(
+        [among[token] for token, among in zip(wanted.token_ids, wanted.logprobs, strict=True)], abs=1e-4)
+    assert all(len(one.top_logprobs) == 3 and one.top_logprobs[0].logprob == one.logprob for one in content)
+    assert "".join(one.token for one in content) == got.choices[0].message.content
+    assert bytes(content[0].bytes).decode() == content[0].token
+    plain = client.completions.create(model="bundled", prompt="a", max_tokens=4, temperature=0, logprobs=2)
+    assert plain.choices[0].logprobs.token_logprobs and len(plain.choices[0].logprobs.top_logprobs[0]) == 2
+
+
+def test_stop(client):
+    text = client.completions.create(model="bundled", prompt="hello", max_tokens=12, temperature=0).choices[0].text
+    stop = text[3]
+    got = client.completions.create(model="bundled", prompt="hello", max_tokens=12, temperature=0, stop=[stop])
+    assert got.choices[0].text == text[:text.index(stop)] and got.choices[0].finish_reason == "stop"
+
+
+def test_several_prompts_and_token_ids(client, engine):
+    prompts = [[1, 2, 3], [4, 5], [6]]
+    wanted = [one.text for one in engine.generate(prompts, SamplingParams(max_tokens=5, temperature=0.0))]
+    got = client.completions.create(model="bundled", prompt=prompts, max_tokens=5, temperature=0)
+    assert [choice.text for choice in got.choices] == wanted and got.usage.prompt_tokens == 6
+    streamed = [""] * 3
+    for chunk in client.completions.create(model="bundled", prompt=prompts, max_tokens=5, temperature=0, stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].text
+    assert streamed == wanted
+
+
+def test_json_schema(client):
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}, "kind": {"enum": ["a", "b"]}},
+              "required": ["ok", "kind"], "additionalProperties": False}
+    got = client.chat.completions.create(
+        model="bundled", messages=MESSAGES, max_tokens=200, temperature=1.0, seed=1, frequency_penalty=2,
+        response_format={"type": "json_schema", "json_schema": {"name": "it", "schema": schema, "strict": True}})
+    value = json.loads(got.choices[0].message.content)
+    assert isinstance(value["ok"], bool) and value["kind"] in "ab" and got.choices[0].finish_reason == "stop"
+
+
+def test_models(client):
+    assert [one.id for one in client.models.list()] == ["bundled"]
+
+
+def test_errors_are_the_clients_exceptions(client):
+    with pytest.raises(openai.NotFoundError, match="does not exist: use bundled") as caught:
+        client.chat.completions.create(model="other", messages=MESSAGES)
+    assert caught.value.code == "model_not_found"
+    for change, said in (({"temperature": 3e39}, "temperature"), ({"max_tokens": 0}, "max_tokens"),
+                         ({"messages": []}, "messages"), ({"top_logprobs": 2}, "logprobs=true"),
+                         ({"messages": [{"role": "user", "content": "x" * 2000}]}, "max_seq_len")):
+        with pytest.raises(openai.BadRequestError, match=said):
+            client.chat.completions.create(**{"model": "bundled", "messages": MESSAGES, **change})
