@@ -14,7 +14,7 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from qwen_jax.errors import UserError
-from qwen_jax.serving.answers import VERSION, Reply, fingerprint
+from qwen_jax.serving.answers import VERSION, Reply
 from qwen_jax.serving.errors import ApiError
 from qwen_jax.serving.limits import Limits
 from qwen_jax.serving.link import Answer, EngineLink, pieces
@@ -90,6 +90,12 @@ def create_app(service: Service, keys: Iterable[bytes] = (), body_bytes: int = 4
     async def ready() -> Any:
         service.check_ready()
         return {"status": "ready"}
+
+    @app.get("/stats")
+    async def stats() -> Any:
+        """The engine's counters, and of its last step."""
+        return {"requests": service.link.requests, "last_step": service.link.gauges,
+                "engine": await service.link.call("stats")}
 
     @app.get("/v1/models")
     async def models() -> Any:
@@ -295,6 +301,3 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
     if error.status_code in (404, 405):
         return await _api_error(request, ApiError(404, f"there is no {request.method} {request.url.path}"))
     return await _api_error(request, ApiError(400, str(error.detail)))
-
-
-__all__ = ["Service", "create_app", "fingerprint"]

@@ -48,7 +48,7 @@ class Limits:
             await self._app(scope, receive, send)
             return
         scope["request_id"] = request_id = f"req_{secrets.token_hex(12)}".encode()
-        began = False
+        began, read, refused = False, 0, False
 
         async def send_with_id(message):
             nonlocal began
@@ -57,7 +57,16 @@ class Limits:
                 message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", request_id)]}
             await send(message)
 
-        read = 0
+        async def send_unless_refused(message):
+            """In the place of whatever the app makes of a body that it could not read to its end."""
+            nonlocal refused
+            if refused and began:
+                return
+            if read > self._body_bytes and not began:
+                refused = True
+                await _send_error(send_with_id, self._too_large())
+                return
+            await send_with_id(message)
 
         async def receive_some():
             nonlocal read
@@ -69,16 +78,11 @@ class Limits:
 
         try:
             self._check(scope)
-            await self._app(scope, receive_some, send_with_id)
+            await self._app(scope, receive_some, send_unless_refused)
         except ApiError as error:
             if began:
                 raise
-            body = msgspec.json.encode(error.body)
-            headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()),
-                       (b"connection", b"close")]
-            headers += [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
-            await send_with_id({"type": "http.response.start", "status": error.status, "headers": headers})
-            await send_with_id({"type": "http.response.body", "body": body})
+            await _send_error(send_with_id, error)
 
     def _check(self, scope) -> None:
         headers = scope["headers"]
@@ -98,3 +102,12 @@ class Limits:
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body has more than {self._body_bytes} bytes")
+
+
+async def _send_error(send, error: ApiError) -> None:
+    body = msgspec.json.encode(error.body)
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()),
+               (b"connection", b"close")]
+    headers += [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

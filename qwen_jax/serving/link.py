@@ -109,10 +109,14 @@ class EngineLink:
         self.check_alive()
         if len(self._answers) >= self._max_requests:
             raise ApiError(429, f"{len(self._answers)} requests are queued or running: try again later", retry_after=1)
-        self._note_work()
         answer = Answer(next(self._numbers), answers)
+        try:
+            message = frame("generate", answer.number, options)
+        except (OverflowError, UnicodeEncodeError) as error:
+            raise ApiError(400, f"a value cannot be sent to the engine: {error}") from error
+        self._note_work()
         self._answers[answer.number] = answer
-        self._writer.write(frame("generate", answer.number, options))
+        self._writer.write(message)
         return answer
 
     def close(self, answer: Answer) -> None:
@@ -123,10 +127,14 @@ class EngineLink:
     async def call(self, name: str, *arguments: Any) -> Any:
         """The result of one of the worker's calls. UserError when it refuses."""
         self.check_alive()
-        self._note_work()
         number = next(self._numbers)
+        try:
+            message = frame("call", number, name, arguments)
+        except (OverflowError, UnicodeEncodeError) as error:
+            raise ApiError(400, f"a value cannot be sent to the engine: {error}") from error
+        self._note_work()
         future = self._results[number] = asyncio.get_running_loop().create_future()
-        self._writer.write(frame("call", number, name, arguments))
+        self._writer.write(message)
         try:
             return await future
         finally:

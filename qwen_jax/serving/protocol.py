@@ -44,7 +44,7 @@ class Sampled(Body):
     top_k: StrictInt | None = None
     min_p: Number | None = None
     n: Annotated[StrictInt, Field(ge=1, le=MOST_ANSWERS)] | None = None
-    seed: StrictInt | None = None
+    seed: Annotated[StrictInt, Field(ge=-2**63, lt=2**64)] | None = None
     stop: StrictStr | list[StrictStr] | None = None
     stop_token_ids: list[StrictInt] | None = None
     ignore_eos: StrictBool | None = None
@@ -59,7 +59,7 @@ class Sampled(Body):
     guided_regex: StrictStr | None = None
     guided_choice: list[StrictStr] | None = None
     guided_grammar: StrictStr | None = None
-    priority: StrictInt = 0
+    priority: Annotated[StrictInt, Field(ge=-2**30, le=2**30)] = 0
     timeout: Annotated[Number, Field(gt=0, le=86400)] | None = None
 
     def params(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import select
 import socket
 import sys
 import threading
@@ -26,6 +27,7 @@ from qwen_jax.serving.wire import Piece, frame, read_frame
 logger = logging.getLogger(__name__)
 INTAKE_THREADS = 2  # which tokenise and compile grammars beside the steps
 DEVICE_FAILED = 3  # exit code
+ORPHAN_SECONDS = 5
 
 
 class _Open:
@@ -267,9 +269,19 @@ def _sentence(error: Exception) -> str:
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
+def _end_with(connection: socket.socket) -> None:
+    """Ends this process some seconds after the other one has, whatever the engine is doing."""
+    hangup = select.poll()
+    hangup.register(connection, 0)
+    hangup.poll()
+    time.sleep(ORPHAN_SECONDS)
+    os._exit(1)
+
+
 def main() -> None:
     """``python -m qwen_jax.serving.worker FD``: the socket is inherited, and its first frame says what to load."""
     connection = socket.socket(fileno=int(sys.argv[1]))
+    threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
     model, options = read_frame(connection)
     try:
         engine = Engine.from_pretrained(model, **options)

@@ -1,11 +1,12 @@
 import pytest
 from live import Live
 
-SIZES = ("--max-seq-len", "256", "--max-batch-size", "8", "--max-requests", "16", "--dtype", "float32")
+SIZES = ("--max-seq-len", "256", "--max-batch-size", "8", "--max-requests", "16", "--dtype", "float32",
+         "--max-adapters", "2")
 
 
 @pytest.fixture(scope="session")
 def server(executable_cache):
-    live = Live(*SIZES, "--max-adapters", "2")
+    live = Live(*SIZES)
     yield live
     live.output()

@@ -1,7 +1,6 @@
 """A server as its users start it, in processes of its own."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -9,22 +8,27 @@ import time
 from pathlib import Path
 
 import httpx
+import psutil
 
-ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 
 
 class Live:
-    """``qwen-jax serve MODEL`` with these arguments; ready when made."""
+    """``qwen-jax serve MODEL`` with these arguments; ready when made. worker: a script in the engine's place."""
 
-    def __init__(self, *arguments: str, model: str = "bundled", env=None, wait: bool = True) -> None:
+    def __init__(self, *arguments: str, model: str = "bundled", wait: bool = True,
+                 worker: str | None = None) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "JAX_PLATFORMS": "cpu",
-                       "XLA_FLAGS": "", **(env or {})}
+                       "XLA_FLAGS": ""}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "qwen_jax.cli", "serve", model, "--port", str(self.port), *arguments],
+            [sys.executable, HERE / "with_worker.py", worker or "", "serve", model, "--port", str(self.port),
+             *arguments],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self._printed: str | None = None
         self.url = f"http://127.0.0.1:{self.port}"
         self.http = httpx.Client(base_url=self.url, timeout=60)
         if wait:
@@ -45,14 +49,24 @@ class Live:
     def post(self, path: str, body=None, **options) -> httpx.Response:
         return self.http.post(path, json=body, **options)
 
-    def gauges(self) -> dict:
-        """Of the engine, once it has nothing to do."""
+    def stats(self) -> dict:
         return self.http.get("/stats").json()
 
-    def stop(self, sig=signal.SIGTERM, seconds: float = 60) -> int:
-        self.process.send_signal(sig)
-        return self.process.wait(seconds)
+    def wait_until_free(self, seconds: float = 10) -> dict:
+        """Until no request is open and no page is held; counters."""
+        end = time.monotonic() + seconds
+        while (found := self.stats())["requests"] or found["engine"]["pages_used"]:
+            assert time.monotonic() < end, found
+            time.sleep(0.02)
+        return found["engine"]
 
     def output(self) -> str:
+        """What it has printed; ends it, and its engine."""
+        if self._printed is not None:
+            return self._printed
+        if self.process.poll() is None:
+            for child in psutil.Process(self.process.pid).children():
+                child.kill()
         self.process.kill()
-        return self.process.communicate()[0]
+        self._printed = self.process.communicate()[0]
+        return self._printed

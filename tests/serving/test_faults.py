@@ -1,0 +1,236 @@
+"""What clients do wrong, and what goes wrong, to live processes."""
+import json
+import signal
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+from conftest import SIZES
+from faulty_worker import DEVICE, FREEZE, TEXT
+from live import Live
+
+OK = {"model": "bundled", "prompt": "hello", "max_tokens": 4, "temperature": 0}
+CHAT = {"model": "bundled", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4, "temperature": 0}
+LONG = {"model": "bundled", "prompt": "hello", "max_tokens": 200, "temperature": 0, "ignore_eos": True}
+
+
+@pytest.fixture(autouse=True)
+def still_answers(server):
+    """After every fault."""
+    yield
+    assert server.post("/v1/completions", OK).status_code == 200
+
+
+@pytest.mark.parametrize("content", [b"{bad", b"[]", b"null", b"3", b'"x"', b"", b"\xff\xfe", b"{" * 5000])
+def test_what_is_no_json_object(server, content):
+    for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/v1/load_lora_adapter"):
+        answer = server.http.post(path, content=content, headers={"content-type": "application/json"})
+        assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("change, status, said", [
+    ({"model": "other"}, 404, "does not exist"),
+    ({"model": 3}, 400, "model"),
+    ({"prompt": "a " * 600}, 400, "max_seq_len"),
+    ({"prompt": ""}, 400, "empty"), ({"prompt": []}, 400, "empty"), ({"prompt": [""]}, 400, "empty"),
+    ({"prompt": [[]]}, 400, "empty"),
+    ({"n": 10**9, "temperature": 1}, 400, "n"), ({"n": 0}, 400, "n"),
+    ({"logprobs": 21}, 400, "logprobs"), ({"logprobs": -1}, 400, "logprobs"),
+    ({"guided_regex": "(("}, 400, "regex"), ({"guided_json": {"type": 3}}, 400, "json_schema"),
+    ({"guided_grammar": "start: ["}, 400, "grammar"), ({"guided_choice": []}, 400, "choice"),
+    ({"response_format": {"type": "xml"}}, 400, "response_format"),
+    ({"temperature": -1}, 400, "temperature"), ({"temperature": "hot"}, 400, "temperature"),
+    ({"top_p": 0}, 400, "top_p"), ({"top_k": -5}, 400, "top_k"), ({"min_p": 2}, 400, "min_p"),
+    ({"seed": 2**70}, 400, "seed"), ({"presence_penalty": 9}, 400, "presence_penalty"),
+    ({"prompt": [10**6]}, 400, "vocabulary"), ({"prompt": [-1]}, 400, "vocabulary"),
+    ({"logit_bias": {"x": 1}}, 400, "logit_bias"), ({"logit_bias": {"99999": 1}}, 400, "vocabulary"),
+    ({"stop": ["x"] * 99}, 400, "stop"), ({"max_tokens": 0}, 400, "max_tokens"),
+    ({"max_tokens": True}, 400, "max_tokens"), ({"max_tokens": 10**30}, 400, "value"),
+    ({"timeout": 0}, 400, "timeout"), ({"priority": 1.5}, 400, "priority"), ({"priority": 2**80}, 400, "priority"),
+    ({"stream_options": {"include_usage": True}}, 400, "stream"), ({"echo": True}, 400, "echo"),
+    ({"colour": "red"}, 400, "colour"), ({"chat_template": "{{ 1 }}"}, 400, "chat template"),
+])
+def test_fields_that_cannot_be(server, change, status, said):
+    for stream in (False, True):
+        answer = server.post("/v1/completions", {**OK, **change, **({"stream": True} if stream else {})})
+        if stream and "stream_options" in change:
+            continue
+        assert answer.status_code == status and said in answer.json()["error"]["message"], answer.text
+
+
+def test_numbers_that_are_none(server):
+    for text in ("NaN", "Infinity", "-Infinity", "1e999"):
+        body = json.dumps(OK).replace('"temperature": 0', f'"temperature": {text}')
+        assert text in body
+        answer = server.http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+        assert answer.status_code == 400
+
+
+@pytest.mark.parametrize("change", [
+    {"messages": [{"role": "robot", "content": "x"}]},
+    {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+    {"messages": "hello"}, {"tools": [{"type": "function", "function": {"name": "a b"}}]}, {"tool_choice": "maybe"},
+    {"tools": [{"type": "function", "function": {"name": "f"}}]}, {"top_logprobs": 3}, {"chat_template": "x"},
+    {"messages": [{"role": "user", "content": "half \ud800"}]}])
+def test_chats_that_cannot_be(server, change):
+    body = json.dumps({**CHAT, **change})  # in which half a surrogate pair is escaped
+    headers = {"content-type": "application/json"}
+    assert server.http.post("/v1/chat/completions", content=body, headers=headers).status_code == 400
+
+
+def test_a_flood_of_schemas(server):
+    def one(number):
+        schema = {"type": "object", "properties": {f"p{number}": {"type": "string", "maxLength": 1}}}
+        return server.post("/v1/completions", {**OK, "guided_json": schema}).status_code
+
+    with ThreadPoolExecutor(8) as threads:
+        assert set(threads.map(one, range(200))) == {200}
+
+
+def test_bodies_and_headers_that_are_too_large(server):
+    large = server.post("/v1/completions", {**OK, "user": "x" * (5 << 20)})
+    assert large.status_code == 413
+    def parts():
+        for _ in range(80):
+            yield b"x" * (1 << 16)
+    assert server.http.post("/v1/completions", content=parts()).status_code == 413  # without a length beforehand
+    assert server.post("/v1/completions", OK, headers={"X-Large": "x" * 20000}).status_code == 431
+
+
+def test_a_client_that_leaves_frees_its_pages(server):
+    """Streaming or not."""
+    before = server.wait_until_free()["finished"].get("abort", 0)
+    with server.http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as answer:
+        next(answer.iter_lines())
+    with pytest.raises(httpx.ReadTimeout):
+        server.post("/v1/completions", LONG, timeout=0.05)
+    assert server.wait_until_free()["finished"]["abort"] == before + 2
+
+
+def test_a_burst_beyond_what_is_taken(server):
+    def one(_):
+        return server.post("/v1/completions", {**LONG, "max_tokens": 60})
+
+    with ThreadPoolExecutor(64) as threads:
+        answers = list(threads.map(one, range(160)))
+    refused = [one for one in answers if one.status_code == 429]
+    assert {one.status_code for one in answers} == {200, 429} and len(refused) > 40
+    assert all(int(one.headers["retry-after"]) >= 1 for one in refused)
+    assert len({one.text.split('"text":')[1] for one in answers if one.status_code == 200}) == 1
+    server.wait_until_free()
+
+
+def test_a_deadline_that_passes_in_the_queue(server):
+    with ThreadPoolExecutor(12) as threads:
+        running = [threads.submit(server.post, "/v1/completions", LONG) for _ in range(8)]
+        time.sleep(0.1)
+        late = server.post("/v1/completions", {**LONG, "timeout": 0.01})
+        assert late.status_code == 408 and late.json()["error"]["type"] == "timeout_error"
+        assert all(one.result().status_code == 200 for one in running)
+
+
+def test_a_slow_reader_holds_up_nobody(server):
+    slow = socket.create_connection(("127.0.0.1", server.port))
+    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+    body = json.dumps({**LONG, "stream": True, "n": 8, "temperature": 1, "logprobs": 20}).encode()
+    slow.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: "
+                 + str(len(body)).encode() + b"\r\n\r\n" + body)
+    for _ in range(3):
+        assert server.post("/v1/completions", OK).status_code == 200
+    slow.close()
+    server.wait_until_free()
+
+
+def test_adapters_that_cannot_be_loaded(server, tmp_path):
+    load = lambda **body: server.post("/v1/load_lora_adapter", body)  # noqa: E731
+    assert load(lora_name="a", lora_path=str(tmp_path)).status_code == 400
+    assert load(lora_name="a").status_code == 400 and load(lora_name="bundled", lora_path="x").status_code == 400
+    assert server.post("/v1/unload_lora_adapter", {"lora_name": "a"}).status_code == 404
+
+
+# --- processes of their own
+
+
+@pytest.fixture
+def own(executable_cache):
+    made = []
+
+    def start(*arguments, **options) -> Live:
+        made.append(Live(*SIZES, *arguments, **options))
+        return made[-1]
+
+    yield start
+    for one in made:
+        one.output()
+
+
+def test_keys(own, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("first\nsecond\n")
+    server = own("--api-keys", str(keys), wait=False)
+    while not server.answers("/health"):
+        time.sleep(0.05)
+    for key, known in (("second", True), ("third", False), ("", False), ("sécond", False)):
+        answer = server.http.get("/v1/models", headers={"Authorization": f"Bearer {key}".strip().encode()})
+        assert answer.status_code == (200 if known else 401)
+    assert server.http.get("/v1/models").json()["error"]["code"] == "invalid_api_key"
+    assert "second" not in server.output()
+
+
+def test_one_request_that_raises_and_a_device_that_fails(own):
+    server = own(worker=str(Path(__file__).with_name("faulty_worker.py")))
+    assert server.post("/v1/completions", {**OK, "prompt": TEXT}).status_code == 500
+    assert server.post("/v1/completions", OK).status_code == 200
+    with ThreadPoolExecutor(4) as threads:
+        others = [threads.submit(server.post, "/v1/completions", LONG) for _ in range(3)]
+        time.sleep(0.1)
+        failed = server.post("/v1/completions", {**OK, "prompt": DEVICE})
+        assert failed.status_code == 503 and "the device is gone" in failed.json()["error"]["message"]
+        assert {one.result().status_code for one in others} <= {200, 503}
+    assert server.process.wait(20) not in (0, None)
+
+
+def test_a_frozen_loop(own):
+    server = own("--stall-seconds", "1", worker=str(Path(__file__).with_name("faulty_worker.py")))
+    assert server.answers("/health")
+    threading.Thread(target=lambda: httpx.post(f"{server.url}/v1/completions", json={**OK, "prompt": FREEZE}),
+                     daemon=True).start()
+    end = time.monotonic() + 20
+    while server.answers("/health"):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    assert not server.answers("/ready")
+
+
+def test_sigterm_under_load(own):
+    server = own()
+    with ThreadPoolExecutor(8) as threads:
+        running = [threads.submit(server.post, "/v1/completions", LONG) for _ in range(8)]
+        while server.stats()["requests"] < 8:
+            time.sleep(0.02)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+        refused = server.post("/v1/completions", OK)
+        assert refused.status_code == 503 and "draining" in refused.text and not server.answers("/ready")
+        assert [one.result().status_code for one in running] == [200] * 8
+    assert server.process.wait(20) == 0
+
+
+def test_sigkill_and_back_from_the_disk(own):
+    server = own()
+    server.process.kill()
+    began = time.monotonic()
+    again = own()
+    assert time.monotonic() - began < 20  # 10 s are measured by scripts/bench, on a quiet machine
+    assert again.post("/v1/completions", OK).status_code == 200
+
+
+def test_an_engine_that_cannot_be_made(own):
+    server = own("--max-seq-len", "999999", wait=False)
+    assert server.process.wait(60) == 2
+    printed = server.output()
+    assert "qwen-jax: max_seq_len=999999 exceeds" in printed and "Traceback" not in printed

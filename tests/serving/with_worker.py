@@ -1,0 +1,13 @@
+"""``qwen-jax`` with another script in the place of the engine's process: ``python with_worker.py WORKER ARGUMENTS``."""
+
+import sys
+from functools import partial
+
+from qwen_jax import cli
+from qwen_jax.serving import server
+
+if __name__ == "__main__":
+    worker, *arguments = sys.argv[1:]
+    if worker:
+        server.ServerOptions = partial(server.ServerOptions, command=(sys.executable, worker))
+    sys.exit(cli.main(arguments))
