@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+import math
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -21,9 +22,12 @@ from qwen_jax.serving.link import Answer, EngineLink, pieces
 from qwen_jax.serving.protocol import (
     AdapterRequest,
     ChatRequest,
+    ClassifyRequest,
     CompletionRequest,
     DetokenizeRequest,
     Sampled,
+    Scored,
+    ScoreRequest,
     TokenizeRequest,
 )
 
@@ -67,10 +71,11 @@ class Service:
         self.check_health()
         self.check_open()
 
-    def start(self, body: Sampled, prompt: Any, params: dict[str, Any]) -> Answer:
+    def start(self, body: Sampled | Scored, prompt: Any, params: dict[str, Any], **more: Any) -> Answer:
+        """ApiError when it cannot be."""
         return self.link.generate({"prompt": prompt, "params": params, "adapter": self.adapter(body.model),
-                                   "priority": body.priority, "timeout": body.timeout, "stream": bool(body.stream)},
-                                  body.n or 1)
+                                   "priority": body.priority, "timeout": body.timeout, "stream": bool(body.stream),
+                                   **more}, params.get("n", 1))
 
 
 def create_app(service: Service, keys: Iterable[bytes] = (), body_bytes: int = 4 << 20) -> FastAPI:
@@ -128,6 +133,25 @@ def create_app(service: Service, keys: Iterable[bytes] = (), body_bytes: int = 4
                 service.link.close(answer)
             raise
         return await _answered(service, body, request, reply, answers)
+
+    @app.post("/score")
+    async def score(body: ScoreRequest, request: Request) -> Any:
+        """Log-probability of a continuation after a prompt."""
+        service.check_open()
+        (logprobs,), = await _scores(service, body, request, [body.prompt], [body.continuation])
+        return {"object": "score", "model": body.model, "logprob": sum(logprobs), "token_logprobs": logprobs}
+
+    @app.post("/classify")
+    async def classify(body: ClassifyRequest, request: Request) -> Any:
+        """Probability of each label as what follows each input; those of an input add up to 1."""
+        service.check_open()
+        data = []
+        for index, found in enumerate(await _scores(service, body, request, body.inputs(), body.labels)):
+            sums = [sum(logprobs) for logprobs in found]
+            weights = [math.exp(one - max(sums)) for one in sums]
+            probs = [weight / sum(weights) for weight in weights]
+            data.append({"index": index, "label": body.labels[probs.index(max(probs))], "probs": probs})
+        return {"object": "list", "model": body.model, "labels": body.labels, "data": data}
 
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> Any:
@@ -190,6 +214,29 @@ async def _answered(service: Service, body: Sampled, request: Request, reply: Re
                 service.link.close(answer)
     return StreamingResponse(_from(first, chunks), media_type="text/event-stream",
                              headers={"Cache-Control": "no-cache", "X-Weight-Version": str(reply.weight_version)})
+
+
+async def _scores(service: Service, body: Scored, request: Request, prompts: Sequence[Any],
+                  continuations: Sequence[Any]) -> list[list[list[float]]]:
+    """For every prompt, of every continuation, the log-probabilities of its tokens."""
+    body.check_fields()
+    answers: list[Answer] = []
+    watching = asyncio.ensure_future(_gone(request))
+    try:
+        for prompt in prompts:
+            for continuation in continuations:
+                answers.append(service.start(body, prompt, {}, continuation=continuation))
+        found = await _unless(watching, asyncio.gather(*map(_score, answers)))
+    finally:
+        watching.cancel()
+        for answer in answers:
+            service.link.close(answer)
+    count = len(continuations)
+    return [found[at:at + count] for at in range(0, len(found), count)]
+
+
+async def _score(answer: Answer) -> list[float]:
+    return [value async for some in pieces(answer) for piece in some for value in piece.score or ()]
 
 
 async def _collect(reply: Reply, answers: list[Answer]) -> None:

@@ -170,6 +170,28 @@ class ChatRequest(Sampled):
                 "tools": [tool.model_dump(exclude_none=True) for tool in self.tools] if tools else None}
 
 
+class Scored(Body):
+    """What scores and classifications have in common."""
+
+    model: StrictStr
+    priority: Annotated[StrictInt, Field(ge=-2**30, le=2**30)] = 0
+    timeout: Annotated[Number, Field(gt=0, le=86400)] | None = None
+    stream: Literal[False] = False
+
+
+class ScoreRequest(Scored):
+    prompt: StrictStr | list[StrictInt]
+    continuation: StrictStr | list[StrictInt]
+
+
+class ClassifyRequest(Scored):
+    input: StrictStr | Annotated[list[StrictStr], Field(min_length=1, max_length=256)]
+    labels: Annotated[list[StrictStr], Field(min_length=2, max_length=64)]
+
+    def inputs(self) -> list[str]:
+        return [self.input] if isinstance(self.input, str) else self.input
+
+
 class TokenizeRequest(Body):
     model: StrictStr | None = None
     prompt: StrictStr | None = None

@@ -105,12 +105,16 @@ class Worker:
         params = dict(options["params"])
         if looks := params.pop("structured_output", None):
             params["structured_output"] = StructuredOutput(**looks)
-        if options.get("score_from") is not None:
-            params = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 1}
-        prompt = options["prompt"]
+        prompt, score_from = options["prompt"], None
         if isinstance(prompt, dict):  # a conversation
             prompt = intake.conversation(prompt["messages"], prompt.get("tools"))
-        requests = intake.requests(prompt, SamplingParams(**params), options.get("score_from"), options["adapter"],
+        if "continuation" in options:
+            prompt, ending = intake.tokens(prompt), intake.tokens(options["continuation"])
+            if not prompt or not ending:
+                raise UserError("a score needs at least one token of prompt and one of continuation")
+            prompt, score_from = [*prompt, *ending], len(prompt)
+            params = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 1}
+        requests = intake.requests(prompt, SamplingParams(**params), score_from, options["adapter"],
                                    options["priority"], deadline)
         for request in requests:
             request.streams = options["stream"]
@@ -122,7 +126,7 @@ class Worker:
             return
         calls = {"load_adapter": self._engine.load_adapter, "unload_adapter": self._engine.unload_adapter,
                  "rollback": self._engine.rollback, "stats": self._stats, "tokenize": self._tokenize,
-                 "detokenize": self._detokenize, "profile": lambda: None}
+                 "detokenize": self._detokenize}
 
         def answer() -> None:
             try:

@@ -1,0 +1,124 @@
+"""What HTTP costs: a server whose engine does nothing, or one with the bundled model beside the engine in-process.
+
+    python scripts/bench/serving.py [--seconds 10] [--streams 200]
+    python scripts/bench/serving.py --overhead [--rounds 5]
+
+First requests per second without streaming, and tokens per second over many streams at once. With --overhead, tokens
+per second of 64 streams against `Engine.generate` of the same prompts; rounds alternate, medians. Clients, server and
+engines share this machine's cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "serving"))
+
+from live import HERE, Live  # noqa: E402
+
+CHAT = "/v1/chat/completions"
+
+
+def request(path: str, **body) -> bytes:
+    content = json.dumps({"model": "bundled", **body}).encode()
+    head = (f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(content)}\r\n\r\n")
+    return head.encode() + content
+
+
+async def requests_of_one(port: int, message: bytes, end: float) -> int:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    count = 0
+    while time.perf_counter() < end:
+        writer.write(message)
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200"), head
+        length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+        await reader.readexactly(length)
+        count += 1
+    writer.close()
+    return count
+
+
+async def tokens_of_one(port: int, message: bytes) -> int:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(message)
+    got, tail = 0, b""
+    while b"0\r\n\r\n" not in tail:  # the last chunk
+        some = await reader.read(1 << 16)
+        assert some, "the connection was closed"
+        got += some.count(b"word ")
+        tail = (tail + some)[-16:]
+    writer.close()
+    return got
+
+
+async def measure(port: int, args: argparse.Namespace) -> tuple[float, float]:
+    messages = [{"role": "user", "content": "hello"}]
+    whole = request(CHAT, messages=messages, max_tokens=16)
+    began = time.perf_counter()
+    counts = await asyncio.gather(*(requests_of_one(port, whole, began + args.seconds) for _ in range(32)))
+    rate = sum(counts) / (time.perf_counter() - began)
+    stream = request(CHAT, messages=messages, max_tokens=args.tokens, stream=True)
+    began = time.perf_counter()
+    counts = await asyncio.gather(*(tokens_of_one(port, stream) for _ in range(args.streams)))
+    return rate, sum(counts) / (time.perf_counter() - began)
+
+
+def overhead(args: argparse.Namespace) -> int:
+    from qwen_jax import Engine, SamplingParams
+
+    count, tokens = 64, 128
+    prompts = [f"transaction {number}" for number in range(count)]
+    server = Live("--max-seq-len", "256", "--max-batch-size", str(count))
+    engine = Engine.from_pretrained("bundled", max_seq_len=256, max_batch_size=count)
+    params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+    messages = [request("/v1/completions", prompt=prompt, max_tokens=tokens, temperature=0, ignore_eos=True,
+                        stream=True) for prompt in prompts]
+
+    async def streams() -> None:
+        await asyncio.gather(*(tokens_of_one(server.port, message) for message in messages))
+
+    rates: dict[str, list[float]] = {"in-process": [], "served": []}
+    try:
+        for _ in range(args.rounds):
+            for name, run in (("in-process", lambda: engine.generate(prompts, params)),
+                              ("served", lambda: asyncio.run(streams()))):
+                began = time.perf_counter()
+                run()
+                rates[name].append(count * tokens / (time.perf_counter() - began))
+                print(f"{name}: {rates[name][-1]:,.0f} tokens/s", file=sys.stderr)
+    finally:
+        server.output()
+    plain, served = (statistics.median(rates[name]) for name in rates)
+    print(f"{count} streams: {plain:,.0f} tokens/s in-process, {served:,.0f} served: {served / plain - 1:+.1%}")
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=10)
+    parser.add_argument("--streams", type=int, default=200)
+    parser.add_argument("--tokens", type=int, default=500, help="of each stream")
+    parser.add_argument("--overhead", action="store_true", help="the bundled model, served and in-process")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    if args.overhead:
+        return overhead(args)
+    server = Live(worker=str(HERE / "stub_worker.py"))
+    try:
+        rate, tokens = asyncio.run(measure(server.port, args))
+    finally:
+        server.output()
+    print(f"{rate:,.0f} requests/s; {tokens:,.0f} streamed tokens/s over {args.streams} streams")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
