@@ -22,7 +22,7 @@ from qwen_jax.model import init
 from qwen_jax.model.lora import LoraConfig, init_adapter
 
 HERE = Path(__file__).parent
-CONFIG = shrunk("7b", dtype="float32")
+CONFIG = shrunk("7b", dtype="float32", num_layers=2)
 
 
 @pytest.fixture(scope="module")

@@ -154,12 +154,12 @@ def test_sparse_attention_adapters_and_options_of_sampling(plan, tmp_path):
 def test_large_prefills_in_two_halves(plan, scattered, more, monkeypatch):
     """Rows that end in either half, chunks that do not begin at 0, 8-bit pages, sparse attention, stages."""
     options = {**OPTIONS, "limits": Limits(4, 768, ((2, 256),), (), (4,), 4), **more}
-    rng = np.random.default_rng(2)
+    model, rng = init(shrunk("7b", num_layers=2), 0), np.random.default_rng(2)
     long = [rng.integers(0, 307, length).tolist() for length in (250, 70, 128, 640)]
-    wanted = Engine(model_of("7b"), **options).generate(long, GREEDY)
+    wanted = Engine(model, **options).generate(long, GREEDY)
     monkeypatch.setitem(OVERLAP_FROM, "cpu", 512)
     monkeypatch.setattr("qwen_jax.engine.parts.SCATTER_FROM", 512 if scattered else 1 << 20)
-    found = Engine(model_of("7b"), **options, **plan).generate(long, GREEDY)
+    found = Engine(model, **options, **plan).generate(long, GREEDY)
     if "kv_cache_dtype" in more:  # where a value is rounded the other way
         best = [[max(position.values()) for position in one.logprobs] for one in (*found, *wanted)]
         np.testing.assert_allclose(best[:4], best[4:], atol=0.05)
