@@ -2,11 +2,15 @@
 
 from qwen_jax.checkpoint.calibrated import read_calibrated, write_calibrated
 from qwen_jax.checkpoint.conversion import convert, export, save_hf, verify
+from qwen_jax.checkpoint.formats import FORMATS, export_as
+from qwen_jax.checkpoint.gguf import export_gguf
 from qwen_jax.checkpoint.load import from_transformers, iter_params, load_model, load_params
 from qwen_jax.checkpoint.safetensors_io import check_finite
 from qwen_jax.checkpoint.source import Source, find_config, load_generation_config, load_tokenizer, resolve
 from qwen_jax.checkpoint.sparsity import read_sparsity, write_sparsity
+from qwen_jax.checkpoint.stablehlo import export_stablehlo
 
-__all__ = ["Source", "check_finite", "convert", "export", "find_config", "from_transformers", "iter_params",
-           "load_generation_config", "load_model", "load_params", "load_tokenizer", "read_calibrated", "read_sparsity",
-           "resolve", "save_hf", "verify", "write_calibrated", "write_sparsity"]
+__all__ = ["FORMATS", "Source", "check_finite", "convert", "export", "export_as", "export_gguf", "export_stablehlo",
+           "find_config", "from_transformers", "iter_params", "load_generation_config", "load_model", "load_params",
+           "load_tokenizer", "read_calibrated", "read_sparsity", "resolve", "save_hf", "verify", "write_calibrated",
+           "write_sparsity"]

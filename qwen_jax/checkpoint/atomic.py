@@ -1,4 +1,4 @@
-"""A new folder that appears complete or not at all."""
+"""A new folder or file that appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -25,7 +25,21 @@ def new_folder(dst: str | Path, needed_bytes: int) -> Iterator[Path]:
 
     Raises UserError when ``dst`` exists, when fewer than ``needed_bytes`` are free, or when the disk fills up.
     """
+    with _partial(Path(dst).absolute(), needed_bytes) as temporary:
+        yield temporary
+
+
+@contextmanager
+def new_file(dst: str | Path, needed_bytes: int) -> Iterator[Path]:
+    """Yield a path to write a file to, and move the file to ``dst`` when the block succeeds; as `new_folder`."""
     dst = Path(dst).absolute()
+    with _partial(dst, needed_bytes, inside=dst.name) as file:
+        yield file
+
+
+@contextmanager
+def _partial(dst: Path, needed_bytes: int, inside: str = "") -> Iterator[Path]:
+    """inside: the name, in the temporary folder, of what becomes ``dst``; by default the folder itself."""
     _refuse_existing(dst)
     prefix = f".{dst.name}.partial-"
     try:
@@ -42,10 +56,12 @@ def new_folder(dst: str | Path, needed_bytes: int) -> Iterator[Path]:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         temporary.chmod(0o777 & ~_umask())  # mkdtemp makes folders that only their owner can read
-        yield temporary
+        yield temporary / inside
         _sync(temporary)
         _refuse_existing(dst)
-        os.rename(temporary, dst)
+        os.rename(temporary / inside, dst)
+        if inside:
+            shutil.rmtree(temporary, ignore_errors=True)
         _sync_one(dst.parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)

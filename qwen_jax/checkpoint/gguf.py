@@ -1,0 +1,196 @@
+"""Export to GGUF, llama.cpp's format (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md)."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qwen_jax.checkpoint.atomic import new_file
+from qwen_jax.checkpoint.conversion import verify
+from qwen_jax.checkpoint.hf_layout import hf_shapes, layout, split
+from qwen_jax.checkpoint.load import iter_params
+from qwen_jax.checkpoint.safetensors_io import DTYPES, check_finite
+from qwen_jax.checkpoint.source import Source, load_tokenizer, read_json, resolve
+from qwen_jax.checkpoint.tensors import progress
+from qwen_jax.config import ModelConfig, Yarn
+from qwen_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+logger = logging.getLogger(__name__)
+
+_ROWS = 4096  # of a matrix that are widened to float32 at a time
+GGUF_DTYPES = {"float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}  # and ggml's names for them
+# How text is split before byte pairs are merged. llama.cpp has the rules it knows built in, and a file names one; this
+# one is of every Qwen2.5 model.
+_SPLITS = {
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+":
+        "qwen2",
+}
+
+
+def export_gguf(src: str | Path | Source, dst: str | Path, dtype: str = "float16") -> Path:
+    """Write a model and its tokenizer as one new GGUF file, which llama.cpp runs.
+
+    Args:
+      src: a Hugging Face folder, a converted checkpoint, a hub id, or ``bundled``.
+      dst: the file to create. It appears complete or not at all.
+      dtype: of the matrices: float16, bfloat16, or q8_0 (blocks of 32 numbers in 8 bits with a float16 scale; a matrix
+        whose rows do not divide into blocks becomes float16). Norms and biases are float32.
+
+    Host memory stays within a few copies of one group of tensors. Without a tokenizer the file takes token ids only.
+    Where the tokenizer splits text in a way that llama.cpp does not know, this is logged, and llama.cpp says so too.
+
+    Returns ``dst``. Raises UserError for another dtype, a missing ``gguf`` package, bad input, an existing ``dst``, too
+    little disk space, weights beyond float16's range, and for what llama.cpp has no equal of: YaRN settings other than
+    its factor and original length, and tokenizers other than byte-level BPE.
+    """
+    if dtype not in GGUF_DTYPES:
+        raise UserError(f"GGUF files are not written in {dtype!r}: use {', '.join(GGUF_DTYPES)}")
+    try:
+        import gguf
+    except ImportError:
+        raise UserError("writing GGUF needs the package gguf: pip install 'qwen-jax[gguf]'") from None
+    source = resolve(src)
+    config, kind = source.config, gguf.GGMLQuantizationType[GGUF_DTYPES[dtype]]
+    # The heads of llama.cpp's qwen2 make up the hidden size; its seed_oss is the same network without that condition.
+    regular = config.num_heads * config.head_dim == config.hidden_size
+    arch = gguf.MODEL_ARCH.QWEN2 if regular else gguf.MODEL_ARCH.SEED_OSS
+    writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[arch])
+    writer.add_name(source.path.name if isinstance(src, Source) else Path(src).name)
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.name}"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    _add_architecture(writer, config)
+    _add_tokenizer(writer, source, config)
+    names, total = gguf.get_tensor_name_map(arch, config.num_layers), 0
+    for name, shape in hf_shapes(config).items():
+        form = _form(shape, kind)
+        block, block_bytes = gguf.GGML_QUANT_SIZES[form]
+        size = prod(shape) // block * block_bytes
+        writer.add_tensor_info(names.get_name(name, (".weight", ".bias")), shape, np.dtype(np.float32), size, form)
+        total += size
+    with new_file(dst, total) as file:
+        verify(source)
+        with progress(total, "exporting") as bar:
+            try:
+                writer.write_header_to_file(file)
+                writer.write_kv_data_to_file()
+                writer.write_ti_data_to_file()
+                for name, tensor in _tensors(source, config):
+                    data = _encoded(name, tensor, _form(tensor.shape, kind))
+                    writer.write_tensor_data(data)
+                    bar.update(data.nbytes)
+            finally:
+                writer.close()
+    return Path(dst)
+
+
+def _tensors(source: Source, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor under Hugging Face's name, in `hf_shapes`' order."""
+    table = layout(config)
+    for expected, (path, parameter) in zip(table, iter_params(source, config), strict=True):
+        if path != expected:  # the writer goes by the order alone
+            raise RuntimeError(f"read {path} where {expected} is to be written")
+        yield from split(table[path], np.asarray(parameter))
+        del parameter  # else it would be alive while the next is read
+
+
+def _form(shape: tuple[int, ...], kind: GGMLQuantizationType) -> GGMLQuantizationType:
+    """What a tensor of this shape is stored in."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    if len(shape) == 1:
+        return GGMLQuantizationType.F32
+    return GGMLQuantizationType.F16 if shape[-1] % GGML_QUANT_SIZES[kind][0] else kind
+
+
+def _encoded(name: str, tensor: np.ndarray, form: GGMLQuantizationType) -> np.ndarray:
+    """The tensor's bytes in the file, as an array of any type."""
+    from gguf import quantize
+
+    if form.name in DTYPES:
+        with np.errstate(over="ignore"):
+            encoded = tensor.astype(DTYPES[form.name], copy=False)
+        check_finite(name, encoded)
+        return encoded.view(np.uint8)  # bfloat16 arrays cannot write themselves to files
+    return np.concatenate([quantize(tensor[row:row + _ROWS].astype(np.float32), form)
+                           for row in range(0, len(tensor), _ROWS)])
+
+
+def _add_architecture(writer: GGUFWriter, config: ModelConfig) -> None:
+    writer.add_block_count(config.num_layers)
+    writer.add_context_length(config.max_context)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope.theta)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    if yarn := config.rope.yarn:
+        from gguf import RopeScalingType
+
+        if yarn != Yarn(yarn.factor, yarn.original_max_position_embeddings):
+            raise UserError("llama.cpp knows YaRN by its factor and original_max_position_embeddings alone: remove "
+                            "the other settings from config.json if the model does without them")
+        writer.add_rope_scaling_type(RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(yarn.factor)
+        writer.add_rope_scaling_orig_ctx_len(yarn.original_max_position_embeddings)
+
+
+def _add_tokenizer(writer: GGUFWriter, source: Source, config: ModelConfig) -> None:
+    """Tokens, their kinds, merges, the name of the split, special ids and the chat template."""
+    from gguf import SpecialVocab, TokenType
+
+    # What the folder says: transformers gives every Qwen2 model Qwen2's split, whatever stands there.
+    facts = read_json(source.path / "tokenizer.json")
+    if not facts:
+        tokenizer = load_tokenizer(source)
+        if tokenizer is None:
+            writer.add_tokenizer_model("none")
+            return
+        facts = json.loads(tokenizer.backend_tokenizer.to_str())
+    if facts["model"]["type"] != "BPE" or (facts["decoder"] or {}).get("type") != "ByteLevel":
+        raise UserError(f"the tokenizer in {source.path} is not byte-level BPE, as Qwen2.5's is: it is not written to "
+                        "GGUF; move its files away to export a model that takes token ids")
+    writer.add_tokenizer_model("gpt2")
+    if split_name := _split_name(facts):
+        writer.add_tokenizer_pre(split_name)
+    else:
+        logger.warning("the tokenizer in %s splits text in a way that llama.cpp does not know: there, text may become "
+                       "other tokens than here; give it token ids", source.path)
+    texts = {id_: (text, TokenType.NORMAL) for text, id_ in facts["model"]["vocab"].items()}
+    for token in facts["added_tokens"]:
+        text = token["content"]
+        control = token["special"] or (text.startswith("<|") and text.endswith("|>"))  # as llama.cpp's converter
+        texts[token["id"]] = text, TokenType.CONTROL if control else TokenType.USER_DEFINED
+    if max(texts) >= config.vocab_size:
+        raise UserError(f"the tokenizer in {source.path} has token {max(texts)}, and the model {config.vocab_size} "
+                        "tokens: one of the two is of another model")
+    # Models have more rows than their tokenizers have tokens; the names are those of llama.cpp's converter.
+    tokens = [texts.get(id_, (f"[PAD{id_}]", TokenType.UNUSED)) for id_ in range(config.vocab_size)]
+    writer.add_token_list([text for text, _ in tokens])
+    writer.add_token_types([kind for _, kind in tokens])
+    merges = facts["model"]["merges"]  # pairs, or in older files strings
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    SpecialVocab(source.path, n_vocab=config.vocab_size).add_to_gguf(writer)
+
+
+def _split_name(tokenizer: Mapping[str, Any]) -> str | None:
+    """llama.cpp's name for how a tokenizer (``tokenizer.json``) splits text; None when it has none."""
+    match tokenizer["pre_tokenizer"]:
+        case {"type": "Sequence", "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False},
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}:
+            return _SPLITS.get(regex)
+    return None
