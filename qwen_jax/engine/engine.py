@@ -17,11 +17,12 @@ from qwen_jax.engine.adapters import AdapterTable
 from qwen_jax.engine.deployment import Blueprint, Deployment
 from qwen_jax.engine.executables import default_cache_dir
 from qwen_jax.engine.hosts import Follower, Leader, connect
-from qwen_jax.engine.intake import Intake, Messages, Prompt, is_single
+from qwen_jax.engine.intake import EMBEDDING, Intake, Messages, Prompt, is_single
 from qwen_jax.engine.leading import Following, LeadingAdapters, LeadingWeights, check_same
 from qwen_jax.engine.load_policy import LoadPolicy
 from qwen_jax.engine.loop import Loop
-from qwen_jax.engine.outputs import BucketStats, Delta, EngineStats, RequestOutput, Score
+from qwen_jax.engine.memory import kv_bytes_per_token, weight_bytes_per_step
+from qwen_jax.engine.outputs import BucketStats, Delta, EngineStats, RequestOutput, Score, unit
 from qwen_jax.engine.pages import PagePool
 from qwen_jax.engine.request import Request
 from qwen_jax.engine.runner import Runner
@@ -370,6 +371,20 @@ class Engine:
         self.loop.complete(requests)
         return [Score.of(request.output, request.score_from) for request in requests]
 
+    def embed(self, prompts: Prompt | Sequence[Prompt], pooling: str = "mean", normalize: bool = True,
+              adapter: str | None = None) -> np.ndarray:
+        """Embeddings of prompts, float32 ``[B, D]``: of the final hidden states the "mean" over a prompt's tokens, or
+        the "last". normalize: to length 1. A prompt may have ``max_seq_len`` - 1 tokens."""
+        prompts = [prompts] if is_single(prompts) else list(prompts)
+        requests = [request for prompt in prompts
+                    for request in self.intake.requests(prompt, EMBEDDING, adapter=adapter, pooling=pooling)]
+        self.loop.complete(requests)
+        for request in requests:
+            if request.output.error:
+                raise RuntimeError(f"an embedding could not be computed: {request.output.error}")
+        vectors = np.stack([request.output.embedding for request in requests])
+        return unit(vectors) if normalize else vectors
+
     # --- weights
 
     @property
@@ -426,7 +441,7 @@ class Engine:
         """Counters since the engine was made."""
         figures, runner, runners = self.loop.figures, self.runner, self.deployment.runners
         schedulers = [replica.scheduler for one in self._prepared.values() for replica in one.replicas]
-        speculation = self.loop.speculation
+        speculation, held = self.loop.speculation, (self.config, self.deployment.spread.dtype, self.precision)
         buckets = []
         for bucket, usage in figures.usage.items() if runner.ready else ():
             programs = runner.programs(bucket)
@@ -450,7 +465,10 @@ class Engine:
             drafted_tokens=speculation.drafted if speculation else 0,
             accepted_tokens=speculation.accepted if speculation else 0,
             sparse_density=figures.attended_pages / figures.visible_pages if figures.visible_pages else 1.0,
-            guard_trips=dict(sorted(figures.trips.items())),
+            guard_trips=dict(sorted(figures.trips.items())), schedules=dict(figures.schedules),
+            unused_slots=sum(one.unused_slots for one in schedulers),
+            model_flops=figures.model_flops(self.config),
+            bytes_read=figures.bytes_read(weight_bytes_per_step(*held), kv_bytes_per_token(*held)),
             device_seconds=figures.device_seconds, host_seconds=figures.host_seconds, buckets=tuple(buckets),
         )
 

@@ -21,6 +21,8 @@ from qwen_jax.engine.scheduler import Scheduler
 from qwen_jax.engine.sequence import Sequence as TokenSequence
 from qwen_jax.errors import UserError
 
+POOLINGS = "mean", "last"
+EMBEDDING = SamplingParams(max_tokens=1, temperature=0.0)  # the token that the step samples is nobody's
 Messages = Sequence[Mapping[str, Any]]
 Prompt = str | Sequence[int]
 
@@ -72,12 +74,15 @@ class Intake:
         return self.tokens(text)
 
     def requests(self, prompt: Prompt | Messages, params: SamplingParams, score_from: int | None = None,
-                 adapter: str | None = None, priority: int = 0, deadline: float | None = None) -> list[Request]:
+                 adapter: str | None = None, priority: int = 0, deadline: float | None = None,
+                 pooling: str | None = None) -> list[Request]:
         """``params.n`` requests, not yet submitted. UserError for what could not run.
 
         score_from: the first prompt position whose log-probability is wanted. priority: the lowest runs first.
-        deadline: in seconds of ``time.monotonic``.
+        deadline: in seconds of ``time.monotonic``. pooling: of the embedding that is wanted, `POOLINGS`; None for none.
         """
+        if pooling not in (None, *POOLINGS):
+            raise UserError(f"unknown pooling {pooling!r}: use {' or '.join(POOLINGS)}")
         tokens = self.tokens(prompt)
         self._adapters.check(adapter)
         params = params.resolved(self._defaults).check(self.vocab_limit)
@@ -95,7 +100,7 @@ class Intake:
                 sequence.burst = 1  # the host has to see each token
             self.scheduler.check(sequence)
             requests.append(Request(sequence, self._tokenizer, self._defaults.eos_token_ids, index, score_from,
-                                    adapter, matcher))
+                                    adapter, matcher, pooling))
         return requests
 
 

@@ -6,16 +6,14 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Sized
-from dataclasses import dataclass, field
-
-import numpy as np
 
 from qwen_jax.engine.adapters import AdapterTable
 from qwen_jax.engine.batch import build_batch
 from qwen_jax.engine.deployment import Replica
+from qwen_jax.engine.figures import Figures, Usage
 from qwen_jax.engine.plan import StepPlan
 from qwen_jax.engine.request import Request
-from qwen_jax.engine.schedule import SPARSE, Bucket
+from qwen_jax.engine.schedule import SPARSE
 from qwen_jax.engine.scheduler import Scheduler
 from qwen_jax.engine.sequence import Sequence, State
 from qwen_jax.engine.speculation import Speculation
@@ -26,31 +24,6 @@ from qwen_jax.errors import UserError
 logger = logging.getLogger(__name__)
 POLL_SECONDS = 1e-4  # between looks at which of several replicas is done
 DISPATCH_SECONDS = 0.05  # a decode step generates as many tokens per row as fit into this: it delays whoever comes
-
-
-@dataclass
-class Usage:
-    """What one bucket did."""
-
-    steps: int = 0
-    rows: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-
-
-@dataclass
-class Figures:
-    """Counters since the engine was made. Seconds are of wall time."""
-
-    usage: dict[Bucket, Usage]
-    device_seconds: float = 0.0  # from a step's start until its result was there
-    host_seconds: float = 0.0  # beside that: what the device waits for while there is work
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    attended_pages: int = 0  # in steps of the sparse schedule
-    visible_pages: int = 0  # what full attention would have read there
-    finished: dict[str, int] = field(default_factory=dict)  # by finish_reason
-    trips: dict[int, int] = field(default_factory=dict)  # by layer
 
 
 class Loop:
@@ -86,6 +59,8 @@ class Loop:
             self._use(request, self.weights.current if version is None else version)
             if request.score_from is not None:  # logits are needed from the position before on
                 sequence.reusable = request.score_from - 1
+            if request.pooling == "mean":  # hidden states of all tokens
+                sequence.reusable = 0
             home = min(self.replicas, key=lambda replica: replica.scheduler.num_sequences)
             home.scheduler.add(sequence)
             self._requests[sequence.request_id], self.homes[sequence.request_id] = request, home
@@ -159,6 +134,10 @@ class Loop:
         plan = replica.scheduler.plan(max(1, int(steps)), self.speculation and self.speculation.propose)
         if plan is not None:
             batch = build_batch(plan, self._requests, self._slots, self._vocab_size)
+            now = time.monotonic()
+            for row in plan.rows:
+                times = self._requests[row.seq.request_id].output.times
+                times.started = times.started or now
             started = time.perf_counter()
             replica.under_way = plan, replica.runner.start(plan.bucket, batch, plan.version), began, started
 
@@ -231,7 +210,7 @@ class Loop:
 
     def _fall_back(self, scheduler: Scheduler, sequence: Sequence, layer: int) -> None:
         """A row's numbers were of no use: once more in 16 bits, or the end."""
-        self.figures.trips[layer] = self.figures.trips.get(layer, 0) + 1
+        self.figures.trips[layer] += 1
         if scheduler.wide_pool is not None and not sequence.wide:
             logger.info("request %s is computed again in 16 bits: its numbers left the range of 8 bits in layer %d",
                         sequence.request_id, layer)
@@ -246,7 +225,7 @@ class Loop:
         if replica.undelivered is None:
             return False
         (plan, output, taken), replica.undelivered = replica.undelivered, None
-        sparse = plan.bucket.schedule == SPARSE
+        sparse, now = plan.bucket.schedule == SPARSE, time.monotonic()
         for index, (row, tokens) in enumerate(zip(plan.rows, taken, strict=True)):
             request = self._requests.get(row.seq.request_id)
             if request is None:  # an error ended it while this step was under way
@@ -260,8 +239,13 @@ class Loop:
             try:
                 if output.prompt is not None and request.score_from is not None:
                     request.add_prompt_scores(row.start, *(array[index, : row.count] for array in output.prompt))
-                if tokens and request.add_tokens(tokens, output.sampled, index):
-                    replica.scheduler.finish(row.seq, "stop")
+                if output.pooled is not None and request.pooling:
+                    request.add_pooled(row.start, row.count, output.pooled[index])
+                if tokens:
+                    times = request.output.times
+                    times.first_token, times.last_token = times.first_token or now, now
+                    if request.add_tokens(tokens, output.sampled, index):
+                        replica.scheduler.finish(row.seq, "stop")
             except Exception as error:  # what one request's text does to us is that request's affair alone
                 logger.exception("request %s failed", row.seq.request_id)
                 request.output.error = f"{type(error).__name__}: {error}"
@@ -272,12 +256,14 @@ class Loop:
 
     def _close(self, request: Request) -> None:
         request.deltas.append(request.close())
+        request.output.times.ended = time.monotonic()
         self.adapters.release(request.adapter)
         del self._requests[request.sequence.request_id], self.homes[request.sequence.request_id]
         if request.sequence.version != self.weights.current:
             self.weights.drop_unused(self.versions_in_use())
-        reason = request.output.finish_reason
-        self.figures.finished[reason] = self.figures.finished.get(reason, 0) + 1
+        self.figures.finished[request.output.finish_reason] += 1
+        if request.output.schedule:
+            self.figures.schedules[request.output.schedule] += 1
 
     def _use(self, request: Request, version: int) -> None:
         sequence = request.sequence
@@ -286,23 +272,10 @@ class Loop:
                               self.replicas[0].scheduler.attention(sequence))).encode()
 
     def _account(self, replica: Replica, plan: StepPlan, output: StepOutput, device: float, host: float) -> None:
-        figures, usage = self.figures, self.figures.usage[plan.bucket]
-        sampled = int(output.counts[: len(plan.rows)][output.trips[: len(plan.rows)] == 0].sum())
-        decode = plan.bucket.phase == "decode"
-        usage.steps += 1
-        usage.rows += len(plan.rows)
-        usage.tokens += sampled if decode else sum(row.count for row in plan.rows)
-        usage.seconds += device
-        figures.device_seconds += device
-        figures.host_seconds += host
-        figures.generated_tokens += sampled
-        if plan.bucket.schedule == SPARSE:
-            attended, everything = output.pages[: len(plan.rows)].sum(axis=0, dtype=np.int64)
-            figures.attended_pages += int(attended)
-            figures.visible_pages += int(everything)
+        self.figures.record(plan, output, device, host)
         if self.speculation:
             self.speculation.record(plan, output.counts[: len(plan.rows)].tolist(), device + host)
-        if decode and plan.bucket.tokens == 1:
+        if plan.bucket.phase == "decode" and plan.bucket.tokens == 1:
             replica.step_seconds = device / max(row.count for row in plan.rows)
 
 

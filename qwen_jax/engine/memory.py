@@ -15,12 +15,22 @@ from qwen_jax.quantization import Precision
 
 def weight_bytes(config: ModelConfig, dtype: Any, precision: Precision) -> int:
     """Bytes of the parameters, scales of 8-bit ones included."""
-    total = 0
+    return sum(_bytes_by_path(config, dtype, precision).values())
+
+
+def weight_bytes_per_step(config: ModelConfig, dtype: Any, precision: Precision) -> int:
+    """Of them, those that a step reads: all, but of an embedding that is not the head too a few rows."""
+    each = _bytes_by_path(config, dtype, precision)
+    return sum(each.values()) - (0 if config.tie_word_embeddings else each["embed.weight"])
+
+
+def _bytes_by_path(config: ModelConfig, dtype: Any, precision: Precision) -> dict[str, int]:
+    found = {}
     for path, spec in abstract(config, dtype).items():
         inputs = precision.inputs(path)
-        total += (prod(spec.shape) * spec.dtype.itemsize if inputs is None
-                  else prod(spec.shape) + 4 * prod(spec.shape[:-inputs]))
-    return total
+        found[path] = (prod(spec.shape) * spec.dtype.itemsize if inputs is None
+                       else prod(spec.shape) + 4 * prod(spec.shape[:-inputs]))
+    return found
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype: Any, precision: Precision) -> float:

@@ -2,7 +2,31 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass
+class Times:
+    """When what happened to a request, in seconds of ``time.monotonic``; None for what has not.
+
+    Attributes:
+      arrived: it was tokenised and checked; a server puts its own arrival here.
+      started: its first step began. first_token, last_token: they were there. ended: the request was over.
+    """
+
+    arrived: float = field(default_factory=time.monotonic)
+    started: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+    ended: float | None = None
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Vectors ``[..., D]`` of length 1; a vector of zeros stays one."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), np.finfo(np.float32).tiny)
 
 
 @dataclass
@@ -19,6 +43,7 @@ class RequestOutput:
       prompt_logprobs: the same for the prompt; None for its first token, which nothing precedes.
       error: what went wrong where ``finish_reason`` is "error".
       index: which of the ``n`` answers to its prompt this is.
+      embedding: float32 [D], where one was asked for.
     """
 
     prompt_token_ids: list[int]
@@ -32,6 +57,8 @@ class RequestOutput:
     error: str | None = None
     index: int = 0
     weight_version: int = 0
+    embedding: np.ndarray | None = None
+    times: Times = field(default_factory=Times)
 
 
 @dataclass(frozen=True)
@@ -95,6 +122,8 @@ class EngineStats:
     ``sparse_density`` is the share of pages that steps of the sparse schedule read, 1 before the first.
     ``guard_trips`` counts, by layer, rows whose 8-bit numbers were of no use and that were computed again in 16 bits,
     or ended with an error when those were not either; the number of layers stands for what comes after the last one.
+    ``unused_slots`` are tokens for which held pages have room and hold none. ``schedules`` counts requests that ended.
+    ``model_flops`` and ``bytes_read`` are what answers needed (`Figures`), not what devices measured.
     """
 
     compiles_after_warmup: int
@@ -115,6 +144,10 @@ class EngineStats:
     accepted_tokens: int
     sparse_density: float
     guard_trips: dict[int, int]
+    schedules: dict[str, int]
+    unused_slots: int
+    model_flops: int
+    bytes_read: int
     device_seconds: float
     host_seconds: float
     buckets: tuple[BucketStats, ...]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
+import numpy as np
+
 from qwen_jax.engine.adapters import NO_ADAPTER
 from qwen_jax.engine.detokenize import Detokenizer
 from qwen_jax.engine.grammar import GrammarError, Matcher
@@ -23,15 +25,17 @@ class Request:
       score_from: first prompt position whose log-probability is wanted; None for none.
       adapter_name: the LoRA adapter it runs with; None for none.
       matcher: at the beginning of the grammar that the answer has to follow; None for none.
+      pooling: what embedding of the prompt is wanted: "mean" of the final hidden states, "last" one, or None.
     """
 
     def __init__(self, sequence: Sequence, tokenizer: Any, eos_ids: tuple[int, ...], index: int,
-                 score_from: int | None, adapter_name: str | None = None, matcher: Matcher | None = None) -> None:
+                 score_from: int | None, adapter_name: str | None = None, matcher: Matcher | None = None,
+                 pooling: str | None = None) -> None:
         params: SamplingParams = sequence.params
         self.sequence = sequence
         self.params = params
         self.output = RequestOutput(prompt_token_ids=sequence.prompt, index=index)
-        self.score_from = score_from
+        self.score_from, self.pooling = score_from, pooling
         self.adapter_name = adapter_name
         self.adapter = NO_ADAPTER  # its slot, while the engine has the request
         self.deltas: deque[Delta] = deque()  # not yet streamed
@@ -110,6 +114,15 @@ class Request:
                 scores = _top(token, logprobs[offset], top_ids[offset], top_logprobs[offset],
                               self.params.prompt_logprobs or 0)
                 self.output.prompt_logprobs[start + offset + 1] = scores
+
+    def add_pooled(self, start: int, count: int, pooled: np.ndarray) -> None:
+        """Take a prefill chunk's hidden states (``StepOutput.pooled``, of one row). Chunks come in order; where
+        they begin again, so does the embedding."""
+        if self.pooling == "last":
+            self.output.embedding = np.array(pooled[1])
+            return
+        before = 0.0 if start == 0 else self.output.embedding * start
+        self.output.embedding = (before + pooled[0]) / np.float32(start + count)
 
     def add_pages(self, attended: int, everything: int) -> None:
         """Take a step's count of pages attended to, and of those that full attention would have."""

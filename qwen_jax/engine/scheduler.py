@@ -131,6 +131,11 @@ class Scheduler:
         return len(self._sequences)
 
     @property
+    def unused_slots(self) -> int:
+        """Tokens for which running sequences hold pages without having computed them."""
+        return sum(len(seq.pages) * PAGE - seq.num_computed for seq in self.running)
+
+    @property
     def free_slots(self) -> int:
         return len(self._free_slots)
 

@@ -95,6 +95,7 @@ class StepOutput(NamedTuple):
     prompt: PromptScores | None  # None in a decode step
     pages: jax.Array  # i32[R, 2]: pages attended to, and what full attention would; zeros where it is full attention
     trips: jax.Array  # i32[R]: 0, or 1 + the layer in which this row's numbers first were of no use (L: after the last)
+    pooled: jax.Array | None = None  # f32[R, 2, D]: final hidden states of a prefill's tokens, their sum and the last
 
 
 class Models(NamedTuple):
@@ -280,15 +281,17 @@ def _after_prefill(models: Models, hidden, state: EngineState, pages, trips, bat
     """From the final hidden states to the output."""
     positions = batch.start[:, None] + jnp.arange(batch.tokens.shape[1])
     counts = _count_reused(clear_counts(state.token_counts, batch.slots, batch.first), batch)
-    counts = count_prompt(counts, batch.slots, batch.tokens, positions < batch.length[:, None],
-                          positions >= batch.prompt_length[:, None])
+    known = positions < batch.length[:, None]
+    counts = count_prompt(counts, batch.slots, batch.tokens, known, positions >= batch.prompt_length[:, None])
     scores = _score(models.target, hidden, batch.targets, vocab_limit)
+    total = jnp.sum(jnp.where(known[:, :, None], hidden, 0), axis=1, dtype=jnp.float32)
     last = jnp.maximum(batch.length - batch.start - 1, 0)
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     sampled = _sample(models.target, hidden, batch.sampling, batch.slots, batch.allowed, counts, vocab_limit)
     counts = count_output(counts, batch.slots, sampled.tokens, batch.samples)
     return state._replace(token_counts=counts), StepOutput(
-        jax.tree.map(lambda x: x[:, None], sampled), batch.samples.astype(jnp.int32), scores, pages, trips)
+        jax.tree.map(lambda x: x[:, None], sampled), batch.samples.astype(jnp.int32), scores, pages, trips,
+        jnp.stack([total, hidden.astype(jnp.float32)], axis=1))
 
 
 def _at_step(batch: StepBatch, tokens, index, slots: int) -> StepBatch:

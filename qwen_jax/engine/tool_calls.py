@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 # Tags inside a JSON string are the string's. A raw line end ends a string, for JSON has none inside one, and a model
@@ -30,6 +31,25 @@ class ToolCall:
 class ParsedAnswer:
     content: str | None  # None when there is nothing but calls
     tool_calls: tuple[ToolCall, ...]
+
+
+def forced_calls(tools: Sequence[Mapping[str, Any]], several: bool) -> str:
+    """A grammar (for ``StructuredOutput``) of answers that are a call, or several, and nothing else.
+
+    Args:
+      tools: of those that may be called, OpenAI's ``function`` objects: ``name``, and ``parameters`` as a JSON schema.
+    """
+    compact = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+    calls = " | ".join(f"call{number}" for number in range(len(tools)))
+    one = f'"{OPEN}\\n" ({calls}) "\\n{CLOSE}"'
+    rules = [f'start: one ("\\n" one)*\none: {one}' if several else f"start: {one}"]
+    for number, tool in enumerate(tools):
+        schema = tool.get("parameters") or {"type": "object", "properties": {}, "additionalProperties": False}
+        # Each a JSON grammar of its own, so that references within a schema stay what they are.
+        schema = json.dumps({**schema, "x-guidance": compact}, ensure_ascii=False)
+        begin = json.dumps('{"name": ' + json.dumps(tool["name"]) + ', "arguments": ')
+        rules.append(f'call{number}: {begin} arguments{number} "}}"\narguments{number}: %json {schema}')
+    return "\n".join(rules)
 
 
 def new_call_id() -> str:

@@ -54,14 +54,17 @@ class Reply:
         self.choices = [Choice(index, ToolCallStream() if tools else None) for index in range(count)]
         self.prompt_tokens = 0
         self.weight_version = 0
+        self.times: tuple[float | None, ...] = ()  # of the answer that ended last
 
     def add(self, piece: Piece, first: int = 0) -> Iterator[dict[str, Any]]:
         """The chunks for a piece of the answers from ``first`` on."""
         choice = self.choices[first + piece.index]
         text, calls = choice.add(piece)
         self.weight_version = piece.weight_version
-        if piece.finish_reason and piece.index == 0:
-            self.prompt_tokens += piece.prompt_tokens
+        if piece.finish_reason:
+            self.times = piece.times
+            if piece.index == 0:
+                self.prompt_tokens += piece.prompt_tokens
         if self._chat:
             yield from self._chat_chunks(choice, piece, text, calls)
         elif text or piece.finish_reason or piece.logprobs:
@@ -95,6 +98,17 @@ class Reply:
         tokens = sum(choice.tokens for choice in self.choices)
         return {"prompt_tokens": self.prompt_tokens, "completion_tokens": tokens,
                 "total_tokens": self.prompt_tokens + tokens}
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """For logs and traces; seconds from the arrival."""
+        found = {"model": self.model, "weight_version": self.weight_version, **self.usage,
+                 "finish_reasons": [choice.finish_reason for choice in self.choices]}
+        if self.times:
+            arrived, *moments = self.times
+            names = "queue_seconds", "first_token_seconds", "engine_seconds"
+            found |= {name: round(at - arrived, 6) for name, at in zip(names, moments, strict=True) if at is not None}
+        return found
 
     def whole(self) -> dict[str, Any]:
         """Everything at once."""

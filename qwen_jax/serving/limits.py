@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hmac
 import os
-import secrets
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.serving.errors import ApiError
 
 MOST_HEADER_BYTES = 16 << 10
-OPEN_PATHS = frozenset(("/health", "/ready"))  # for whoever watches the process
+OPEN_PATHS = frozenset(("/", "/health", "/metrics", "/ready"))  # for whoever watches the process; the page
 
 
 def read_keys(path: str | None, variable: str) -> tuple[bytes, ...]:
@@ -33,7 +32,7 @@ def read_keys(path: str | None, variable: str) -> tuple[bytes, ...]:
 
 
 class Limits:
-    """Middleware. Refuses a request before anything reads its body; gives it an id, and says which in the answer.
+    """Middleware. Refuses a request before anything reads its body.
 
     Args:
       keys: of which a request has to have one as ``Authorization: Bearer``; none for everybody.
@@ -47,26 +46,20 @@ class Limits:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope["request_id"] = request_id = f"req_{secrets.token_hex(12)}".encode()
         began, read, refused = False, 0, False
-
-        async def send_with_id(message):
-            nonlocal began
-            if message["type"] == "http.response.start":
-                began = True
-                message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", request_id)]}
-            await send(message)
 
         async def send_unless_refused(message):
             """In the place of whatever the app makes of a body that it could not read to its end."""
-            nonlocal refused
+            nonlocal began, refused
             if refused and began:
                 return
             if read > self._body_bytes and not began:
                 refused = True
-                await _send_error(send_with_id, self._too_large())
+                began = True
+                await _send_error(send, self._too_large())
                 return
-            await send_with_id(message)
+            began = began or message["type"] == "http.response.start"
+            await send(message)
 
         async def receive_some():
             nonlocal read
@@ -82,7 +75,7 @@ class Limits:
         except ApiError as error:
             if began:
                 raise
-            await _send_error(send_with_id, error)
+            await _send_error(send, error)
 
     def _check(self, scope) -> None:
         headers = scope["headers"]

@@ -71,13 +71,15 @@ class EngineLink:
       failure: why there is no engine any more; None while there is.
     """
 
-    def __init__(self, model: str, options: Mapping[str, Any], max_requests: int,
+    def __init__(self, model: str, options: Mapping[str, Any], max_requests: int, log_format: str = "text",
                  command: Sequence[str] = (sys.executable, "-m", "qwen_jax.serving.worker")) -> None:
-        self._model, self._options, self._command = model, options, command
+        self._first = model, options, log_format
+        self._command = command
         self._max_requests = max_requests
         self._numbers = itertools.count(1)
         self._answers: dict[int, Answer] = {}
         self._results: dict[int, asyncio.Future] = {}
+        self._urgent: set[int] = set()  # calls that the engine should answer between two steps
         self.facts: dict[str, Any] | None = None
         self.gauges: dict[str, int] = {}
         self.failure: str | None = None
@@ -91,7 +93,7 @@ class EngineLink:
         self.process = subprocess.Popen([*self._command, str(theirs.fileno())], pass_fds=[theirs.fileno()])
         theirs.close()
         self._reader, self._writer = await asyncio.open_connection(sock=ours, limit=1 << 24)
-        self._writer.write(frame(self._model, self._options))
+        self._writer.write(frame(*self._first))
         self._reading = asyncio.create_task(self._read())
 
     @property
@@ -101,7 +103,7 @@ class EngineLink:
 
     def silent_seconds(self) -> float:
         """How long the engine has had work and not been heard of; 0 without work."""
-        busy = self.facts is not None and (self._answers or self._results)
+        busy = self.facts is not None and (self._answers or self._urgent)
         return time.monotonic() - max(self._heard, self._idle_since) if busy else 0.0
 
     def generate(self, options: Mapping[str, Any], answers: int) -> Answer:
@@ -124,21 +126,27 @@ class EngineLink:
         if self._answers.pop(answer.number, None) and answer.open and not self.failure:
             self._writer.write(frame("abort", answer.number))
 
-    async def call(self, name: str, *arguments: Any) -> Any:
-        """The result of one of the worker's calls. UserError when it refuses."""
+    async def call(self, name: str, *arguments: Any, patient: bool = False) -> Any:
+        """The result of one of the worker's calls. UserError when it refuses.
+
+        patient: it may take long beside the steps, so that no answer does not mean that the engine hangs.
+        """
         self.check_alive()
         number = next(self._numbers)
         try:
             message = frame("call", number, name, arguments)
         except (OverflowError, UnicodeEncodeError) as error:
             raise ApiError(400, f"a value cannot be sent to the engine: {error}") from error
-        self._note_work()
+        if not patient:
+            self._note_work()
+            self._urgent.add(number)
         future = self._results[number] = asyncio.get_running_loop().create_future()
         self._writer.write(message)
         try:
             return await future
         finally:
-            self._results.pop(number, None)
+            self._urgent.discard(number)
+            del self._results[number]
 
     def check_alive(self) -> None:
         if self.failure:
@@ -160,7 +168,7 @@ class EngineLink:
             return self.process.wait()
 
     def _note_work(self) -> None:
-        if not self._answers and not self._results:
+        if not self._answers and not self._urgent:
             self._idle_since = time.monotonic()
 
     async def _read(self) -> None:

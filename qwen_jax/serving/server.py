@@ -5,16 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
 from qwen_jax.errors import UserError
-from qwen_jax.serving.app import Service, create_app
+from qwen_jax.serving.admin import create_admin_app
+from qwen_jax.serving.app import create_app
 from qwen_jax.serving.limits import MOST_HEADER_BYTES
 from qwen_jax.serving.link import EngineLink
+from qwen_jax.serving.observe import Observer, log_access
+from qwen_jax.serving.service import Service
+from qwen_jax.serving.tracing import tracer
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +30,10 @@ class ServerOptions:
     """
     Attributes:
       name: by which clients ask for the model.
+      admin_port: for other weights, with ``admin_keys``, on ``admin_host``; None for no such port.
       max_requests: open at once; more are answered with 429. stall_seconds: without a step until `/health` fails.
       drain_seconds: that running requests have to end after SIGTERM.
+      log_format: "text" or "json"; log_prompts: with the prompts. otlp_endpoint: where traces go.
       command: of the engine's process, to which a socket's number is added; by default ours.
     """
 
@@ -37,6 +45,12 @@ class ServerOptions:
     drain_seconds: float = 300.0
     body_bytes: int = 4 << 20
     keys: Sequence[bytes] = ()
+    admin_port: int | None = None
+    admin_host: str = "127.0.0.1"
+    admin_keys: Sequence[bytes] = ()
+    log_format: str = "text"
+    log_prompts: bool = False
+    otlp_endpoint: str | None = None
     command: Sequence[str] | None = None
 
 
@@ -66,24 +80,48 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
+def _config(app: FastAPI, host: str, port: int) -> uvicorn.Config:
+    return uvicorn.Config(app, host, port, log_level="warning", access_log=False, timeout_graceful_shutdown=5,
+                          lifespan="off", h11_max_incomplete_event_size=2 * MOST_HEADER_BYTES)
+
+
+@asynccontextmanager
+async def _admin(service: Service, observers: Sequence[Observer], options: ServerOptions) -> AsyncIterator[None]:
+    """The port for other weights, if there is to be one."""
+    if options.admin_port is None:
+        yield
+        return
+    if not options.admin_keys:
+        raise UserError("an admin port needs keys: --admin-keys FILE, or QWEN_JAX_ADMIN_KEYS")
+    app = create_admin_app(service, observers, options.admin_keys)
+    server = uvicorn.Server(_config(app, options.admin_host, options.admin_port))
+    server.capture_signals = nullcontext  # the public server's are enough
+    serving = asyncio.create_task(server.serve())
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        await serving
+
+
 async def serve(model: str, engine: Mapping[str, Any], options: ServerOptions) -> int:
     """Until a signal, or until the engine has stopped; an exit code. ``engine``: of `Engine.from_pretrained`, as
     MessagePack can say it. UserError when the engine refuses its options."""
+    observers = [log_access, *([tracer(options.otlp_endpoint)] if options.otlp_endpoint else [])]
     extra = {} if options.command is None else {"command": options.command}
-    link = EngineLink(model, engine, options.max_requests, **extra)
-    service = Service(link, options.name or model, options.stall_seconds)
-    config = uvicorn.Config(create_app(service, options.keys, options.body_bytes), options.host, options.port,
-                            log_level="warning", access_log=False, timeout_graceful_shutdown=5, lifespan="off",
-                            h11_max_incomplete_event_size=2 * MOST_HEADER_BYTES)
-    server = _Server(config, service, options.drain_seconds)
+    link = EngineLink(model, engine, options.max_requests, options.log_format, **extra)
+    service = Service(link, options.name or model, options.stall_seconds, options.log_prompts)
+    app = create_app(service, observers, options.keys, options.body_bytes)
+    server = _Server(_config(app, options.host, options.port), service, options.drain_seconds)
     await link.start()
     serving = asyncio.create_task(server.serve())
     ended = asyncio.create_task(link.ended.wait())
-    await asyncio.wait((serving, ended), return_when=asyncio.FIRST_COMPLETED)
-    if not serving.done():
-        await asyncio.sleep(0.5)  # those who wait are told why
-        server.should_exit = True
-        await serving
+    async with _admin(service, observers, options):
+        await asyncio.wait((serving, ended), return_when=asyncio.FIRST_COMPLETED)
+        if not serving.done():
+            await asyncio.sleep(0.5)  # those who wait are told why
+            server.should_exit = True
+            await serving
     ended.cancel()
     failed = link.failure is not None
     code = await link.stop()

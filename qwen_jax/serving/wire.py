@@ -32,9 +32,10 @@ class Piece(msgspec.Struct, array_like=True, omit_defaults=True):
         these; None where none were asked for.
       finish_reason: None before the end. The rest comes with it.
       tokens: of the whole answer. prompt_tokens: of the prompt.
+      times: by ``time.monotonic``, when it arrived, its first step began, its first token was there, it ended.
       kind: what ``error`` is: "user" for the client's mistake, "fault" for ours, "deadline" when it passed before a
         token was computed.
-      score: log-probabilities of the prompt's scored tokens; vector: of an embedding.
+      score: log-probabilities of the prompt's scored tokens; vector: an embedding, float32 little-endian.
     """
 
     id: int
@@ -46,10 +47,11 @@ class Piece(msgspec.Struct, array_like=True, omit_defaults=True):
     tokens: int = 0
     prompt_tokens: int = 0
     weight_version: int = 0
+    times: tuple[float | None, ...] = ()
     error: str | None = None
     kind: str | None = None
     score: list[float] | None = None
-    vector: list[float] | None = None
+    vector: bytes | None = None
 
 
 def read_frame(connection: socket.socket) -> list[Any] | None:

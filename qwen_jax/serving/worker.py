@@ -13,15 +13,18 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from typing import Any
 
 from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.intake import EMBEDDING
+from qwen_jax.engine.outputs import unit
 from qwen_jax.engine.request import Request
 from qwen_jax.engine.sampling_params import SamplingParams
 from qwen_jax.engine.structured_output import StructuredOutput
-from qwen_jax.engine.updates import check_golden, check_policy, golden_requests, switch
 from qwen_jax.errors import UserError
+from qwen_jax.serving.logs import set_up_logging
+from qwen_jax.serving.metrics import EngineMetrics
+from qwen_jax.serving.operations import Operations, sentence_of
 from qwen_jax.serving.wire import Piece, frame, read_frame
 
 logger = logging.getLogger(__name__)
@@ -33,9 +36,11 @@ ORPHAN_SECONDS = 5
 class _Open:
     """A request of a client, whose ``n`` answers are requests of the engine."""
 
-    def __init__(self, number: int, requests: list[Request], streams: bool, timeout: bool) -> None:
-        self.number, self.requests, self.streams, self.timeout = number, requests, streams, timeout
+    def __init__(self, number: int, requests: list[Request], options: dict[str, Any]) -> None:
+        self.number, self.requests, self.streams = number, requests, options["stream"]
+        self.timeout, self.normalize = options["timeout"] is not None, options.get("normalize", False)
         self.sent = [0] * len(requests)  # tokens of each answer
+        self.last_token: list[float | None] = [None] * len(requests)
 
 
 class Worker:
@@ -48,7 +53,8 @@ class Worker:
         self._aborted: set[int] = set()  # while they were being tokenised
         self._preparing: set[int] = set()
         self._pool = ThreadPoolExecutor(INTAKE_THREADS, "intake")
-        self._loader = ThreadPoolExecutor(1, "weights")
+        self._metrics = EngineMetrics(engine)
+        self._operations = Operations(engine, self._metrics, self._inbox.put, self._pool)
         self._steps = 0
 
     def run(self) -> None:
@@ -68,9 +74,10 @@ class Worker:
 
     def _facts(self) -> dict[str, Any]:
         engine = self._engine
+        chat = bool(engine.tokenizer and engine.tokenizer.chat_template)
         return {"max_seq_len": engine.limits.max_seq_len, "max_batch_size": engine.limits.max_batch_size,
-                "adapters": engine.adapters.names, "compiled": engine.stats().executables,
-                "chat": bool(engine.tokenizer and engine.tokenizer.chat_template)}
+                "hidden_size": engine.config.hidden_size, "adapters": engine.adapters.names,
+                "compiled": engine.stats().executables, "chat": chat}
 
     # --- from the other process, on the reading thread
 
@@ -83,20 +90,21 @@ class Worker:
             elif kind == "abort":
                 self._inbox.put(lambda number=number: self._abort(number))
             else:
-                self._call(number, *rest)
+                self._operations.begin(*rest, lambda value, error, number=number: self._send("result", number, error,
+                                                                                            value))
         self._inbox.put(None)
 
     def _prepare(self, number: int, options: dict[str, Any]) -> None:
         """On a thread of its own: from a client's options to requests."""
         try:
             requests = self._requests(options)
-            opened = _Open(number, requests, options["stream"], options["timeout"] is not None)
+            opened = _Open(number, requests, options)
             self._inbox.put(lambda: self._begin(opened))
         except Exception as error:
             if not isinstance(error, UserError):
                 logger.exception("request %d could not be prepared", number)
             kind = "user" if isinstance(error, UserError) else "fault"
-            failed = Piece(number, 0, error=_sentence(error), kind=kind, finish_reason="error")
+            failed = Piece(number, 0, error=sentence_of(error), kind=kind, finish_reason="error")
             self._inbox.put(lambda: self._refuse(failed))
 
     def _requests(self, options: dict[str, Any]) -> list[Request]:
@@ -114,28 +122,13 @@ class Worker:
                 raise UserError("a score needs at least one token of prompt and one of continuation")
             prompt, score_from = [*prompt, *ending], len(prompt)
             params = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 1}
-        requests = intake.requests(prompt, SamplingParams(**params), score_from, options["adapter"],
-                                   options["priority"], deadline)
+        pooling = options.get("pooling")
+        asked = EMBEDDING if pooling else SamplingParams(**params)
+        requests = intake.requests(prompt, asked, score_from, options["adapter"], options["priority"], deadline,
+                                   pooling)
         for request in requests:
-            request.streams = options["stream"]
+            request.streams, request.output.times.arrived = options["stream"], options["arrived"]
         return requests
-
-    def _call(self, number: int, name: str, arguments: list[Any]) -> None:
-        if name == "update_weights":
-            self._loader.submit(self._update, number, *arguments)
-            return
-        calls = {"load_adapter": self._engine.load_adapter, "unload_adapter": self._engine.unload_adapter,
-                 "rollback": self._engine.rollback, "stats": self._stats, "tokenize": self._tokenize,
-                 "detokenize": self._detokenize}
-
-        def answer() -> None:
-            try:
-                value, error = calls[name](*arguments), None
-            except UserError as wrong:
-                value, error = None, str(wrong)
-            self._send("result", number, error, value)
-
-        self._inbox.put(answer)
 
     # --- on the engine's thread
 
@@ -168,12 +161,14 @@ class Worker:
                 self._aborted.add(number)
             return
         for request in opened.requests:
-            self._engine.loop.abort(request.sequence.request_id)
+            if self._engine.loop.abort(request.sequence.request_id):
+                self._metrics.ended(request)
 
     def _publish(self) -> None:
         pieces, ended = [], []
         for opened in self._open.values():
             for request in opened.requests:
+                self._note_times(opened, request)
                 if opened.streams or request.closed:
                     pieces += self._new(opened, request)
             if all(request.closed for request in opened.requests):
@@ -181,6 +176,14 @@ class Worker:
         for number in ended:
             del self._open[number]
         self._send("step", pieces, self._gauges())
+
+    def _note_times(self, opened: _Open, request: Request) -> None:
+        index, now = request.output.index, request.output.times.last_token
+        before = opened.last_token[index]
+        if now != before:
+            opened.last_token[index] = now
+            if before is not None:
+                self._metrics.had_tokens(now - before)
 
     def _new(self, opened: _Open, request: Request) -> list[Piece]:
         """What has not been sent of an answer; nothing when it has not changed."""
@@ -200,6 +203,8 @@ class Worker:
         opened.sent[index] += len(piece.token_ids)
         if piece.finish_reason:
             piece.tokens, piece.prompt_tokens = len(output.token_ids), len(output.prompt_token_ids)
+            times = output.times
+            piece.times = times.arrived, times.started, times.first_token, times.ended
             piece.error = output.error
             piece.kind = output.error and "fault"
             if output.finish_reason == "abort" and opened.timeout:
@@ -207,6 +212,10 @@ class Worker:
             if request.score_from is not None:
                 scored = zip(output.prompt_token_ids, output.prompt_logprobs or (), strict=True)
                 piece.score = [among[token] for token, among in scored if among is not None]
+            if output.embedding is not None:
+                vector = unit(output.embedding) if opened.normalize else output.embedding
+                piece.vector = vector.astype("<f4").tobytes()
+            self._metrics.ended(request)
         return [piece]
 
     def _named(self, count: int, among: dict[int, float]) -> tuple[str, float, list[tuple[str, float]]]:
@@ -224,53 +233,8 @@ class Worker:
                 "pages_used": sum(one.pool.capacity - one.pool.num_free for one in schedulers),
                 "pages_total": sum(one.pool.capacity for one in schedulers)}
 
-    def _stats(self) -> dict[str, Any]:
-        return {**asdict(self._engine.stats()), "adapters": self._engine.adapters.names,
-                "versions": self._engine.weights.versions}
-
-    def _tokenize(self, prompt: Any) -> list[int]:
-        if isinstance(prompt, dict):
-            prompt = self._engine.intake.conversation(prompt["messages"], prompt.get("tools"))
-        return self._engine.intake.tokens(prompt)
-
-    def _detokenize(self, tokens: list[int]) -> str:
-        if self._engine.tokenizer is None:
-            raise UserError("this engine has no tokenizer")
-        return self._engine.tokenizer.decode(self._engine.intake.tokens(tokens))
-
-    # --- weights, loaded on a thread of their own
-
-    def _update(self, number: int, source: str, policy: str) -> None:
-        engine = self._engine
-        try:
-            check_policy(policy)
-            leaves = engine.weights.load(source)
-        except Exception as error:
-            sentence = _sentence(error)
-            self._inbox.put(lambda: self._send("result", number, sentence, None))
-            return
-        self._inbox.put(lambda: self._try(number, leaves, policy))
-
-    def _try(self, number: int, leaves: Any, policy: str) -> None:
-        """Golden prompts run first, while nothing else does; then the new weights are current."""
-        engine, error = self._engine, None
-        version = engine.weights.add(leaves)
-        try:
-            tried = golden_requests(engine.intake, None)
-            engine.loop.complete([request for request, _ in tried], version)
-            check_golden(tried)
-            switch(engine.loop, version, policy)
-        except UserError as wrong:
-            engine.weights.forget(version)
-            error = str(wrong)
-        self._send("result", number, error, engine.weight_version)
-
     def _send(self, *message: Any) -> None:
         self._connection.sendall(frame(*message))
-
-
-def _sentence(error: Exception) -> str:
-    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
 def _end_with(connection: socket.socket) -> None:
@@ -286,7 +250,8 @@ def main() -> None:
     """``python -m qwen_jax.serving.worker FD``: the socket is inherited, and its first frame says what to load."""
     connection = socket.socket(fileno=int(sys.argv[1]))
     threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
-    model, options = read_frame(connection)
+    model, options, log_format = read_frame(connection)
+    set_up_logging(log_format)
     try:
         engine = Engine.from_pretrained(model, **options)
     except UserError as error:

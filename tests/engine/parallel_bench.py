@@ -36,8 +36,13 @@ def prompts(count: int = 4, longest: int = 100, seed: int = 0) -> list[list[int]
 
 
 @cache
+def one_device(size: str) -> Engine:
+    return engine_of(size)
+
+
+@cache
 def answers_of_one_device(size: str):
-    return engine_of(size).generate(prompts(), GREEDY)
+    return one_device(size).generate(prompts(), GREEDY)
 
 
 def largest_difference(outputs, others) -> float:

@@ -1,11 +1,13 @@
 """The prefix cache in the engine: less is computed, and nothing else changes."""
 import numpy as np
 import pytest
+import torch
 from oracle import random_qwen2
 from test_engine import hf_greedy
 
 from qwen_jax import Engine, SamplingParams
 from qwen_jax.engine.schedule import Limits
+from qwen_jax.errors import UserError
 
 LIMITS = Limits(max_batch_size=4, max_seq_len=512, prefill_shapes=((4, 64), (1, 256)), recompute_shapes=(),
                 decode_rows=(4,))
@@ -72,3 +74,21 @@ def test_log_probabilities_of_a_prompt_are_computed_though_its_pages_are_there(e
     first, second = (engine.generate(prompt, params)[0].prompt_logprobs for _ in range(2))
     assert first[0] is None and len(first) == 320 and all(len(scores) == 1 for scores in first[1:])
     assert [list(a) for a in first[1:]] == [list(b) for b in second[1:]] == [[token] for token in prompt[1:]]
+
+
+def test_embeddings_are_those_of_transformers_whatever_is_cached(engine, hf):
+    """The mean over all tokens needs the cached ones too, in several chunks; the last one does not."""
+    some = prompts(3, 6)
+    some[1] = some[1][:70]
+    engine.generate(some, SamplingParams(max_tokens=1, temperature=0.0))
+    with torch.no_grad():
+        hidden = [hf.model(torch.tensor([prompt])).last_hidden_state[0].numpy() for prompt in some]
+    for pooling, wanted in (("mean", [one.mean(0) for one in hidden]), ("last", [one[-1] for one in hidden])):
+        before = computed(engine)
+        np.testing.assert_allclose(engine.embed(some, pooling, normalize=False), wanted, rtol=1e-3, atol=1e-3)
+        assert (computed(engine) - before == sum(map(len, some))) == (pooling == "mean")
+        lengths = np.linalg.norm(engine.embed(some, pooling), axis=1)
+        np.testing.assert_allclose(lengths, 1, rtol=1e-5)
+    assert engine.embed(some[1]).shape == (1, 64) and engine.stats().pages_used == 0
+    with pytest.raises(UserError, match="use mean or last"):
+        engine.embed(some, "first")

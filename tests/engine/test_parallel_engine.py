@@ -10,6 +10,7 @@ from parallel_bench import (
     engine_of,
     largest_difference,
     model_of,
+    one_device,
     prompts,
     shrunk,
 )
@@ -30,6 +31,7 @@ COMBINATIONS = [("1.5b", 1, 2, 2), ("72b", 2, 4, 1), ("3b", 3, 1, 2), ("32b", 4,
 def test_the_same_answers_as_one_device(size, tensor, stages, data):
     engine = engine_of(size, tp_size=tensor, pp_size=stages, dp_size=data)
     assert largest_difference(engine.generate(prompts(), GREEDY), answers_of_one_device(size)) <= 1e-4
+    np.testing.assert_allclose(engine.embed(prompts()), one_device(size).embed(prompts()), atol=1e-5)
     stats = engine.stats()
     assert stats.compiles_after_warmup == 0 and stats.pages_used == 0
     assert stats.executables == 2 * stages * data

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -14,21 +15,28 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
-class Live:
-    """``qwen-jax serve MODEL`` with these arguments; ready when made. worker: a script in the engine's place."""
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
-    def __init__(self, *arguments: str, model: str = "bundled", wait: bool = True,
-                 worker: str | None = None) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+
+class Live:
+    """``qwen-jax serve MODEL`` with these arguments; ready when made.
+
+    worker: a script in the engine's place. quick: compile without LLVM's passes, for tests.
+    """
+
+    def __init__(self, *arguments: str, model: str = "bundled", wait: bool = True, worker: str | None = None,
+                 quick: bool = True) -> None:
+        self.port = free_port()
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "JAX_PLATFORMS": "cpu",
-                       "XLA_FLAGS": ""}
+                       "XLA_FLAGS": "--xla_backend_optimization_level=0" if quick else ""}
         self.process = subprocess.Popen(
             [sys.executable, HERE / "with_worker.py", worker or "", "serve", model, "--port", str(self.port),
              *arguments],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        self._printed: str | None = None
+            env=environment, stdout=(printed := tempfile.TemporaryFile("a+")), stderr=subprocess.STDOUT)
+        self._file, self._printed = printed, None
         self.url = f"http://127.0.0.1:{self.port}"
         self.http = httpx.Client(base_url=self.url, timeout=60)
         if wait:
@@ -68,5 +76,12 @@ class Live:
             for child in psutil.Process(self.process.pid).children():
                 child.kill()
         self.process.kill()
-        self._printed = self.process.communicate()[0]
+        self.process.wait()
+        self._printed = self.printed()
+        self._file.close()
         return self._printed
+
+    def printed(self) -> str:
+        """So far."""
+        self._file.seek(0)
+        return self._file.read()

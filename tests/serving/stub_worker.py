@@ -21,7 +21,8 @@ def main() -> None:
         inbox.put(None)
 
     threading.Thread(target=read, daemon=True).start()
-    left: dict[int, int] = {}  # tokens of streams that are open
+    asked: dict[int, int] = {}  # tokens of streams that are open
+    left: dict[int, int] = {}  # those not yet sent
     while True:
         pieces = []
         try:
@@ -35,7 +36,7 @@ def main() -> None:
                 elif kind == "generate":
                     tokens = rest[0]["params"].get("max_tokens", 16)
                     if rest[0]["stream"]:
-                        left[number] = tokens
+                        asked[number] = left[number] = tokens
                     else:
                         pieces.append(Piece(number, 0, "word " * tokens, finish_reason="length", tokens=tokens,
                                             prompt_tokens=1))
@@ -44,7 +45,8 @@ def main() -> None:
         for number in list(left):
             left[number] -= 1
             last = left[number] == 0
-            pieces.append(Piece(number, 0, "word ", [7], finish_reason="length" if last else None, tokens=1))
+            end = {"finish_reason": "length", "tokens": asked.pop(number), "prompt_tokens": 1} if last else {}
+            pieces.append(Piece(number, 0, "word ", [7], **end))
             if last:
                 del left[number]
         connection.sendall(frame("step", pieces, {"steps": 1}))

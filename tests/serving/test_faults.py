@@ -9,9 +9,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import SIZES
 from faulty_worker import DEVICE, FREEZE, TEXT
-from live import Live
+from random_adapter import save_random_adapter
 
 OK = {"model": "bundled", "prompt": "hello", "max_tokens": 4, "temperature": 0}
 CHAT = {"model": "bundled", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4, "temperature": 0}
@@ -35,7 +34,7 @@ def test_what_is_no_json_object(server, content):
 @pytest.mark.parametrize("change, status, said", [
     ({"model": "other"}, 404, "does not exist"),
     ({"model": 3}, 400, "model"),
-    ({"prompt": "a " * 600}, 400, "max_seq_len"),
+    ({"prompt": "a " * 1200}, 400, "max_seq_len"), ({"prompt": [5] * 1000}, 400, "pages of KV cache"),
     ({"prompt": ""}, 400, "empty"), ({"prompt": []}, 400, "empty"), ({"prompt": [""]}, 400, "empty"),
     ({"prompt": [[]]}, 400, "empty"),
     ({"n": 10**9, "temperature": 1}, 400, "n"), ({"n": 0}, 400, "n"),
@@ -74,7 +73,12 @@ def test_numbers_that_are_none(server):
     {"messages": [{"role": "robot", "content": "x"}]},
     {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
     {"messages": "hello"}, {"tools": [{"type": "function", "function": {"name": "a b"}}]}, {"tool_choice": "maybe"},
-    {"tools": [{"type": "function", "function": {"name": "f"}}]}, {"top_logprobs": 3}, {"chat_template": "x"},
+    {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": 3}}}], "tool_choice": "required"},
+    {"tool_choice": "required"}, {"tool_choice": {"type": "function", "function": {"name": "g"}}},
+    {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required",
+     "response_format": {"type": "json_object"}},
+    {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+    {"top_logprobs": 3}, {"chat_template": "x"},
     {"messages": [{"role": "user", "content": "half \ud800"}]}])
 def test_chats_that_cannot_be(server, change):
     body = json.dumps({**CHAT, **change})  # in which half a surrogate pair is escaped
@@ -145,6 +149,41 @@ def test_a_slow_reader_holds_up_nobody(server):
     server.wait_until_free()
 
 
+def test_more_than_fits_is_preempted_and_says_the_same(server):
+    """Eight answers of three pages each with their prompts, in fifteen pages."""
+    ask = {**LONG, "prompt": "a longer prompt " * 10, "max_tokens": 150}
+    alone = server.post("/v1/completions", ask).json()["choices"][0]["text"]
+    before = server.stats()["engine"]["preemptions"]
+    with ThreadPoolExecutor(8) as threads:
+        texts = [one.json()["choices"][0]["text"] for one in threads.map(
+            lambda _: server.post("/v1/completions", ask), range(8))]
+    assert texts == [alone] * 8
+    assert server.wait_until_free()["preemptions"] > before
+
+
+def test_adapters_loaded_and_unloaded_while_they_are_used(server, tmp_path):
+    """A request runs with its adapter or is refused; the server lives, and nothing is held in the end."""
+    save_random_adapter(tmp_path / "it")
+    load = {"lora_name": "race", "lora_path": str(tmp_path / "it")}
+
+    def cycle(_):
+        return [server.post("/v1/load_lora_adapter", load).status_code,
+                server.post("/v1/unload_lora_adapter", {"lora_name": "race"}).status_code]
+
+    def ask(_):
+        return server.post("/v1/completions", {**OK, "model": "race"})
+
+    with ThreadPoolExecutor(6) as threads:
+        cycles = [threads.submit(cycle, number) for number in range(12)]
+        asked = [threads.submit(ask, number) for number in range(40)]
+    assert {code for one in cycles for code in one.result()} <= {200, 400, 404}
+    answers = [one.result() for one in asked]
+    assert {one.status_code for one in answers} <= {200, 404, 429}
+    assert len({one.json()["choices"][0]["text"] for one in answers if one.status_code == 200}) <= 1
+    server.post("/v1/unload_lora_adapter", {"lora_name": "race"})
+    assert "race" not in server.wait_until_free()["adapters"]
+
+
 def test_adapters_that_cannot_be_loaded(server, tmp_path):
     load = lambda **body: server.post("/v1/load_lora_adapter", body)  # noqa: E731
     assert load(lora_name="a", lora_path=str(tmp_path)).status_code == 400
@@ -153,19 +192,6 @@ def test_adapters_that_cannot_be_loaded(server, tmp_path):
 
 
 # --- processes of their own
-
-
-@pytest.fixture
-def own(executable_cache):
-    made = []
-
-    def start(*arguments, **options) -> Live:
-        made.append(Live(*SIZES, *arguments, **options))
-        return made[-1]
-
-    yield start
-    for one in made:
-        one.output()
 
 
 def test_keys(own, tmp_path):

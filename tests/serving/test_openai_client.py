@@ -1,6 +1,7 @@
 """The official client against a live server."""
 import json
 
+import numpy as np
 import openai
 import pytest
 
@@ -91,6 +92,57 @@ def test_json_schema(client):
     assert isinstance(value["ok"], bool) and value["kind"] in "ab" and got.choices[0].finish_reason == "stop"
 
 
+TOOLS = [{"type": "function", "function": {"name": name, "parameters": {
+    "type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}, "days": {"$ref": "#/$defs/days"}},
+    "required": ["city", "days"], "additionalProperties": False,
+    "$defs": {"days": {"type": "integer", "minimum": 1, "maximum": 7}}}}} for name in ("get_weather", "get_news")]
+
+
+@pytest.mark.parametrize("choice, names", [
+    ("required", {"get_weather", "get_news"}), ({"type": "function", "function": {"name": "get_news"}}, {"get_news"})])
+def test_tools_that_have_to_be_called(client, choice, names):
+    options = {"model": "bundled", "messages": MESSAGES, "tools": TOOLS, "tool_choice": choice, "temperature": 1.0,
+               "seed": 3, "max_tokens": 200, "parallel_tool_calls": False}
+    got = client.chat.completions.create(**options).choices[0]
+    call, = got.message.tool_calls
+    arguments = json.loads(call.function.arguments)
+    assert call.function.name in names and got.finish_reason == "tool_calls" and got.message.content is None
+    assert arguments["city"] in ("Paris", "Rome") and 1 <= arguments["days"] <= 7
+    pieces = [piece for chunk in client.chat.completions.create(**options, stream=True)
+              for piece in chunk.choices[0].delta.tool_calls or ()]
+    assert [(one.index, one.function.name, one.function.arguments) for one in pieces] == [
+        (0, call.function.name, call.function.arguments)]
+
+
+def test_a_conversation_with_calls_reads_as_the_template_says(client, server):
+    call = {"id": "call_1", "type": "function", "function": {"name": "get_news", "arguments": '{"days": 2}'}}
+    messages = [*MESSAGES, {"role": "assistant", "tool_calls": [call]},
+                {"role": "tool", "tool_call_id": "call_1", "content": "rain"}]
+    tokens = server.post("/tokenize", {"messages": messages}).json()["tokens"]
+    text = server.post("/detokenize", {"tokens": tokens}).json()["prompt"]
+    assert '{"name": "get_news", "arguments": {"days": 2}}' in text
+    got = client.chat.completions.create(model="bundled", messages=messages, tools=TOOLS, max_tokens=4)
+    assert got.usage.prompt_tokens > len(tokens)  # tools are in the prompt
+    assert got.choices[0].finish_reason in ("length", "stop")
+
+
+def test_embeddings(client, engine):
+    inputs = ["hello there", "a transaction in Paris, 300 EUR", "x"]
+    wanted = engine.embed(inputs)
+    got = client.embeddings.create(model="bundled", input=inputs)  # in base64, as the client asks by default
+    plain = client.embeddings.create(model="bundled", input=inputs, encoding_format="float")
+    for answer in (got, plain):
+        np.testing.assert_allclose([one.embedding for one in answer.data], wanted, atol=1e-5)
+        assert [one.index for one in answer.data] == [0, 1, 2] and answer.usage.prompt_tokens > 10
+    options = {"pooling": "last", "normalize": False}
+    last = client.embeddings.create(model="bundled", input=[1, 2, 3], extra_body=options)
+    np.testing.assert_allclose(last.data[0].embedding, engine.embed([1, 2, 3], **options)[0], atol=1e-4)
+    for wrong in ({"dimensions": 3}, {"input": []}, {"input": [""]}, {"input": [[]]}, {"input": ["x"] * 2049},
+                  {"extra_body": {"pooling": "cls"}}, {"input": "a " * 2000}):
+        with pytest.raises(openai.BadRequestError):
+            client.embeddings.create(**{"model": "bundled", "input": "x", **wrong})
+
+
 def test_models(client):
     assert [one.id for one in client.models.list()] == ["bundled"]
 
@@ -101,6 +153,6 @@ def test_errors_are_the_clients_exceptions(client):
     assert caught.value.code == "model_not_found"
     for change, said in (({"temperature": 3e39}, "temperature"), ({"max_tokens": 0}, "max_tokens"),
                          ({"messages": []}, "messages"), ({"top_logprobs": 2}, "logprobs=true"),
-                         ({"messages": [{"role": "user", "content": "x" * 2000}]}, "max_seq_len")):
+                         ({"messages": [{"role": "user", "content": "x " * 2000}]}, "max_seq_len")):
         with pytest.raises(openai.BadRequestError, match=said):
             client.chat.completions.create(**{"model": "bundled", "messages": MESSAGES, **change})

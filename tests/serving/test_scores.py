@@ -1,11 +1,9 @@
 """Scores and classifications, and adapters as models, over HTTP against the engine in-process."""
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_adapter import save_random_adapter
 
 from qwen_jax import Engine, SamplingParams
-from qwen_jax.checkpoint.adapters import save_adapter
-from qwen_jax.model.lora import LoraConfig, init_adapter
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +32,7 @@ def test_classifications(server, engine):
 
 
 def test_adapters_are_models(server, engine, tmp_path):
-    rng, lora = np.random.default_rng(0), LoraConfig(4, 8.0, ("q_proj", "down_proj"))
-    adapter = {key: jnp.asarray(0.3 * rng.normal(size=value.shape), jnp.float32)
-               for key, value in init_adapter(engine.config, lora).items()}
-    save_adapter(adapter, engine.config, lora, tmp_path / "it")
+    save_random_adapter(tmp_path / "it")
     engine.load_adapter("it", tmp_path / "it")
     options = {"prompt": "hello", "max_tokens": 8, "temperature": 0}
     wanted, = engine.generate("hello", SamplingParams(max_tokens=8, temperature=0.0), adapter="it")

@@ -1,0 +1,88 @@
+"""Routes that need a prefill and no answer: scores, classifications, embeddings."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, Request
+
+from qwen_jax.serving.link import Answer, pieces
+from qwen_jax.serving.protocol import ClassifyRequest, EmbeddingRequest, Scored, ScoreRequest
+from qwen_jax.serving.replies import gone, note, unless
+from qwen_jax.serving.service import Service
+from qwen_jax.serving.wire import Piece
+
+
+def scoring_routes(service: Service) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.post("/score")
+    async def score(body: ScoreRequest, request: Request) -> Any:
+        """Log-probability of a continuation after a prompt."""
+        asked = [(body.prompt, {"continuation": body.continuation})]
+        piece, = await _ended(service, body, request, asked)
+        return {"object": "score", "model": body.model, "logprob": sum(piece.score), "token_logprobs": piece.score,
+                "usage": _usage([piece])}
+
+    @routes.post("/classify")
+    async def classify(body: ClassifyRequest, request: Request) -> Any:
+        """Probability of each label as what follows each input; those of an input add up to 1."""
+        inputs, labels = body.inputs(), body.labels
+        asked = [(prompt, {"continuation": label}) for prompt in inputs for label in labels]
+        ended = await _ended(service, body, request, asked)
+        data = []
+        for index in range(len(inputs)):
+            sums = [sum(piece.score) for piece in ended[index * len(labels):(index + 1) * len(labels)]]
+            weights = [math.exp(one - max(sums)) for one in sums]
+            probs = [weight / sum(weights) for weight in weights]
+            data.append({"index": index, "label": labels[probs.index(max(probs))], "probs": probs})
+        return {"object": "list", "model": body.model, "labels": labels, "data": data, "usage": _usage(ended)}
+
+    @routes.post("/v1/embeddings")
+    async def embeddings(body: EmbeddingRequest, request: Request) -> Any:
+        """The mean of the final hidden states of each input, or the last one of them, of length 1."""
+        body.check_dimensions(service.link.facts)
+        asked = [(prompt, {"pooling": body.pooling, "normalize": body.normalize}) for prompt in body.inputs()]
+        ended = await _ended(service, body, request, asked)
+        data = [{"object": "embedding", "index": index, "embedding": _shown(piece.vector, body.encoding_format)}
+                for index, piece in enumerate(ended)]
+        return {"object": "list", "model": body.model, "data": data, "usage": _usage(ended)}
+
+    return routes
+
+
+async def _ended(service: Service, body: Scored, request: Request,
+                 asked: Sequence[tuple[Any, dict[str, Any]]]) -> list[Piece]:
+    """The last piece of each prefill. ``asked``: prompts, each with what is wanted of it."""
+    service.check_open()
+    body.check_fields()
+    answers: list[Answer] = []
+    watching = asyncio.ensure_future(gone(request))
+    try:
+        for prompt, wanted in asked:
+            answers.append(service.start(body, prompt, {}, **wanted))
+        ended = await unless(watching, asyncio.gather(*map(_last, answers)))
+    finally:
+        watching.cancel()
+        for answer in answers:
+            service.link.close(answer)
+    note(request, model=body.model, **_usage(ended))
+    return ended
+
+
+async def _last(answer: Answer) -> Piece:
+    return [piece async for some in pieces(answer) for piece in some][-1]
+
+
+def _usage(ended: Sequence[Piece]) -> dict[str, int]:
+    tokens = sum(piece.prompt_tokens for piece in ended)
+    return {"prompt_tokens": tokens, "total_tokens": tokens}
+
+
+def _shown(vector: bytes, encoding: str) -> str | list[float]:
+    return base64.b64encode(vector).decode() if encoding == "base64" else np.frombuffer(vector, "<f4").tolist()
