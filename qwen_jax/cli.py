@@ -110,7 +110,8 @@ def _serve(args: argparse.Namespace) -> int:
     options = ServerOptions(
         args.host, args.port, args.served_model_name, args.max_requests, args.stall_seconds, args.drain_seconds,
         args.max_body_bytes, read_keys(args.api_keys, "QWEN_JAX_API_KEYS"), args.admin_port, args.admin_host,
-        read_keys(args.admin_keys, "QWEN_JAX_ADMIN_KEYS"), args.log_format, args.log_prompts, args.otlp_endpoint)
+        read_keys(args.admin_keys, "QWEN_JAX_ADMIN_KEYS"), args.log_format, args.log_prompts, args.otlp_endpoint,
+        args.share_weights)
     return asyncio.run(serve(args.model, engine, options))
 
 
@@ -444,6 +445,8 @@ def _parser() -> argparse.ArgumentParser:
     server.add_argument("--admin-port", type=int, metavar="P", help="for other weights while it runs (default: none)")
     server.add_argument("--admin-host", default="127.0.0.1", metavar="H")
     server.add_argument("--admin-keys", metavar="FILE", help="as --api-keys, for it (default: QWEN_JAX_ADMIN_KEYS)")
+    server.add_argument("--share-weights", action="store_true", help="decode a converted checkpoint once for all "
+                        "servers of this machine, into shared memory")
     server.add_argument("--log-format", choices=["text", "json"], default="text")
     server.add_argument("--log-prompts", action="store_true", help="with every request's prompt")
     server.add_argument("--otlp-endpoint", metavar="URL", help="where OpenTelemetry traces go, such as "

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -65,15 +66,19 @@ class Answer:
 class EngineLink:
     """Starts the engine's process and talks to it. Used by one event loop.
 
+    Args:
+      model, options: of ``Engine.from_pretrained``. process: see ``worker.main``.
+
     Attributes:
       facts: what the engine is, once it is ready; None before.
       gauges: of its last step.
       failure: why there is no engine any more; None while there is.
     """
 
-    def __init__(self, model: str, options: Mapping[str, Any], max_requests: int, log_format: str = "text",
+    def __init__(self, model: str, options: Mapping[str, Any], max_requests: int,
+                 process: Mapping[str, Any] = MappingProxyType({}),
                  command: Sequence[str] = (sys.executable, "-m", "qwen_jax.serving.worker")) -> None:
-        self._first = model, options, log_format
+        self._first = model, options, dict(process)
         self._command = command
         self._max_requests = max_requests
         self._numbers = itertools.count(1)

@@ -19,11 +19,13 @@ Answer = Callable[[Any, str | None], None]  # a value, or a sentence that says w
 class Operations:
     """
     Args:
-      post: has something called on the engine's thread. beside: threads for what need not wait for steps.
+      post: has something called on the engine's thread. beside: threads for what need not wait for steps. find: where
+        weights are, by the name that an update gives.
     """
 
-    def __init__(self, engine: Engine, metrics: EngineMetrics, post: Post, beside: Executor) -> None:
-        self._engine, self._post, self._beside = engine, post, beside
+    def __init__(self, engine: Engine, metrics: EngineMetrics, post: Post, beside: Executor,
+                 find: Callable[[str], str]) -> None:
+        self._engine, self._post, self._beside, self._find = engine, post, beside, find
         self._loader = ThreadPoolExecutor(1, "weights")
         self._calls: dict[str, Callable[..., Any]] = {
             "load_adapter": engine.load_adapter, "unload_adapter": engine.unload_adapter, "stats": self._stats,
@@ -68,7 +70,7 @@ class Operations:
         try:
             check_policy(policy)
             tried = golden_requests(engine.intake, golden)
-            leaves = engine.weights.load(source)
+            leaves = engine.weights.load(self._find(source))
         except Exception as error:
             sentence = sentence_of(error)
             self._post(lambda: answer(None, sentence))

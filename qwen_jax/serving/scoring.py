@@ -66,7 +66,7 @@ async def _ended(service: Service, body: Scored, request: Request,
     try:
         for prompt, wanted in asked:
             answers.append(service.start(body, prompt, {}, **wanted))
-        ended = await unless(watching, asyncio.gather(*map(_last, answers)))
+        ended = await unless(watching, _all_ended(answers))
     finally:
         watching.cancel()
         for answer in answers:
@@ -75,8 +75,8 @@ async def _ended(service: Service, body: Scored, request: Request,
     return ended
 
 
-async def _last(answer: Answer) -> Piece:
-    return [piece async for some in pieces(answer) for piece in some][-1]
+async def _all_ended(answers: Sequence[Answer]) -> list[Piece]:
+    return [[piece async for some in pieces(answer) for piece in some][-1] for answer in answers]
 
 
 def _usage(ended: Sequence[Piece]) -> dict[str, int]:

@@ -34,6 +34,7 @@ class ServerOptions:
       max_requests: open at once; more are answered with 429. stall_seconds: without a step until `/health` fails.
       drain_seconds: that running requests have to end after SIGTERM.
       log_format: "text" or "json"; log_prompts: with the prompts. otlp_endpoint: where traces go.
+      share_weights: converted checkpoints are decoded once for all servers of a machine.
       command: of the engine's process, to which a socket's number is added; by default ours.
     """
 
@@ -51,6 +52,7 @@ class ServerOptions:
     log_format: str = "text"
     log_prompts: bool = False
     otlp_endpoint: str | None = None
+    share_weights: bool = False
     command: Sequence[str] | None = None
 
 
@@ -108,8 +110,9 @@ async def serve(model: str, engine: Mapping[str, Any], options: ServerOptions) -
     """Until a signal, or until the engine has stopped; an exit code. ``engine``: of `Engine.from_pretrained`, as
     MessagePack can say it. UserError when the engine refuses its options."""
     observers = [log_access, *([tracer(options.otlp_endpoint)] if options.otlp_endpoint else [])]
+    process = {"log_format": options.log_format, "share_weights": options.share_weights}
     extra = {} if options.command is None else {"command": options.command}
-    link = EngineLink(model, engine, options.max_requests, options.log_format, **extra)
+    link = EngineLink(model, engine, options.max_requests, process, **extra)
     service = Service(link, options.name or model, options.stall_seconds, options.log_prompts)
     app = create_app(service, observers, options.keys, options.body_bytes)
     server = _Server(_config(app, options.host, options.port), service, options.drain_seconds)

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from qwen_jax.checkpoint import resolve
+from qwen_jax.checkpoint.shared import shared_copy
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.intake import EMBEDDING
 from qwen_jax.engine.outputs import unit
@@ -46,7 +48,7 @@ class _Open:
 class Worker:
     """One thread, the caller of `run`, owns the engine. Others read the socket, tokenise and load weights."""
 
-    def __init__(self, engine: Engine, connection: socket.socket) -> None:
+    def __init__(self, engine: Engine, connection: socket.socket, find: Callable[[str], str] = str) -> None:
         self._engine, self._connection = engine, connection
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._open: dict[int, _Open] = {}
@@ -54,7 +56,7 @@ class Worker:
         self._preparing: set[int] = set()
         self._pool = ThreadPoolExecutor(INTAKE_THREADS, "intake")
         self._metrics = EngineMetrics(engine)
-        self._operations = Operations(engine, self._metrics, self._inbox.put, self._pool)
+        self._operations = Operations(engine, self._metrics, self._inbox.put, self._pool, find)
         self._steps = 0
 
     def run(self) -> None:
@@ -246,19 +248,28 @@ def _end_with(connection: socket.socket) -> None:
     os._exit(1)
 
 
+def _in_shared_memory(ref: str) -> str:
+    return str(shared_copy(resolve(ref)).path)
+
+
 def main() -> None:
-    """``python -m qwen_jax.serving.worker FD``: the socket is inherited, and its first frame says what to load."""
+    """``python -m qwen_jax.serving.worker FD``: the socket is inherited, and its first frame says what to load.
+
+    That frame: the model, options of ``Engine.from_pretrained``, and what is this process's own: ``log_format``, and
+    ``share_weights``, with which checkpoints are read from a copy in shared memory.
+    """
     connection = socket.socket(fileno=int(sys.argv[1]))
     threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
-    model, options, log_format = read_frame(connection)
-    set_up_logging(log_format)
+    model, options, process = read_frame(connection)
+    set_up_logging(process.get("log_format", "text"))
+    find = _in_shared_memory if process.get("share_weights") else str
     try:
-        engine = Engine.from_pretrained(model, **options)
+        engine = Engine.from_pretrained(find(model), **options)
     except UserError as error:
         connection.sendall(frame("refused", str(error)))
         sys.exit(2)
     try:
-        Worker(engine, connection).run()
+        Worker(engine, connection, find).run()
     except (BrokenPipeError, ConnectionResetError):  # nobody is left to answer
         pass
     except BaseException as error:

@@ -2,10 +2,11 @@
 
     python scripts/bench/serving.py [--seconds 10] [--streams 200]
     python scripts/bench/serving.py --overhead [--rounds 5]
+    python scripts/bench/serving.py --restart [--rounds 5]
 
 First requests per second without streaming, and tokens per second over many streams at once. With --overhead, tokens
 per second of 64 streams against `Engine.generate` of the same prompts; rounds alternate, medians. Clients, server and
-engines share this machine's cores.
+engines share this machine's cores. With --restart, seconds from a start after SIGKILL until the server is ready.
 """
 
 from __future__ import annotations
@@ -101,14 +102,31 @@ def overhead(args: argparse.Namespace) -> int:
     return 0
 
 
+def restart(rounds: int) -> int:
+    """Of the bundled model with default options; its executables are on the disk."""
+    seconds = []
+    for number in range(rounds + 1):
+        began = time.perf_counter()
+        server = Live(quick=False)
+        if number:  # the first may have compiled
+            seconds.append(time.perf_counter() - began)
+        server.process.kill()
+        server.output()
+    print(f"ready after SIGKILL in {statistics.median(seconds):.1f} s ({min(seconds):.1f} to {max(seconds):.1f})")
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--streams", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=500, help="of each stream")
     parser.add_argument("--overhead", action="store_true", help="the bundled model, served and in-process")
+    parser.add_argument("--restart", action="store_true", help="from SIGKILL to ready again")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
+    if args.restart:
+        return restart(args.rounds)
     if args.overhead:
         return overhead(args)
     server = Live(worker=str(HERE / "stub_worker.py"))

@@ -1,14 +1,18 @@
 """Other weights over HTTP, while requests are answered."""
 import json
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
-from live import free_port
+from conftest import SIZES
+from live import Live, free_port
 from safetensors.numpy import load_file, save_file
 
+from qwen_jax import convert
 from qwen_jax.checkpoint.source import SHIPPED
 
 ASK = {"model": "bundled", "prompt": "hello", "max_tokens": 8, "temperature": 0}
@@ -116,6 +120,38 @@ def test_what_is_refused_changes_nothing(pair, folders, keys):
         codes = [one.status_code for one in threads.map(
             lambda _: admin.post("/admin/weights", json={"source": str(folders / "other")}), range(6))]
     assert codes.count(202) >= 1 and set(codes) <= {202, 409} and 409 in codes
+
+
+def test_servers_of_a_machine_share_the_host_copy(executable_cache, folders, keys, tmp_path):
+    """Two servers of a converted checkpoint, and an update of both to another: read from the same files in memory."""
+    first, second = convert("bundled", tmp_path / "first"), convert(folders / "other", tmp_path / "second")
+    root = Path(f"/dev/shm/qwen-jax-{os.getuid()}")
+    if not os.access("/dev/shm", os.W_OK):
+        pytest.skip("there is no shared memory in /dev/shm")
+    before = set(root.iterdir()) if root.exists() else set()
+    ports, servers = [free_port(), free_port()], []
+    try:
+        servers = [Live(*SIZES, "--share-weights", "--admin-port", str(port), "--admin-keys", str(keys),
+                        model=str(first), wait=False) for port in ports]
+        for server in servers:
+            server.wait_until_ready()
+        assert len(set(root.iterdir()) - before) == 1
+        texts = {server.post("/v1/completions", ASK).json()["choices"][0]["text"] for server in servers}
+        assert len(texts) == 1
+        for port in ports:
+            done = httpx.post(f"http://127.0.0.1:{port}/admin/weights", json={"source": str(second), "wait": True},
+                              headers={"Authorization": "Bearer admin key"}, timeout=60)
+            assert done.status_code == 200, done.text
+        assert len(set(root.iterdir()) - before) == 2
+        after = {server.post("/v1/completions", ASK).json()["choices"][0]["text"] for server in servers}
+        assert len(after) == 1 and after != texts
+    finally:
+        for server in servers:
+            server.process.terminate()
+        for server in servers:
+            server.process.wait(20)
+            server.output()
+    assert set(root.iterdir()) - before == set()
 
 
 def test_an_admin_port_needs_keys(own):
