@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from qwen_jax.checkpoint import convert, export, load_model
+    from qwen_jax.cluster.rebalance import rebalance_load
     from qwen_jax.config import ModelConfig
     from qwen_jax.engine.async_engine import AsyncEngine
     from qwen_jax.engine.engine import DeepSeekEngine, Engine
@@ -27,9 +28,10 @@ _HOME = {
     "export": "qwen_jax.checkpoint",
     "join": "qwen_jax.engine.hosts",
     "load_model": "qwen_jax.checkpoint",
+    "rebalance_load": "qwen_jax.cluster.rebalance",
 }
 __all__ = ["AsyncEngine", "DeepSeekEngine", "Engine", "ModelConfig", "SamplingParams", "StructuredOutput", "UserError",
-           "convert", "dynamic_schedule", "export", "join", "load_model"]
+           "convert", "dynamic_schedule", "export", "join", "load_model", "rebalance_load"]
 
 
 def __getattr__(name: str):

@@ -100,7 +100,7 @@ def _serve(args: argparse.Namespace) -> int:
     try:
         from qwen_jax.serving.limits import read_keys
         from qwen_jax.serving.logs import set_up_logging
-        from qwen_jax.serving.server import ServerOptions, serve
+        from qwen_jax.serving.server import ServerOptions, engine_link, serve
     except ModuleNotFoundError as error:
         raise UserError(f"serving needs the package {error.name}: pip install 'qwen-jax[serve]'") from error
     set_up_logging(args.log_format)
@@ -112,7 +112,16 @@ def _serve(args: argparse.Namespace) -> int:
         args.max_body_bytes, read_keys(args.api_keys, "QWEN_JAX_API_KEYS"), args.admin_port, args.admin_host,
         read_keys(args.admin_keys, "QWEN_JAX_ADMIN_KEYS"), args.log_format, args.log_prompts, args.otlp_endpoint,
         args.share_weights)
-    return asyncio.run(serve(args.model, engine, options))
+    if args.replicas == 1:
+        link = engine_link(args.model, engine, options)
+    else:
+        from qwen_jax.cluster.balancer import Balancer
+        from qwen_jax.cluster.devices import environments
+
+        each = environments(args.replicas, args.tp_size)
+        link = Balancer([lambda environment=one: engine_link(args.model, engine, options, environment) for one in each],
+                        args.max_requests)
+    return asyncio.run(serve(link, args.model, options))
 
 
 def _bench_serve(args: argparse.Namespace) -> None:
@@ -434,6 +443,8 @@ def _parser() -> argparse.ArgumentParser:
     server.add_argument("--max-seq-len", type=int)
     server.add_argument("--kv-cache-bytes", type=int)
     server.add_argument("--tp-size", type=int, default=1)
+    server.add_argument("--replicas", type=int, default=1, metavar="N", help="engines in processes of their own, on "
+                        "TP_SIZE devices each, behind one address")
     server.add_argument("--fp8", action="store_true", help="8-bit weights and KV cache")
     server.add_argument("--max-adapters", type=int, default=0, metavar="N", help="LoRA adapters loaded at once")
     server.add_argument("--max-requests", type=int, default=1024, metavar="N", help="open at once; more get 429")

@@ -78,6 +78,16 @@ class Loop:
         self._close(request)
         return True
 
+    def withdraw(self, request: Request) -> None:
+        """Takes a request out that has not begun, as if it had never been submitted."""
+        sequence = request.sequence
+        if request.begun:
+            raise ValueError(f"request {sequence.request_id!r} has begun")
+        self.homes.pop(sequence.request_id).scheduler.withdraw(sequence)
+        del self._requests[sequence.request_id]
+        self.adapters.release(request.adapter)
+        self.figures.prompt_tokens -= len(sequence.prompt)
+
     def step(self) -> bool:
         """Run one step for whatever is queued. Returns whether there was work."""
         if self.failure:
@@ -172,7 +182,7 @@ class Loop:
         """Open requests of which nobody has seen anything yet; or only those that have not begun at all."""
         self.settle()
         return [request for request in self._requests.values() if request.sequence.state is not State.FINISHED and (
-            request.sequence.schedule is None if only_waiting else not request.streams)]
+            not request.begun if only_waiting else not request.streams)]
 
     def versions_in_use(self) -> set[int]:
         return {request.sequence.version for request in self._requests.values()}

@@ -71,6 +71,11 @@ class Request:
         return "stop" if self._matcher.finished else None
 
     @property
+    def begun(self) -> bool:
+        """Whether a step has computed any of it."""
+        return self.sequence.schedule is not None
+
+    @property
     def stops_at_text(self) -> bool:
         """Whether the text of each step decides if the answer goes on."""
         return bool(self.params.stop) and self._tokenizer is not None

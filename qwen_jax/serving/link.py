@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -27,17 +28,19 @@ class Answer:
     """The pieces of one request's answers, as they arrive.
 
     Attributes:
-      open: how many of its answers have not ended.
+      number: by which its engine knows it. open: how many of its answers have not ended.
+      begun: whether there has been a piece of it.
     """
 
-    def __init__(self, number: int, answers: int) -> None:
-        self.number, self.open = number, answers
+    def __init__(self, answers: int) -> None:
+        self.number, self.open, self.begun = 0, answers, False
         self._pieces: list[Piece] = []
         self._failure: ApiError | None = None
         self._waiting: asyncio.Future | None = None
 
     def put(self, piece: Piece) -> None:
         self._pieces.append(piece)
+        self.begun = True
         self._wake()
 
     def fail(self, error: ApiError) -> None:
@@ -63,23 +66,45 @@ class Answer:
             self._waiting.set_result(None)
 
 
+class Link(Protocol):
+    """What a server needs of its engine, or of several that look like one. See `EngineLink`."""
+
+    facts: dict[str, Any] | None
+    gauges: dict[str, int]
+    failure: str | None
+    refused: str | None
+    ended: asyncio.Event
+    requests: int
+
+    async def start(self) -> None: ...
+    async def stop(self) -> int: ...
+    def check_alive(self) -> None: ...
+    def silent_seconds(self) -> float: ...
+    def generate(self, options: Mapping[str, Any], answers: int) -> Answer: ...
+    def close(self, answer: Answer) -> None: ...
+    async def call(self, name: str, *arguments: Any, patient: bool = False) -> Any: ...
+
+
 class EngineLink:
     """Starts the engine's process and talks to it. Used by one event loop.
 
     Args:
-      model, options: of ``Engine.from_pretrained``. process: see ``worker.main``.
+      model, options: of ``Engine.from_pretrained``. process: see ``worker.main``. environment: of its process, beside
+        this one's.
 
     Attributes:
       facts: what the engine is, once it is ready; None before.
       gauges: of its last step.
       failure: why there is no engine any more; None while there is.
+      lost: called with each answer that a failure cuts short; true when somebody else sees to it.
     """
 
     def __init__(self, model: str, options: Mapping[str, Any], max_requests: int,
                  process: Mapping[str, Any] = MappingProxyType({}),
+                 environment: Mapping[str, str] = MappingProxyType({}),
                  command: Sequence[str] = (sys.executable, "-m", "qwen_jax.serving.worker")) -> None:
         self._first = model, options, dict(process)
-        self._command = command
+        self._command, self._environment = command, {**os.environ, **environment}
         self._max_requests = max_requests
         self._numbers = itertools.count(1)
         self._answers: dict[int, Answer] = {}
@@ -90,12 +115,14 @@ class EngineLink:
         self.failure: str | None = None
         self.refused: str | None = None
         self.ended = asyncio.Event()
+        self.lost: Callable[[Answer], bool] = lambda answer: False
         self._heard = self._idle_since = time.monotonic()
 
     async def start(self) -> None:
         """Returns at once; the engine is there when ``facts`` are."""
         ours, theirs = socket.socketpair()
-        self.process = subprocess.Popen([*self._command, str(theirs.fileno())], pass_fds=[theirs.fileno()])
+        self.process = subprocess.Popen([*self._command, str(theirs.fileno())], pass_fds=[theirs.fileno()],
+                                        env=self._environment)
         theirs.close()
         self._reader, self._writer = await asyncio.open_connection(sock=ours, limit=1 << 24)
         self._writer.write(frame(*self._first))
@@ -116,7 +143,11 @@ class EngineLink:
         self.check_alive()
         if len(self._answers) >= self._max_requests:
             raise ApiError(429, f"{len(self._answers)} requests are queued or running: try again later", retry_after=1)
-        answer = Answer(next(self._numbers), answers)
+        return self.send(options, Answer(answers))
+
+    def send(self, options: Mapping[str, Any], answer: Answer) -> Answer:
+        """Has this engine give an answer, of which there is no piece yet."""
+        answer.number = next(self._numbers)
         try:
             message = frame("generate", answer.number, options)
         except (OverflowError, UnicodeEncodeError) as error:
@@ -131,15 +162,24 @@ class EngineLink:
         if self._answers.pop(answer.number, None) and answer.open and not self.failure:
             self._writer.write(frame("abort", answer.number))
 
+    async def withdraw(self, count: int) -> list[Answer]:
+        """Takes back the last requests that the engine has not begun, at most ``count``."""
+        numbers = await self._ask("withdraw", count)
+        return [answer for number in numbers if (answer := self._answers.pop(number, None))]
+
     async def call(self, name: str, *arguments: Any, patient: bool = False) -> Any:
         """The result of one of the worker's calls. UserError when it refuses.
 
         patient: it may take long beside the steps, so that no answer does not mean that the engine hangs.
         """
+        return await self._ask("call", name, arguments, patient=patient)
+
+    async def _ask(self, *message: Any, patient: bool = False) -> Any:
         self.check_alive()
+        kind, *rest = message
         number = next(self._numbers)
         try:
-            message = frame("call", number, name, arguments)
+            message = frame(kind, number, *rest)
         except (OverflowError, UnicodeEncodeError) as error:
             raise ApiError(400, f"a value cannot be sent to the engine: {error}") from error
         if not patient:
@@ -216,8 +256,9 @@ class EngineLink:
     def _fail(self, why: str) -> None:
         self.failure = why
         error = ApiError(503, f"the engine has stopped: {why}")
-        for answer in self._answers.values():
-            answer.fail(error)
+        for answer in list(self._answers.values()):
+            if not self.lost(answer):
+                answer.fail(error)
         for future in self._results.values():
             if not future.done():
                 future.set_exception(error)

@@ -8,6 +8,7 @@ import signal
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import uvicorn
@@ -17,7 +18,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.serving.admin import create_admin_app
 from qwen_jax.serving.app import create_app
 from qwen_jax.serving.limits import MOST_HEADER_BYTES
-from qwen_jax.serving.link import EngineLink
+from qwen_jax.serving.link import EngineLink, Link
 from qwen_jax.serving.observe import Observer, log_access
 from qwen_jax.serving.service import Service
 from qwen_jax.serving.tracing import tracer
@@ -106,13 +107,18 @@ async def _admin(service: Service, observers: Sequence[Observer], options: Serve
         await serving
 
 
-async def serve(model: str, engine: Mapping[str, Any], options: ServerOptions) -> int:
-    """Until a signal, or until the engine has stopped; an exit code. ``engine``: of `Engine.from_pretrained`, as
-    MessagePack can say it. UserError when the engine refuses its options."""
-    observers = [log_access, *([tracer(options.otlp_endpoint)] if options.otlp_endpoint else [])]
+def engine_link(model: str, engine: Mapping[str, Any], options: ServerOptions,
+                environment: Mapping[str, str] = MappingProxyType({})) -> EngineLink:
+    """An engine in a process of its own, not yet started. ``engine``: of `Engine.from_pretrained`, as MessagePack can
+    say it."""
     process = {"log_format": options.log_format, "share_weights": options.share_weights}
     extra = {} if options.command is None else {"command": options.command}
-    link = EngineLink(model, engine, options.max_requests, process, **extra)
+    return EngineLink(model, engine, options.max_requests, process, environment, **extra)
+
+
+async def serve(link: Link, model: str, options: ServerOptions) -> int:
+    """Until a signal, or until the engine has stopped; an exit code. UserError when the engine refuses its options."""
+    observers = [log_access, *([tracer(options.otlp_endpoint)] if options.otlp_endpoint else [])]
     service = Service(link, options.name or model, options.stall_seconds, options.log_prompts)
     app = create_app(service, observers, options.keys, options.body_bytes)
     server = _Server(_config(app, options.host, options.port), service, options.drain_seconds)

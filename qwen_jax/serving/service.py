@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import Request
 
 from qwen_jax.serving.errors import ApiError
-from qwen_jax.serving.link import Answer, EngineLink
+from qwen_jax.serving.link import Answer, Link
 from qwen_jax.serving.protocol import Body
 
 
@@ -18,7 +18,7 @@ class Service:
       draining: takes no new requests; adapters: names that may be asked for as models, beside ``model``.
     """
 
-    def __init__(self, link: EngineLink, model: str, stall_seconds: float, log_prompts: bool = False) -> None:
+    def __init__(self, link: Link, model: str, stall_seconds: float, log_prompts: bool = False) -> None:
         self.link, self.model, self._stall_seconds, self._log_prompts = link, model, stall_seconds, log_prompts
         self.draining = False
         self.adapters: dict[str, str] = {}

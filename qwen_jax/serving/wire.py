@@ -1,8 +1,8 @@
 """What the HTTP process and the engine's process say to each other, over a pair of sockets.
 
 A frame is its length (4 bytes, big-endian) and a MessagePack array whose first element names it. To the engine:
-``("generate", id, {...})``, ``("abort", id)``, ``("call", number, name, arguments)``. From it: ``("ready", facts)``,
-``("step", pieces, gauges)``, ``("result", number, error, value)``.
+``("generate", id, {...})``, ``("abort", id)``, ``("call", number, name, arguments)``, ``("withdraw", number, count)``.
+From it: ``("ready", facts)``, ``("step", pieces, gauges)``, ``("result", number, error, value)``.
 """
 
 from __future__ import annotations

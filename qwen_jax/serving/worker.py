@@ -91,6 +91,8 @@ class Worker:
                 self._pool.submit(self._prepare, number, *rest)
             elif kind == "abort":
                 self._inbox.put(lambda number=number: self._abort(number))
+            elif kind == "withdraw":
+                self._inbox.put(lambda number=number, rest=rest: self._withdraw(number, *rest))
             else:
                 self._operations.begin(*rest, lambda value, error, number=number: self._send("result", number, error,
                                                                                             value))
@@ -111,7 +113,7 @@ class Worker:
 
     def _requests(self, options: dict[str, Any]) -> list[Request]:
         intake, timeout = self._engine.intake, options["timeout"]
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = None if timeout is None else options["arrived"] + timeout
         params = dict(options["params"])
         if looks := params.pop("structured_output", None):
             params["structured_output"] = StructuredOutput(**looks)
@@ -165,6 +167,17 @@ class Worker:
         for request in opened.requests:
             if self._engine.loop.abort(request.sequence.request_id):
                 self._metrics.ended(request)
+
+    def _withdraw(self, number: int, count: int) -> None:
+        """Gives back the last requests of those that have not begun, for another engine. The answer: their ids."""
+        waiting = [opened for opened in self._open.values()
+                   if not any(request.begun or request.closed for request in opened.requests)]
+        given_back = waiting[len(waiting) - min(count, len(waiting)):]
+        for opened in given_back:
+            for request in opened.requests:
+                self._engine.loop.withdraw(request)
+            del self._open[opened.number]
+        self._send("result", number, None, [opened.number for opened in given_back])
 
     def _publish(self) -> None:
         pieces, ended = [], []

@@ -21,6 +21,11 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+def quick_environment() -> dict[str, str]:
+    """Of an engine's process, for tests: it compiles without LLVM's passes."""
+    return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+
+
 class Live:
     """``qwen-jax serve MODEL`` with these arguments; ready when made.
 
@@ -30,8 +35,9 @@ class Live:
     def __init__(self, *arguments: str, model: str = "bundled", wait: bool = True, worker: str | None = None,
                  quick: bool = True) -> None:
         self.port = free_port()
-        environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "JAX_PLATFORMS": "cpu",
-                       "XLA_FLAGS": "--xla_backend_optimization_level=0" if quick else ""}
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", **quick_environment()}
+        if not quick:
+            environment["XLA_FLAGS"] = ""
         self.process = subprocess.Popen(
             [sys.executable, HERE / "with_worker.py", worker or "", "serve", model, "--port", str(self.port),
              *arguments],

@@ -8,9 +8,9 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from conftest import SIZES
 from live import Live, free_port
 from safetensors.numpy import load_file, save_file
+from served import SIZES
 
 from qwen_jax import convert
 from qwen_jax.checkpoint.source import SHIPPED

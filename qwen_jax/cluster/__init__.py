@@ -1,0 +1,1 @@
+"""Replicas of the engine behind one router: where requests go, and how queues are evened out."""
