@@ -121,7 +121,13 @@ def _serve(args: argparse.Namespace) -> int:
         each = environments(args.replicas, args.tp_size)
         link = Balancer([lambda environment=one: engine_link(args.model, engine, options, environment) for one in each],
                         args.max_requests)
-    return asyncio.run(serve(link, args.model, options))
+    extend = None
+    if args.response_cache_mb or args.redis_url:
+        from qwen_jax.cluster.cache_options import with_cache
+
+        computed = {name: engine[name] for name in ("dtype", "fp8_enabled", "max_seq_len")}
+        extend = with_cache(args.response_cache_mb, args.response_cache_seconds, args.redis_url, computed)
+    return asyncio.run(serve(link, args.model, options, extend))
 
 
 def _bench_serve(args: argparse.Namespace) -> None:
@@ -456,6 +462,10 @@ def _parser() -> argparse.ArgumentParser:
     server.add_argument("--admin-port", type=int, metavar="P", help="for other weights while it runs (default: none)")
     server.add_argument("--admin-host", default="127.0.0.1", metavar="H")
     server.add_argument("--admin-keys", metavar="FILE", help="as --api-keys, for it (default: QWEN_JAX_ADMIN_KEYS)")
+    server.add_argument("--response-cache-mb", type=float, default=64, metavar="N", help="for answers that were given "
+                        "before, to exactly the same deterministic request (default 64; 0 for none)")
+    server.add_argument("--response-cache-seconds", type=float, default=3600, metavar="S", help="that they are kept")
+    server.add_argument("--redis-url", metavar="URL", help="of a second level of that cache, for several servers")
     server.add_argument("--share-weights", action="store_true", help="decode a converted checkpoint once for all "
                         "servers of this machine, into shared memory")
     server.add_argument("--log-format", choices=["text", "json"], default="text")

@@ -13,8 +13,10 @@ import pytest  # noqa: E402
 
 @pytest.fixture(scope="session", autouse=True)
 def executable_cache(tmp_path_factory):
-    """Engines of one session share compiled programs; nothing is read from or left in the user's cache."""
+    """Engines of one run share compiled programs; nothing is read from or left in the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
-        directory = tmp_path_factory.mktemp("qwen-jax-cache")
+        base = tmp_path_factory.getbasetemp()
+        directory = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "qwen-jax-cache"
+        directory.mkdir(exist_ok=True)
         patch.setenv("QWEN_JAX_CACHE", str(directory))
         yield directory

@@ -57,7 +57,7 @@ class Update:
         """Never raises: what went wrong is part of the state."""
         began = time.monotonic()
         try:
-            await self._service.link.call("update_weights", body.source, body.policy, body.golden, patient=True)
+            await self._service.update_weights(body.source, body.policy, body.golden)
             self.state["state"] = "current"
         except (UserError, ApiError) as error:
             self.state |= {"state": "refused", "error": str(error)}
@@ -90,6 +90,6 @@ def create_admin_app(service: Service, observers: Sequence[Observer], keys: Sequ
     async def rollback() -> Any:
         """Back to the weights before, which are still there."""
         service.check_open()
-        return await service.link.call("rollback")
+        return await service.rollback()
 
     return app

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
+from prometheus_client.registry import Collector
 
 from qwen_jax.serving.answers import Reply
 from qwen_jax.serving.errors import ApiError
@@ -23,14 +24,16 @@ from qwen_jax.serving.protocol import (
 )
 from qwen_jax.serving.replies import answered
 from qwen_jax.serving.scoring import scoring_routes
-from qwen_jax.serving.service import Service
-from qwen_jax.serving.web import new_app
+from qwen_jax.serving.service import Service, contents_of
+from qwen_jax.serving.web import Inner, new_app
 
 
 def create_app(service: Service, observers: Sequence[Observer] = (), keys: Sequence[bytes] = (),
-               body_bytes: int = 4 << 20) -> FastAPI:
-    metrics = HttpMetrics()
-    app = new_app("qwen-jax", (metrics.answered, *observers), keys, body_bytes)
+               body_bytes: int = 4 << 20, inner: Inner | None = None,
+               collectors: Sequence[Collector] = ()) -> FastAPI:
+    """inner: middleware around the routes, within the checks; collectors: of metrics that are somebody else's."""
+    metrics = HttpMetrics(collectors)
+    app = new_app("qwen-jax", (metrics.answered, *observers), keys, body_bytes, inner)
     app.include_router(monitoring_routes(service, metrics))
     app.include_router(scoring_routes(service))
 
@@ -92,8 +95,9 @@ def create_app(service: Service, observers: Sequence[Observer] = (), keys: Seque
             raise ApiError(400, "lora_path is missing", param="lora_path")
         if body.lora_name == service.model:
             raise ApiError(400, f"{body.lora_name!r} is the model's name", param="lora_name")
+        contents = contents_of(body.lora_path)
         await service.link.call("load_adapter", body.lora_name, body.lora_path)
-        service.adapters[body.lora_name] = body.lora_path
+        service.adapters[body.lora_name] = contents
         return {"status": f"{body.lora_name} is loaded"}
 
     @app.post("/v1/unload_lora_adapter")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 from qwen_kernels.attention import PAGE
 
 from qwen_jax.engine.engine import Engine
@@ -175,8 +176,10 @@ def _utilization(device: jax.Device) -> float | None:
 class HttpMetrics:
     """Requests by route and status, counted by `Observed`."""
 
-    def __init__(self) -> None:
+    def __init__(self, collectors: Sequence[Collector] = ()) -> None:
         self._registry = CollectorRegistry()
+        for collector in collectors:
+            self._registry.register(collector)
         self._requests = Counter(PREFIX + "http_requests", "Answered, by route and status.", ["route", "status"],
                                  registry=self._registry)
         self._seconds = Histogram(PREFIX + "http_request_duration_seconds", "Until the last byte was sent.", ["route"],

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 
 from qwen_jax.serving.link import Answer, pieces
 from qwen_jax.serving.protocol import ClassifyRequest, EmbeddingRequest, Scored, ScoreRequest
@@ -22,19 +22,19 @@ def scoring_routes(service: Service) -> APIRouter:
     routes = APIRouter()
 
     @routes.post("/score")
-    async def score(body: ScoreRequest, request: Request) -> Any:
+    async def score(body: ScoreRequest, request: Request, response: Response) -> Any:
         """Log-probability of a continuation after a prompt."""
         asked = [(body.prompt, {"continuation": body.continuation})]
-        piece, = await _ended(service, body, request, asked)
+        piece, = await _ended(service, body, request, response, asked)
         return {"object": "score", "model": body.model, "logprob": sum(piece.score), "token_logprobs": piece.score,
                 "usage": _usage([piece])}
 
     @routes.post("/classify")
-    async def classify(body: ClassifyRequest, request: Request) -> Any:
+    async def classify(body: ClassifyRequest, request: Request, response: Response) -> Any:
         """Probability of each label as what follows each input; those of an input add up to 1."""
         inputs, labels = body.inputs(), body.labels
         asked = [(prompt, {"continuation": label}) for prompt in inputs for label in labels]
-        ended = await _ended(service, body, request, asked)
+        ended = await _ended(service, body, request, response, asked)
         data = []
         for index in range(len(inputs)):
             sums = [sum(piece.score) for piece in ended[index * len(labels):(index + 1) * len(labels)]]
@@ -44,11 +44,11 @@ def scoring_routes(service: Service) -> APIRouter:
         return {"object": "list", "model": body.model, "labels": labels, "data": data, "usage": _usage(ended)}
 
     @routes.post("/v1/embeddings")
-    async def embeddings(body: EmbeddingRequest, request: Request) -> Any:
+    async def embeddings(body: EmbeddingRequest, request: Request, response: Response) -> Any:
         """The mean of the final hidden states of each input, or the last one of them, of length 1."""
         body.check_dimensions(service.link.facts)
         asked = [(prompt, {"pooling": body.pooling, "normalize": body.normalize}) for prompt in body.inputs()]
-        ended = await _ended(service, body, request, asked)
+        ended = await _ended(service, body, request, response, asked)
         data = [{"object": "embedding", "index": index, "embedding": _shown(piece.vector, body.encoding_format)}
                 for index, piece in enumerate(ended)]
         return {"object": "list", "model": body.model, "data": data, "usage": _usage(ended)}
@@ -56,7 +56,7 @@ def scoring_routes(service: Service) -> APIRouter:
     return routes
 
 
-async def _ended(service: Service, body: Scored, request: Request,
+async def _ended(service: Service, body: Scored, request: Request, response: Response,
                  asked: Sequence[tuple[Any, dict[str, Any]]]) -> list[Piece]:
     """The last piece of each prefill. ``asked``: prompts, each with what is wanted of it."""
     service.check_open()
@@ -71,6 +71,8 @@ async def _ended(service: Service, body: Scored, request: Request,
         watching.cancel()
         for answer in answers:
             service.link.close(answer)
+    versions = {piece.weight_version for piece in ended}
+    response.headers["X-Weight-Version"] = ",".join(map(str, sorted(versions)))  # an update may have come in between
     note(request, model=body.model, **_usage(ended))
     return ended
 

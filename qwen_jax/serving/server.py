@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -13,6 +13,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from prometheus_client.registry import Collector
 
 from qwen_jax.errors import UserError
 from qwen_jax.serving.admin import create_admin_app
@@ -22,8 +23,10 @@ from qwen_jax.serving.link import EngineLink, Link
 from qwen_jax.serving.observe import Observer, log_access
 from qwen_jax.serving.service import Service
 from qwen_jax.serving.tracing import tracer
+from qwen_jax.serving.web import Inner
 
 logger = logging.getLogger(__name__)
+Extend = Callable[[Service], tuple[Inner, Sequence[Collector]]]
 
 
 @dataclass(frozen=True)
@@ -116,11 +119,15 @@ def engine_link(model: str, engine: Mapping[str, Any], options: ServerOptions,
     return EngineLink(model, engine, options.max_requests, process, environment, **extra)
 
 
-async def serve(link: Link, model: str, options: ServerOptions) -> int:
-    """Until a signal, or until the engine has stopped; an exit code. UserError when the engine refuses its options."""
+async def serve(link: Link, model: str, options: ServerOptions, extend: Extend | None = None) -> int:
+    """Until a signal, or until the engine has stopped; an exit code. UserError when the engine refuses its options.
+
+    extend: makes of the service what `create_app` takes as ``inner`` and ``collectors``.
+    """
     observers = [log_access, *([tracer(options.otlp_endpoint)] if options.otlp_endpoint else [])]
-    service = Service(link, options.name or model, options.stall_seconds, options.log_prompts)
-    app = create_app(service, observers, options.keys, options.body_bytes)
+    service = Service(link, model, options.name or model, options.stall_seconds, options.log_prompts)
+    more = extend(service) if extend else (None, ())
+    app = create_app(service, observers, options.keys, options.body_bytes, *more)
     server = _Server(_config(app, options.host, options.port), service, options.drain_seconds)
     await link.start()
     serving = asyncio.create_task(server.serve())

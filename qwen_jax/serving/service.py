@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
+from pathlib import Path
 from typing import Any
 
 from fastapi import Request
@@ -15,13 +17,17 @@ from qwen_jax.serving.protocol import Body
 class Service:
     """
     Attributes:
-      draining: takes no new requests; adapters: names that may be asked for as models, beside ``model``.
+      draining: takes no new requests; adapters: what may be asked for as models, beside ``model``, and which contents
+        they have.
+      weights: which contents new requests run with; weight_version: the engine's number for them.
     """
 
-    def __init__(self, link: Link, model: str, stall_seconds: float, log_prompts: bool = False) -> None:
+    def __init__(self, link: Link, path: str, model: str, stall_seconds: float, log_prompts: bool = False) -> None:
         self.link, self.model, self._stall_seconds, self._log_prompts = link, model, stall_seconds, log_prompts
         self.draining = False
         self.adapters: dict[str, str] = {}
+        self.weights, self.weight_version = contents_of(path), 0
+        self._before = self.weights
 
     def check_open(self) -> None:
         if self.draining:
@@ -55,6 +61,22 @@ class Service:
         self.check_health()
         self.check_open()
 
+    async def update_weights(self, source: str, *others: Any) -> dict[str, Any]:
+        """Has the engine go on with other weights; UserError when it refuses them."""
+        contents = contents_of(source)
+        found = await self.link.call("update_weights", source, *others, patient=True)
+        self._now_with(contents, found["version"])
+        return found
+
+    async def rollback(self) -> dict[str, Any]:
+        """Has the engine go back to the weights before."""
+        found = await self.link.call("rollback")
+        self._now_with(self._before, found["version"])
+        return found
+
+    def _now_with(self, contents: str, version: int) -> None:
+        self._before, self.weights, self.weight_version = self.weights, contents, version
+
     def note_prompt(self, request: Request, prompt: Any) -> None:
         """For the log, where that is wanted."""
         if self._log_prompts:
@@ -65,3 +87,14 @@ class Service:
         return self.link.generate({"prompt": prompt, "params": params, "adapter": self.adapter(body.model),
                                    "priority": body.priority, "timeout": body.timeout, "stream": bool(body.stream),
                                    "arrived": time.monotonic(), **more}, params.get("n", 1))
+
+
+def contents_of(ref: str) -> str:
+    """What tells apart the contents that a folder has had: its path, and its files' sizes and times. Other references
+    stand for themselves."""
+    folder = Path(ref)
+    if not folder.is_dir():
+        return ref
+    files = sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in folder.rglob("*")
+                   if file.is_file())
+    return hashlib.blake2b(repr((str(folder.resolve()), files)).encode(), digest_size=16).hexdigest()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Request
@@ -20,9 +21,16 @@ ERRORS = {status: {"description": "An error object."}
           for status in (400, 401, 404, 405, 408, 409, 413, 429, 431, 500, 503)}
 
 
-def new_app(title: str, observers: Sequence[Observer], keys: Sequence[bytes], body_bytes: int) -> FastAPI:
-    """Whose errors are OpenAI's objects. keys: of which a request has to have one; none for everybody."""
+Inner = Callable[[Any], Any]  # an ASGI application around another one
+
+
+def new_app(title: str, observers: Sequence[Observer], keys: Sequence[bytes], body_bytes: int,
+            inner: Inner | None = None) -> FastAPI:
+    """Whose errors are OpenAI's objects. keys: of which a request has to have one; none for everybody. inner: see
+    `create_app`."""
     app = FastAPI(title=title, version=VERSION, responses=ERRORS, docs_url=None, redoc_url=None)
+    if inner:
+        app.add_middleware(inner)
     app.add_middleware(Limits, keys=keys, body_bytes=body_bytes)
     app.add_middleware(Observed, observers=observers)  # the last is the outermost
     app.add_exception_handler(ApiError, _api_error)

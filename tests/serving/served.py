@@ -8,7 +8,8 @@ from qwen_jax.checkpoint.source import SHIPPED
 PAGE_BYTES = 262_144  # of the bundled model in float32
 # One page less than a sequence may have, so that a request can be larger than the whole cache.
 SIZES = ("--max-seq-len", "1024", "--max-batch-size", "8", "--max-requests", "16", "--dtype", "float32",
-         "--max-adapters", "2", "--kv-cache-bytes", str(15 * PAGE_BYTES), "--served-model-name", "bundled")
+         "--max-adapters", "2", "--kv-cache-bytes", str(15 * PAGE_BYTES), "--served-model-name", "bundled",
+         "--response-cache-mb", "0")
 # Tools as Qwen2.5's own template has them; without any, it says what the bundled one says.
 TEMPLATE = """\
 {%- if tools %}{{ '<|im_start|>system\\n# Tools\\n<tools>' }}

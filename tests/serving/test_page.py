@@ -18,6 +18,7 @@ def browser():
     if not CHROMIUM.exists():
         said = f"the page is tested in Chromium, and there is no {CHROMIUM}: apt-get install chromium"
         pytest.fail(said) if os.environ.get("QWEN_JAX_CI") else pytest.skip(said)
+    expect.set_options(timeout=20_000)
     with sync_playwright() as playwright:
         yield (chromium := playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET))
         chromium.close()
@@ -89,8 +90,9 @@ def test_an_answer_is_the_apis_own(page, server):
     assert sent(page, "/chat/completions")[1]["messages"] == [
         {"role": "system", "content": "be brief"}, *HELLO["messages"], {"role": "assistant", "content": text},
         {"role": "user", "content": "more"}]
-    page.wait_for_timeout(1200)  # the next figures
-    assert generated_tokens(page) >= tokens + 2 * usage["completion_tokens"]
+    now = server.wait_until_free()["generated_tokens"]
+    assert now > tokens + 2 * usage["completion_tokens"]
+    expect(fact(page, "Tokens")).to_contain_text(f" {now:,} generated")
     expect(page.locator("#buckets tr", has_text="decode/full_attention")).not_to_have_count(0)
     assert re.match(r"stop \d|length \d", fact(page, "Answers").text_content())
     page.get_by_role("button", name="Clear").click()
@@ -201,7 +203,8 @@ def test_figures_come_from_metrics(page, server):
             "kv_cache_usage_perc": 0.25, "kv_cache_pages_total": 40, "kv_cache_unused_slots_ratio": 0.125,
             "prefix_cache_queries_total": 64, "prefix_cache_hits_total": 48, "compiles_after_warmup": 1,
             'steps_total{bucket="decode 8x1"}': 20, 'step_rows_total{bucket="decode 8x1"}': 50,
-            'step_seconds_total{bucket="decode 8x1"}': 3, 'steps_total{bucket="never"}': 0}
+            'step_seconds_total{bucket="decode 8x1"}': 3, 'steps_total{bucket="never"}': 0,
+            'step_rows_total{bucket="never"}': 0, 'step_seconds_total{bucket="never"}': 0}
     name = "time_to_first_token_seconds_bucket"
     ages = [{**made, **{f'{name}{{le="{le}"}}': 7 + share * age for le, share in (("0.1", 0), ("0.2", 50), ("0.3", 100),
                                                                                   ("+Inf", 100))}} for age in (0, 1)]
@@ -218,11 +221,13 @@ def test_figures_come_from_metrics(page, server):
     expect(page.locator("#pages")).to_have_text("10 of 40, 13 % of slots unused")
     tiles = dict(zip(page.locator("#tiles dt").all_text_contents(), page.locator("#tiles dd").all_text_contents()))
     assert (tiles["Running"], tiles["Waiting"], tiles["Prefix-cache hits"]) == ("3", "2", "75 %")
-    assert 200 <= int(tiles["Generated tokens/s"]) <= 700  # 600 in a second or more, of at most three
+    shown, seconds = page.evaluate("""() => [$("tiles").children[3].lastChild.textContent,
+                                             samples.at(-1).at - before(samples.at(-1), 3).at]""")
+    assert seconds > 3.5 or shown == f"{600 / seconds:,.0f}"
     assert page.locator("#buckets td").all_text_contents() == ["decode 8x1", "20", "2.5", "150.0", "100 %"]
     expect(fact(page, "Compiles after warm-up")).to_have_class("bad")
     paths = page.locator("#sparks path").evaluate_all("all => all.map(path => path.getAttribute('d'))")
-    assert re.fullmatch(r"M[\d.]+,2h.01L120,2", paths[2]) and "NaN" not in "".join(filter(None, paths))
+    assert re.fullmatch(r"M[\d.]+,2h.01(L[\d.]+,2)+", paths[2]) and "NaN" not in "".join(filter(None, paths))
 
 
 def test_nothing_is_asked_while_nobody_looks(page, server):
@@ -233,14 +238,19 @@ def test_nothing_is_asked_while_nobody_looks(page, server):
     page.wait_for_timeout(1300)
     assert len(page.asked) == asked
     see(page, hidden=False)
-    page.wait_for_timeout(1300)
-    assert 2 <= sum(request.url.endswith("/metrics") for request in page.asked[asked:]) <= 3
+    page.wait_for_timeout(200)
+    asked = len(page.asked)
+    see(page, hidden=True)
+    see(page, hidden=False)
+    page.wait_for_timeout(2000)
+    assert 1 <= sum(request.url.endswith("/metrics") for request in page.asked[asked:]) <= 3  # not twice a second
 
 
 def test_state_and_width(page, server):
     page.set_viewport_size({"width": 390, "height": 844})
     opened(page, server)
-    assert page.evaluate("() => document.documentElement.scrollWidth") <= 390
+    assert page.locator("body *").evaluate_all(
+        "all => all.filter(one => one.getBoundingClientRect().right > 390).map(one => one.outerHTML)") == []
     refusal = {"error": {"message": "the server is draining", "type": "x"}}
     page.route("**/ready", lambda route: route.fulfill(status=503, json=refusal))
     expect(page.locator("#state")).to_have_text("not ready")

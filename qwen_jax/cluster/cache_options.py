@@ -1,0 +1,49 @@
+"""A server's response cache, from what its command line says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from qwen_jax.cluster.cached import Cached
+from qwen_jax.cluster.redis_store import RedisStore
+from qwen_jax.cluster.response_cache import ResponseCache
+from qwen_jax.serving.server import Extend
+from qwen_jax.serving.service import Service
+
+
+def with_cache(megabytes: float, seconds: float, redis_url: str | None, identity: Any) -> Extend:
+    """
+    Args:
+      megabytes, seconds: how much is kept in the process, and how long. redis_url: of a second level; None for none.
+      identity: what beside the weights decides answers, such as their element type.
+    """
+    redis = RedisStore(redis_url) if redis_url else None
+    cache = ResponseCache(int(megabytes * 1e6), seconds, redis)
+    return lambda service: (partial(_cached, service, cache, identity), (CacheMetrics(cache),))
+
+
+def _cached(service: Service, cache: ResponseCache, identity: Any, app: Any) -> Cached:
+    return Cached(app, service, cache, identity)
+
+
+class CacheMetrics(Collector):
+    def __init__(self, cache: ResponseCache) -> None:
+        self._cache = cache
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._cache.stats()
+        lookups = CounterMetricFamily("qwen_jax_response_cache_requests", "By what became of them.", labels=["result"])
+        for result, count in (("local", stats.hits_local), ("redis", stats.hits_redis), ("shared", stats.shared),
+                              ("miss", stats.misses)):
+            lookups.add_metric([result], count)
+        yield lookups
+        yield CounterMetricFamily("qwen_jax_response_cache_errors", "Lookups to which Redis gave no answer in time.",
+                                  value=stats.errors)
+        yield CounterMetricFamily("qwen_jax_response_cache_garbage", "What Redis held and did not verify.",
+                                  value=stats.garbage)
+        yield GaugeMetricFamily("qwen_jax_response_cache_bytes", "Held in the process.", value=stats.bytes)
