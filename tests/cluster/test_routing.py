@@ -120,7 +120,7 @@ def test_what_was_sent_counts_before_the_next_report():
         assert abs(views[0].queued - views[1].queued) <= 1
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: getattr(policy, "__name__", type(policy).__name__))
 def test_nobody_is_sent_to_who_does_not_accept(policy):
     views = [ReplicaView(str(number), queued=number, accepting=number in (1, 4), prefix=frozenset(PROMPT))
              for number in range(6)]
