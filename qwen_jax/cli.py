@@ -98,6 +98,8 @@ def _serve(args: argparse.Namespace) -> int:
     import asyncio
 
     try:
+        from qwen_jax.cluster.extension import extension
+        from qwen_jax.cluster.trial import TrialLink
         from qwen_jax.serving.limits import read_keys
         from qwen_jax.serving.logs import set_up_logging
         from qwen_jax.serving.server import ServerOptions, engine_link, serve
@@ -121,12 +123,9 @@ def _serve(args: argparse.Namespace) -> int:
         each = environments(args.replicas, args.tp_size)
         link = Balancer([lambda environment=one: engine_link(args.model, engine, options, environment) for one in each],
                         args.max_requests)
-    extend = None
-    if args.response_cache_mb or args.redis_url:
-        from qwen_jax.cluster.cache_options import with_cache
-
-        computed = {name: engine[name] for name in ("dtype", "fp8_enabled", "max_seq_len")}
-        extend = with_cache(args.response_cache_mb, args.response_cache_seconds, args.redis_url, computed)
+    link = TrialLink(link)
+    computed = {name: engine[name] for name in ("dtype", "fp8_enabled", "max_seq_len")}
+    extend = extension(link, args.response_cache_mb, args.response_cache_seconds, args.redis_url, computed)
     return asyncio.run(serve(link, args.model, options, extend))
 
 

@@ -33,7 +33,7 @@ class Cached:
 
     async def __call__(self, scope, receive, send) -> None:
         kind = KINDS.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
-        if kind is None or self._service.draining:
+        if kind is None or self._service.draining or self._service.varies() is None:
             await self._app(scope, receive, send)
             return
         body = await _whole(receive)
@@ -74,13 +74,16 @@ class Cached:
             for name in IRRELEVANT:
                 options.pop(name, None)
             tenant = hashlib.blake2b(headers.get(b"authorization", b""), digest_size=16).hexdigest()
-            return key_of(kind=kind, model=self._service.model, weight_version=[self._identity, self._service.weights],
+            return key_of(kind=kind, model=self._service.model, weight_version=self._version(),
                           adapter=adapter, prompt=None, options=options, tenant=tenant)
         except (msgspec.DecodeError, UserError, KeyError, TypeError, RecursionError):
             return None  # the route says what is wrong
 
+    def _version(self) -> list[Any]:
+        return [self._identity, self._service.weights, self._service.varies()]
+
     async def _computed(self, scope: dict[str, Any], body: bytes) -> bytes:
-        version, weights = self._service.weight_version, self._service.weights
+        number, version = self._service.weight_version, self._version()
         status, headers, parts = 0, [], []
 
         async def keep(message) -> None:
@@ -93,7 +96,7 @@ class Cached:
         await self._app(scope, _again(body, _never), keep)
         found = dict(headers)
         value = msgspec.msgpack.encode((status, list(map(list, headers)), b"".join(parts)))
-        same = found.get(b"x-weight-version") == str(version).encode() and weights == self._service.weights
+        same = found.get(b"x-weight-version") == str(number).encode() and version == self._version()
         return value if status == 200 and same else Unshared(value)
 
 

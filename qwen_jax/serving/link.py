@@ -30,10 +30,12 @@ class Answer:
     Attributes:
       number: by which its engine knows it. open: how many of its answers have not ended.
       begun: whether there has been a piece of it.
+      watcher: told of each piece, and with None when there will be no more.
     """
 
     def __init__(self, answers: int) -> None:
         self.number, self.open, self.begun = 0, answers, False
+        self.watcher: Callable[[Piece | None], None] | None = None
         self._pieces: list[Piece] = []
         self._failure: ApiError | None = None
         self._waiting: asyncio.Future | None = None
@@ -41,10 +43,14 @@ class Answer:
     def put(self, piece: Piece) -> None:
         self._pieces.append(piece)
         self.begun = True
+        if self.watcher:
+            self.watcher(piece)
         self._wake()
 
     def fail(self, error: ApiError) -> None:
         self._failure = self._failure or error
+        if self.watcher:
+            self.watcher(None)
         self._wake()
 
     @property

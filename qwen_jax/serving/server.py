@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from prometheus_client.registry import Collector
 
 from qwen_jax.errors import UserError
@@ -26,7 +26,18 @@ from qwen_jax.serving.tracing import tracer
 from qwen_jax.serving.web import Inner
 
 logger = logging.getLogger(__name__)
-Extend = Callable[[Service], tuple[Inner, Sequence[Collector]]]
+
+
+@dataclass(frozen=True)
+class Extension:
+    """What is added to a server from outside: see `create_app`; admin: routes of the admin port."""
+
+    inner: Inner | None = None
+    collectors: Sequence[Collector] = ()
+    admin: Sequence[APIRouter] = ()
+
+
+Extend = Callable[[Service], Extension]
 
 
 @dataclass(frozen=True)
@@ -92,7 +103,8 @@ def _config(app: FastAPI, host: str, port: int) -> uvicorn.Config:
 
 
 @asynccontextmanager
-async def _admin(service: Service, observers: Sequence[Observer], options: ServerOptions) -> AsyncIterator[None]:
+async def _admin(service: Service, observers: Sequence[Observer], options: ServerOptions,
+                 routers: Sequence[APIRouter]) -> AsyncIterator[None]:
     """The port for other weights, if there is to be one."""
     if options.admin_port is None:
         yield
@@ -100,6 +112,8 @@ async def _admin(service: Service, observers: Sequence[Observer], options: Serve
     if not options.admin_keys:
         raise UserError("an admin port needs keys: --admin-keys FILE, or QWEN_JAX_ADMIN_KEYS")
     app = create_admin_app(service, observers, options.admin_keys)
+    for router in routers:
+        app.include_router(router)
     server = uvicorn.Server(_config(app, options.admin_host, options.admin_port))
     server.capture_signals = nullcontext  # the public server's are enough
     serving = asyncio.create_task(server.serve())
@@ -122,17 +136,17 @@ def engine_link(model: str, engine: Mapping[str, Any], options: ServerOptions,
 async def serve(link: Link, model: str, options: ServerOptions, extend: Extend | None = None) -> int:
     """Until a signal, or until the engine has stopped; an exit code. UserError when the engine refuses its options.
 
-    extend: makes of the service what `create_app` takes as ``inner`` and ``collectors``.
+    extend: makes of the service what is to be added to it.
     """
     observers = [log_access, *([tracer(options.otlp_endpoint)] if options.otlp_endpoint else [])]
     service = Service(link, model, options.name or model, options.stall_seconds, options.log_prompts)
-    more = extend(service) if extend else (None, ())
-    app = create_app(service, observers, options.keys, options.body_bytes, *more)
+    more = extend(service) if extend else Extension()
+    app = create_app(service, observers, options.keys, options.body_bytes, more.inner, more.collectors)
     server = _Server(_config(app, options.host, options.port), service, options.drain_seconds)
     await link.start()
     serving = asyncio.create_task(server.serve())
     ended = asyncio.create_task(link.ended.wait())
-    async with _admin(service, observers, options):
+    async with _admin(service, observers, options, more.admin):
         await asyncio.wait((serving, ended), return_when=asyncio.FIRST_COMPLETED)
         if not serving.done():
             await asyncio.sleep(0.5)  # those who wait are told why

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ class Service:
       draining: takes no new requests; adapters: what may be asked for as models, beside ``model``, and which contents
         they have.
       weights: which contents new requests run with; weight_version: the engine's number for them.
+      varies: what beside these decides answers; None while that differs from client to client.
     """
 
     def __init__(self, link: Link, path: str, model: str, stall_seconds: float, log_prompts: bool = False) -> None:
@@ -28,6 +30,7 @@ class Service:
         self.adapters: dict[str, str] = {}
         self.weights, self.weight_version = contents_of(path), 0
         self._before = self.weights
+        self.varies: Callable[[], str | None] = lambda: ""
 
     def check_open(self) -> None:
         if self.draining:
@@ -86,7 +89,8 @@ class Service:
         """Hands a request to the engine. ApiError when it cannot be. ``body``: a `Sampled` or a `Scored`."""
         return self.link.generate({"prompt": prompt, "params": params, "adapter": self.adapter(body.model),
                                    "priority": body.priority, "timeout": body.timeout, "stream": bool(body.stream),
-                                   "arrived": time.monotonic(), **more}, params.get("n", 1))
+                                   "arrived": time.monotonic(), "user": (body.model_extra or {}).get("user"),
+                                   **more}, params.get("n", 1))
 
 
 def contents_of(ref: str) -> str:

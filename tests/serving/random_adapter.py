@@ -10,9 +10,10 @@ from qwen_jax.checkpoint.adapters import save_adapter
 from qwen_jax.model.lora import LoraConfig, init_adapter
 
 
-def save_random_adapter(folder: Path, seed: int = 0) -> None:
+def save_random_adapter(folder: Path, seed: int = 0, scale: float = 0.3) -> None:
+    """scale: 0 for one that changes nothing."""
     config, lora = resolve("bundled").config, LoraConfig(4, 8.0, ("q_proj", "down_proj"))
     rng = np.random.default_rng(seed)
-    adapter = {key: jnp.asarray(0.3 * rng.normal(size=value.shape), jnp.float32)
+    adapter = {key: jnp.asarray(scale * rng.normal(size=value.shape), jnp.float32)
                for key, value in init_adapter(config, lora).items()}
     save_adapter(adapter, config, lora, folder)

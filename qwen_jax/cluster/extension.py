@@ -1,4 +1,4 @@
-"""A server's response cache, from what its command line says."""
+"""What is added to a server here: trials of adapters, and the response cache that its command line asks for."""
 
 from __future__ import annotations
 
@@ -12,19 +12,30 @@ from prometheus_client.registry import Collector
 from qwen_jax.cluster.cached import Cached
 from qwen_jax.cluster.redis_store import RedisStore
 from qwen_jax.cluster.response_cache import ResponseCache
-from qwen_jax.serving.server import Extend
+from qwen_jax.cluster.trial import TrialLink, trial_routes
+from qwen_jax.serving.server import Extend, Extension
 from qwen_jax.serving.service import Service
 
 
-def with_cache(megabytes: float, seconds: float, redis_url: str | None, identity: Any) -> Extend:
+def extension(link: TrialLink, megabytes: float, seconds: float, redis_url: str | None, identity: Any) -> Extend:
     """
     Args:
-      megabytes, seconds: how much is kept in the process, and how long. redis_url: of a second level; None for none.
+      link: the server's.
+      megabytes, seconds: how much the cache keeps in the process, and how long; no cache for 0 without Redis.
+      redis_url: of the cache's second level; None for none.
       identity: what beside the weights decides answers, such as their element type.
     """
     redis = RedisStore(redis_url) if redis_url else None
-    cache = ResponseCache(int(megabytes * 1e6), seconds, redis)
-    return lambda service: (partial(_cached, service, cache, identity), (CacheMetrics(cache),))
+    cache = ResponseCache(int(megabytes * 1e6), seconds, redis) if megabytes or redis else None
+
+    def extend(service: Service) -> Extension:
+        service.varies = lambda: None if link.running else link.everybody_has or ""
+        trials = (trial_routes(service, link),)
+        if cache is None:
+            return Extension(admin=trials)
+        return Extension(partial(_cached, service, cache, identity), (CacheMetrics(cache),), trials)
+
+    return extend
 
 
 def _cached(service: Service, cache: ResponseCache, identity: Any, app: Any) -> Cached:

@@ -1,0 +1,91 @@
+"""Adapters on trial in a live server."""
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+from live import Live, free_port
+from random_adapter import save_random_adapter
+from served import SIZES
+
+ASK = {"model": "bundled", "prompt": "hello", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+
+
+@pytest.fixture
+def pair(executable_cache, tmp_path):
+    """A server with an adapter that changes nothing and one that changes everything, and its admin port."""
+    keys = tmp_path / "keys"
+    keys.write_text("admin")
+    port = free_port()
+    server = Live(*SIZES, "--admin-port", str(port), "--admin-keys", str(keys), "--response-cache-mb", "8")
+    for name, scale in (("same", 0.0), ("other", 0.3)):
+        save_random_adapter(tmp_path / name, scale=scale)
+        loaded = server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(tmp_path / name)})
+        assert loaded.status_code == 200
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}/admin", timeout=60,
+                      headers={"Authorization": "Bearer admin"}) as admin:
+        yield server, admin
+    server.output()
+
+
+def asked(server, count, first=0):
+    """Requests of as many users."""
+    def ask(number):
+        return server.post("/v1/completions", {**ASK, "user": f"user {number}", "stream": number % 3 == 0})
+
+    with ThreadPoolExecutor(6) as threads:
+        assert {one.status_code for one in threads.map(ask, range(first, first + count))} == {200}
+
+
+def until(admin, state, server, most=40):
+    """How many requests it took."""
+    for turn in range(most):
+        found = admin.get("/canary").json()
+        if found["state"] == state:
+            return 12 * turn, found
+        asked(server, 12, first=100 * turn)
+        time.sleep(0.05)
+    raise AssertionError(found)
+
+
+def test_trials(pair):
+    server, admin = pair
+    text = {model: server.post("/v1/completions", {**ASK, "model": model}).json()["choices"][0]["text"]
+            for model in ("bundled", "same", "other")}
+    assert text["bundled"] == text["same"] != text["other"]
+    assert admin.get("/canary").json() == {"state": "none"}
+    assert admin.post("/canary", json={"adapter": "nobody"}).status_code == 404
+    for wrong in ({"weights": [0.5, 0.1]}, {"weights": [2]}, {"requests": 0}, {"shadowed": -1}, {"colour": 1}):
+        assert admin.post("/canary", json={"adapter": "same", **wrong}).status_code == 400
+
+    # One that answers otherwise is taken back, and nobody has noticed but those whose answers were its.
+    assert admin.post("/canary", json={"adapter": "other", "weights": [0.5, 1.0]}).status_code == 200
+    assert admin.post("/canary", json={"adapter": "same"}).status_code == 409
+    requests, found = until(admin, "taken back", server)
+    assert "otherwise" in found["why"] and found["requests"] <= 60 and requests > 0
+    assert server.post("/v1/completions", ASK).json()["choices"][0]["text"] == text["bundled"]
+
+    # One that is meant to: whoever gets it keeps it, and no answer of it comes from or goes into the cache.
+    assert admin.post("/canary", json={"adapter": "other", "weights": [0.5], "requests": 10**6, "shadowed": 0}
+                      ).status_code == 200
+    seen = []
+    for _ in range(2):
+        got = {user: server.post("/v1/completions", {**ASK, "user": user}) for user in map(str, range(12))}
+        assert all("x-cache" not in one.headers for one in got.values())
+        texts = {user: one.json()["choices"][0]["text"] for user, one in got.items()}
+        assert set(texts.values()) == {text["bundled"], text["other"]}
+        seen.append(texts)
+    assert seen[0] == seen[1]
+    named = server.post("/v1/completions", {**ASK, "model": "same", "user": "0"}).json()["choices"][0]["text"]
+    assert named == text["same"]  # who names an adapter is not part of it
+    assert admin.delete("/canary").json()["state"] == "running" and admin.get("/canary").json() == {"state": "none"}
+
+    # One that is the same goes through all its shares, and then everybody has it.
+    assert admin.post("/canary", json={"adapter": "same", "weights": [0.5, 1.0], "requests": 5}).status_code == 200
+    _, found = until(admin, "promoted", server, 80)
+    assert found["tests"]["disagreed"]["happened"] == 0 and found["tests"]["failed"]["happened"] == 0
+    answers = [server.post("/v1/completions", ASK) for _ in range(2)]
+    assert [one.headers["x-cache"] for one in answers] == ["miss", "hit"]
+    figures = server.wait_until_free()
+    assert figures["compiles_after_warmup"] == 0
+    assert server.post("/v1/unload_lora_adapter", {"lora_name": "other"}).status_code == 200
