@@ -17,7 +17,7 @@ from qwen_jax.engine.adapters import AdapterTable
 from qwen_jax.engine.deployment import Blueprint, Deployment
 from qwen_jax.engine.executables import default_cache_dir
 from qwen_jax.engine.hosts import Follower, Leader, connect
-from qwen_jax.engine.intake import EMBEDDING, Intake, Messages, Prompt, is_single
+from qwen_jax.engine.intake import EMBEDDING, FIRST_TOKEN, Intake, Messages, Prompt, is_single
 from qwen_jax.engine.leading import Following, LeadingAdapters, LeadingWeights, check_same
 from qwen_jax.engine.load_policy import LoadPolicy
 from qwen_jax.engine.loop import Loop
@@ -342,14 +342,21 @@ class Engine:
                  adapter: str | None = None) -> np.ndarray:
         """Probability of each label as the continuation of each prompt: float32 ``[B, len(labels)]``, rows sum to 1.
 
-        A label's weight is the product of its tokens' probabilities after the prompt; no text is generated.
+        A label's weight is the product of its tokens' probabilities after the prompt; no text is generated. Labels of
+        one token each take one pass over a prompt for all of them, others one for each.
         """
         if len(labels) < 2:
             raise UserError("classify needs at least two labels")
         prompts = [self.intake.tokens(prompt) for prompt in ([prompts] if is_single(prompts) else prompts)]
         endings = [self.intake.tokens(label) for label in labels]
-        scores = self.score([prompt for prompt in prompts for _ in endings], endings * len(prompts), adapter)
-        logits = np.array([score.logprob for score in scores], np.float64).reshape(len(prompts), len(labels))
+        logits = np.full((len(prompts), len(labels)), np.nan)
+        if all(len(ending) == 1 for ending in endings):
+            for row, output in enumerate(self.generate(prompts, FIRST_TOKEN, adapter)):
+                likely = output.logprobs[0] if output.logprobs else {}
+                logits[row] = [likely.get(token, np.nan) for token, in endings]
+        rest = np.flatnonzero(np.isnan(logits).any(axis=1))  # a label is not among the likely tokens, or has several
+        scores = self.score([prompts[row] for row in rest for _ in endings], endings * len(rest), adapter)
+        logits[rest] = np.reshape([score.logprob for score in scores], (len(rest), len(labels)))
         weights = np.exp(logits - logits.max(axis=1, keepdims=True))
         return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 

@@ -16,13 +16,14 @@ from qwen_jax.engine import settings
 from qwen_jax.engine.adapters import AdapterTable
 from qwen_jax.engine.grammar import GrammarCompiler
 from qwen_jax.engine.request import Request
-from qwen_jax.engine.sampling_params import SamplingParams
+from qwen_jax.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from qwen_jax.engine.scheduler import Scheduler
 from qwen_jax.engine.sequence import Sequence as TokenSequence
 from qwen_jax.errors import UserError
 
 POOLINGS = "mean", "last"
 EMBEDDING = SamplingParams(max_tokens=1, temperature=0.0)  # the token that the step samples is nobody's
+FIRST_TOKEN = SamplingParams(max_tokens=1, temperature=0.0, logprobs=MAX_LOGPROBS)  # nor here: how likely others are is
 Messages = Sequence[Mapping[str, Any]]
 Prompt = str | Sequence[int]
 

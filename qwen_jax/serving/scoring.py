@@ -17,9 +17,21 @@ from qwen_jax.serving.replies import gone, note, unless
 from qwen_jax.serving.service import Service
 from qwen_jax.serving.wire import Piece
 
+KNOWN_LABELS = 1000
+FIRST_TOKEN = {"max_tokens": 1, "temperature": 0.0, "logprobs": 20}
+
 
 def scoring_routes(service: Service) -> APIRouter:
     routes = APIRouter()
+    single: dict[str, bool] = {}  # of labels that were asked for: whether it is one token
+
+    async def single_tokens(labels: Sequence[str]) -> bool:
+        for label in labels:
+            if label not in single:
+                if len(single) >= KNOWN_LABELS:
+                    single.clear()
+                single[label] = len(await service.link.call("tokenize", label)) == 1
+        return all(single[label] for label in labels)
 
     @routes.post("/score")
     async def score(body: ScoreRequest, request: Request, response: Response) -> Any:
@@ -31,14 +43,31 @@ def scoring_routes(service: Service) -> APIRouter:
 
     @routes.post("/classify")
     async def classify(body: ClassifyRequest, request: Request, response: Response) -> Any:
-        """Probability of each label as what follows each input; those of an input add up to 1."""
+        """Probability of each label as what follows each input; those of an input add up to 1.
+
+        Labels of one token each take one pass over an input for all of them, others one for each.
+        """
         inputs, labels = body.inputs(), body.labels
-        asked = [(prompt, {"continuation": label}) for prompt in inputs for label in labels]
-        ended = await _ended(service, body, request, response, asked)
+        service.check_open()
+        found: dict[int, list[float]] = {}  # log-probabilities of the labels, by input
+        ended: list[Piece] = []
+        if await single_tokens(labels):
+            asked = [(prompt, {"params": FIRST_TOKEN}) for prompt in inputs]
+            ended = await _ended(service, body, request, response, asked)
+            for index, piece in enumerate(ended):
+                likely = dict(piece.logprobs[0][2])
+                if all(label in likely for label in labels):
+                    found[index] = [likely[label] for label in labels]
+        rest = [index for index in range(len(inputs)) if index not in found]
+        if rest:
+            asked = [(inputs[index], {"continuation": label}) for index in rest for label in labels]
+            scored = await _ended(service, body, request, response, asked)
+            for at, index in enumerate(rest):
+                found[index] = [sum(piece.score) for piece in scored[at * len(labels):(at + 1) * len(labels)]]
+            ended += scored
         data = []
         for index in range(len(inputs)):
-            sums = [sum(piece.score) for piece in ended[index * len(labels):(index + 1) * len(labels)]]
-            weights = [math.exp(one - max(sums)) for one in sums]
+            weights = [math.exp(one - max(found[index])) for one in found[index]]
             probs = [weight / sum(weights) for weight in weights]
             data.append({"index": index, "label": labels[probs.index(max(probs))], "probs": probs})
         return {"object": "list", "model": body.model, "labels": labels, "data": data, "usage": _usage(ended)}
@@ -65,7 +94,7 @@ async def _ended(service: Service, body: Scored, request: Request, response: Res
     watching = asyncio.ensure_future(gone(request))
     try:
         for prompt, wanted in asked:
-            answers.append(service.start(body, prompt, {}, **wanted))
+            answers.append(service.start(body, prompt, **{"params": {}, **wanted}))
         ended = await unless(watching, _all_ended(answers))
     finally:
         watching.cancel()

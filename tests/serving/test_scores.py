@@ -31,6 +31,30 @@ def test_classifications(server, engine):
     assert server.post("/classify", {"model": "bundled", "input": "x", "labels": ["a"]}).status_code == 400
 
 
+def test_labels_of_one_token_take_one_pass(server, engine):
+    """And give what the product of probabilities gives, which the rest of the labels needs."""
+    inputs = ["amount 3 at noon"]
+    output, = engine.generate(inputs, SamplingParams(max_tokens=1, temperature=0.0, logprobs=20))
+    texts = {token: engine.tokenizer.decode([token]) for token in range(900)}
+    single = [token for token in texts if engine.intake.tokens(texts[token]) == [token]]
+    likely = [texts[token] for token in single if token in output.logprobs[0]]
+    rare = next(texts[token] for token in single if token not in output.logprobs[0])
+    assert len(likely) >= 2
+    for labels in (likely[:3], [*likely[:2], "maybe then"], [likely[0], rare]):
+        scores = engine.score([prompt for prompt in inputs for _ in labels], labels * len(inputs))
+        logits = np.reshape([one.logprob for one in scores], (len(inputs), -1))
+        wanted = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+        before = sum(engine.stats().finished.values())
+        np.testing.assert_allclose(engine.classify(inputs, labels), wanted, atol=1e-5)
+        passes = sum(engine.stats().finished.values()) - before
+        assert passes == len(inputs) if labels == likely[:3] else passes >= len(inputs) * len(labels)
+        before = sum(server.wait_until_free()["finished"].values())
+        got = server.post("/classify", {"model": "bundled", "input": inputs, "labels": labels})
+        np.testing.assert_allclose([one["probs"] for one in got.json()["data"]], wanted, atol=1e-4)
+        assert sum(server.wait_until_free()["finished"].values()) - before == passes
+        assert got.headers["x-weight-version"] == "0"
+
+
 def test_adapters_are_models(server, engine, tmp_path):
     save_random_adapter(tmp_path / "it")
     engine.load_adapter("it", tmp_path / "it")
