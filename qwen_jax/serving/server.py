@@ -109,8 +109,6 @@ async def _admin(service: Service, observers: Sequence[Observer], options: Serve
     if options.admin_port is None:
         yield
         return
-    if not options.admin_keys:
-        raise UserError("an admin port needs keys: --admin-keys FILE, or QWEN_JAX_ADMIN_KEYS")
     app = create_admin_app(service, observers, options.admin_keys)
     for router in routers:
         app.include_router(router)
@@ -138,6 +136,8 @@ async def serve(link: Link, model: str, options: ServerOptions, extend: Extend |
 
     extend: makes of the service what is to be added to it.
     """
+    if options.admin_port is not None and not options.admin_keys:
+        raise UserError("an admin port needs keys: --admin-keys FILE, or QWEN_JAX_ADMIN_KEYS")
     observers = [log_access, *([tracer(options.otlp_endpoint)] if options.otlp_endpoint else [])]
     service = Service(link, model, options.name or model, options.stall_seconds, options.log_prompts)
     more = extend(service) if extend else Extension()
