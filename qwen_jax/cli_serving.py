@@ -40,7 +40,7 @@ def serve(args: argparse.Namespace) -> int:
 
         makers = [partial(server.engine_link, args.model, engine, options, environment)
                   for environment in environments(args.replicas, args.tp_size)]
-        link = Balancer(makers, args.max_requests)
+        link = Balancer(makers, args.max_requests, args.stall_seconds)
     link = TrialLink(link)
     computed = {name: engine[name] for name in ("dtype", "fp8_enabled", "max_seq_len", "tp_size")}
     extend = extension(link, args.response_cache_mb, args.response_cache_seconds, args.redis_url, computed)

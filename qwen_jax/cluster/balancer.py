@@ -4,7 +4,8 @@ engine dies.
 It stands where a server has its one `EngineLink`. Requests go by `routing.choose`. What an engine has not begun can
 still move: by `rebalance_load` ten times a second, and to the others when it dies; a client notices nothing, and no
 answer is given twice, because an engine says itself which requests it has not begun. An answer of which pieces were
-sent is lost with its engine. Engines that died are started again.
+sent is lost with its engine, and so is a request at whose second engine the same happens: it may be what they die of.
+Engines that died are started again, and one that hangs is ended first.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qwen_jax.cluster.figures import merged_metrics, merged_stats
@@ -28,10 +29,20 @@ from qwen_jax.serving.link import Answer, EngineLink
 
 logger = logging.getLogger(__name__)
 REBALANCE_SECONDS = 0.1
+MOST_DEATHS = 2  # that a request may see
 BLOCK_BYTES, BYTES_PER_TOKEN = 256, 4  # of text: prompts are tokenised in the engines
 REMEMBERED_BLOCKS = 50_000  # of each engine
 RESTART_SECONDS = 1.0
 EVERYWHERE = frozenset(("load_adapter", "unload_adapter", "update_weights", "rollback"))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What was asked, the prompt's blocks, and how many engines have died of it, or with it."""
+
+    options: Mapping[str, Any]
+    blocks: tuple[bytes, ...]
+    deaths: int = 0
 
 
 @dataclass(eq=False)
@@ -40,14 +51,14 @@ class Member:
 
     Attributes:
       ready: it has what the others have: adapters, and weights that came later.
-      sent: its open requests, by answer: what was asked, and the prompt's blocks.
+      sent: its open requests, by answer.
     """
 
     name: str
     link: EngineLink
     ready: bool = True
     prefix: PrefixIndex = field(default_factory=lambda: PrefixIndex(REMEMBERED_BLOCKS))
-    sent: dict[Answer, tuple[Mapping[str, Any], tuple[bytes, ...]]] = field(default_factory=dict)
+    sent: dict[Answer, _Asked] = field(default_factory=dict)
 
     @property
     def alive(self) -> bool:
@@ -55,7 +66,7 @@ class Member:
 
     def view(self) -> ReplicaView:
         gauges = self.link.gauges
-        waiting = [blocks for answer, (_, blocks) in self.sent.items() if not answer.begun]
+        waiting = [asked.blocks for answer, asked in self.sent.items() if not answer.begun]
         queued = min(len(waiting), max(len(self.sent) - gauges.get("running", 0), 0))
         tokens = sum(map(len, waiting)) * BLOCK_BYTES // BYTES_PER_TOKEN
         usage = gauges["pages_used"] / gauges["pages_total"] if gauges.get("pages_total") else 0.0
@@ -67,10 +78,12 @@ class Balancer:
     Args:
       makers: of every engine, each making a link to a new one that is not yet started.
       max_requests: open at once, of all of them.
+      stall_seconds: without a step, with work, after which an engine is ended.
     """
 
-    def __init__(self, makers: Sequence[Callable[[], EngineLink]], max_requests: int, seed: int | None = None) -> None:
-        self._makers, self._max_requests = makers, max_requests
+    def __init__(self, makers: Sequence[Callable[[], EngineLink]], max_requests: int, stall_seconds: float = 60.0,
+                 seed: int | None = None) -> None:
+        self._makers, self._max_requests, self._stall_seconds = makers, max_requests, stall_seconds
         self._random = random.Random(seed)
         self._names = itertools.count()
         self.members = [Member(f"engine-{next(self._names)}", make()) for make in makers]
@@ -135,7 +148,7 @@ class Balancer:
             raise ApiError(429, f"{self.requests} requests are queued or running: try again later", retry_after=1)
         answer = Answer(answers)
         blocks = text_blocks(options["prompt"], options["adapter"])
-        self._send(self._choose(blocks), answer, options, blocks)
+        self._send(self._choose(blocks), answer, _Asked(options, blocks))
         return answer
 
     def close(self, answer: Answer) -> None:
@@ -182,16 +195,20 @@ class Balancer:
         name = choose([member.view() for member in self.members], blocks, self._random)
         return next(member for member in self.members if member.name == name)
 
-    def _send(self, member: Member, answer: Answer, options: Mapping[str, Any], blocks: tuple[bytes, ...]) -> None:
-        member.link.send(options, answer)
-        member.sent[answer] = options, blocks
-        member.prefix.add(blocks)
+    def _send(self, member: Member, answer: Answer, asked: _Asked) -> None:
+        member.link.send(asked.options, answer)
+        member.sent[answer] = asked
+        member.prefix.add(asked.blocks)
 
     async def _rebalance(self) -> None:
         moving: dict[Member, asyncio.Task] = {}  # an engine that does not answer holds up no other
         while True:
             await asyncio.sleep(REBALANCE_SECONDS)
             moving = {member: task for member, task in moving.items() if not task.done()}
+            for member in self.members:
+                if member.alive and member.link.silent_seconds() > self._stall_seconds:
+                    logger.error("%s makes no step: it is ended", member.name)
+                    member.link.process.kill()
             alive = [member for member in self.members if member.alive and member not in moving]
             waiting = [min(member.link.gauges.get("waiting", 0), len(member.sent)) for member in alive]
             for source, target, count in rebalance_load(waiting):
@@ -206,10 +223,11 @@ class Balancer:
         for answer in answers:
             if answer not in source.sent:  # its client has left
                 continue
-            better = not source.alive or worth_moving(source.view(), target.view(), source.sent[answer][1])
+            asked = source.sent[answer]
+            better = not source.alive or worth_moving(source.view(), target.view(), asked.blocks)
             to = target if better else source
-            asked = source.sent.pop(answer)
-            self._send(to if to.alive else self._choose(asked[1]), answer, *asked)
+            del source.sent[answer]
+            self._send(to if to.alive else self._choose(asked.blocks), answer, asked)
             self.moved += to is target
 
     # --- engines that die
@@ -223,7 +241,10 @@ class Balancer:
         asked = member.sent.pop(answer, None)
         if asked is None or answer.begun or not any(other.alive for other in self.members if other is not member):
             return False
-        self._send(self._choose(asked[1]), answer, *asked)
+        asked = replace(asked, deaths=asked.deaths + 1)
+        if asked.deaths >= MOST_DEATHS:
+            return False
+        self._send(self._choose(asked.blocks), answer, asked)
         return True
 
     async def _keep_alive(self, place: int) -> None:

@@ -2,19 +2,24 @@
 import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import faulty_worker
 import psutil
 import pytest
+from faulty_worker import DEVICE, FREEZE
 from live import Live, quick_environment
 from random_adapter import save_random_adapter
-from served import SIZES
+from served import PAGE_BYTES, SIZES
 
-from qwen_jax.cluster.balancer import Balancer, text_blocks
+from qwen_jax.cluster.balancer import Balancer, _Asked, text_blocks
 from qwen_jax.cluster.devices import environments
 from qwen_jax.errors import UserError
 from qwen_jax.serving.link import Answer, EngineLink, pieces
 
-ENGINE = {"dtype": "float32", "max_batch_size": 2, "max_seq_len": 256, "progress": False}
+# As `SIZES` has it: the same executables.
+ENGINE = {"dtype": "float32", "max_batch_size": 8, "max_seq_len": 1024, "max_adapters": 2,
+          "kv_cache_bytes": 15 * PAGE_BYTES, "progress": False}
 ASK = {"model": "bundled", "prompt": "hello", "max_tokens": 60, "temperature": 0, "ignore_eos": True}
 
 
@@ -46,7 +51,7 @@ def test_queues_even_out_and_every_request_is_answered_once(executable_cache):
             answers = []
             for number in range(40):
                 answers.append(Answer(1))
-                balancer._send(first, answers[-1], options(number), ())
+                balancer._send(first, answers[-1], _Asked(options(number), ()))
             texts = await asyncio.gather(*map(text_of, answers))
             for answer in answers:
                 balancer.close(answer)
@@ -116,6 +121,34 @@ def test_a_stream_that_had_begun_ends_with_an_error_and_others_go_on(pair):
     while pair.post("/v1/completions", ASK).status_code != 200:
         assert time.monotonic() < end and pair.process.poll() is None
         time.sleep(0.2)
+
+
+@pytest.mark.parametrize("poison", [DEVICE, FREEZE])
+def test_a_request_that_ends_engines_is_not_passed_on_for_ever(executable_cache, poison):
+    """It ends two of three, by an error or because they hang; the third answers, and others' requests are not lost."""
+    live = Live(*SIZES, "--replicas", "3", "--max-requests", "50", "--stall-seconds", "2",
+                worker=str(Path(faulty_worker.__file__)))
+    try:
+        while len(live.stats()["engine"]["engines"]) < 3:
+            time.sleep(0.1)
+        alone = live.post("/v1/completions", ASK).json()["choices"][0]["text"]
+        with ThreadPoolExecutor(12) as threads:
+            others = [threads.submit(live.post, "/v1/completions", ASK) for _ in range(9)]
+            poisoned = threads.submit(live.post, "/v1/completions", {**ASK, "prompt": poison})
+            assert poisoned.result().status_code == 503
+            answers = [one.result() for one in others]
+        right = [one for one in answers if one.status_code == 200]
+        # Who was with it on both engines has the same fate: nobody can tell them apart.
+        assert {one.status_code for one in answers} <= {200, 503} and len(right) >= 3
+        assert all(one.json()["choices"][0]["text"] == alone for one in right)
+        assert live.post("/v1/completions", ASK).json()["choices"][0]["text"] == alone
+        end = time.monotonic() + 120
+        while len(live.stats()["engine"]["engines"]) < 3:
+            assert time.monotonic() < end
+            time.sleep(0.2)
+        live.wait_until_free()
+    finally:
+        live.output()
 
 
 def test_blocks_of_text():
