@@ -82,12 +82,13 @@ def test_the_last_checkpoints_are_kept(tmp_path):
 
 
 KILLED = """
-import sys
+import sys, time
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from tests.training.test_loop import batch_of, go
 print("ready", flush=True)
-go(Path(sys.argv[2]), steps=30, checkpoint_every=1)
+# 30 steps take longer than two of the times after which it is killed, however fast the machine is.
+go(Path(sys.argv[2]), lambda step: time.sleep(0.1) or batch_of(step), steps=30, checkpoint_every=1)
 """
 
 
