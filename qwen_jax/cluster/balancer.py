@@ -91,7 +91,6 @@ class Balancer:
         self.ended = asyncio.Event()
         self.refused: str | None = None
         self.moved = 0  # requests, while they waited
-        self.restarts = 0
         self._adapters: dict[str, str] = {}
         self._updates: tuple[tuple, tuple] = (), ()  # what made the current weights, and those before; () for the first
 
@@ -260,7 +259,6 @@ class Balancer:
             logger.error("%s has ended: %s", member.name, member.link.failure)
             await member.link.stop()
             await asyncio.sleep(RESTART_SECONDS)
-            self.restarts += 1
             self.members[place] = new = Member(f"engine-{next(self._names)}", self._makers[place](), ready=False)
             await self._start(new)
             try:

@@ -12,6 +12,7 @@ import msgspec
 
 from qwen_jax.cluster.response_cache import ResponseCache, Unshared, cacheable, key_of
 from qwen_jax.errors import UserError
+from qwen_jax.serving.replies import gone
 from qwen_jax.serving.service import Service
 
 KINDS = {"/v1/completions": "completion", "/v1/chat/completions": "chat", "/score": "score", "/classify": "classify",
@@ -48,7 +49,7 @@ class Cached:
             computed = True
             return await self._computed(scope, body)
 
-        watching = asyncio.ensure_future(_gone(receive))
+        watching = asyncio.ensure_future(gone(receive))
         asking = asyncio.ensure_future(self._cache.get_or_compute(key, compute))
         try:
             await asyncio.wait((watching, asking), return_when=asyncio.FIRST_COMPLETED)
@@ -124,11 +125,6 @@ def _again(body: bytes | None, after: Callable) -> Callable:
 
 async def _never():
     await asyncio.Event().wait()
-
-
-async def _gone(receive: Callable) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _send(send: Callable, value: bytes, how: bytes) -> None:

@@ -448,7 +448,7 @@ class Engine:
         """Counters since the engine was made."""
         figures, runner, runners = self.loop.figures, self.runner, self.deployment.runners
         schedulers = [replica.scheduler for one in self._prepared.values() for replica in one.replicas]
-        speculation, held = self.loop.speculation, (self.config, self.deployment.spread.dtype, self.precision)
+        speculation, spread = self.loop.speculation, self.deployment.spread
         buckets = []
         for bucket, usage in figures.usage.items() if runner.ready else ():
             programs = runner.programs(bucket)
@@ -475,7 +475,8 @@ class Engine:
             guard_trips=dict(sorted(figures.trips.items())), schedules=dict(figures.schedules),
             unused_slots=sum(one.unused_slots for one in schedulers),
             model_flops=figures.model_flops(self.config),
-            bytes_read=figures.bytes_read(weight_bytes_per_step(*held), kv_bytes_per_token(*held)),
+            bytes_read=figures.bytes_read(weight_bytes_per_step(self.config, spread.specs, self.precision),
+                                          kv_bytes_per_token(self.config, spread.dtype, self.precision)),
             device_seconds=figures.device_seconds, host_seconds=figures.host_seconds, buckets=tuple(buckets),
         )
 

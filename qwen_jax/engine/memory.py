@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
 from typing import Any
 
@@ -15,18 +16,21 @@ from qwen_jax.quantization import Precision
 
 def weight_bytes(config: ModelConfig, dtype: Any, precision: Precision) -> int:
     """Bytes of the parameters, scales of 8-bit ones included."""
-    return sum(_bytes_by_path(config, dtype, precision).values())
+    return sum(_bytes_by_path(abstract(config, dtype), precision).values())
 
 
-def weight_bytes_per_step(config: ModelConfig, dtype: Any, precision: Precision) -> int:
-    """Of them, those that a step reads: all, but of an embedding that is not the head too a few rows."""
-    each = _bytes_by_path(config, dtype, precision)
+def weight_bytes_per_step(config: ModelConfig, specs: Mapping[str, Any], precision: Precision) -> int:
+    """Of them, those that a step reads: all, but of an embedding that is not the head too a few rows.
+
+    specs: what ``model.abstract`` gives, which takes a second for a large model.
+    """
+    each = _bytes_by_path(specs, precision)
     return sum(each.values()) - (0 if config.tie_word_embeddings else each["embed.weight"])
 
 
-def _bytes_by_path(config: ModelConfig, dtype: Any, precision: Precision) -> dict[str, int]:
+def _bytes_by_path(specs: Mapping[str, Any], precision: Precision) -> dict[str, int]:
     found = {}
-    for path, spec in abstract(config, dtype).items():
+    for path, spec in specs.items():
         inputs = precision.inputs(path)
         found[path] = (prod(spec.shape) * spec.dtype.itemsize if inputs is None
                        else prod(spec.shape) + 4 * prod(spec.shape[:-inputs]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -23,7 +23,7 @@ DONE = b"data: [DONE]\n\n"
 async def answered(service: Service, body: Sampled, request: Request, reply: Reply,
                    answers: list[Answer]) -> Response:
     """The whole answer, or a stream of it, that begins once there is something: until then errors have their status."""
-    watching = asyncio.ensure_future(gone(request))
+    watching = asyncio.ensure_future(gone(request.receive))
     try:
         if not body.stream:
             await unless(watching, _collect(reply, answers))
@@ -116,9 +116,9 @@ async def _from(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes
             yield chunk
 
 
-async def gone(request: Request) -> None:
-    """Returns when the client has closed the connection."""
-    while (await request.receive())["type"] != "http.disconnect":
+async def gone(receive: Callable[[], Awaitable[Any]]) -> None:
+    """Returns when the client has closed the connection, of which ``receive`` is ASGI's."""
+    while (await receive())["type"] != "http.disconnect":
         pass
 
 

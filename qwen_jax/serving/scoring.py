@@ -91,7 +91,7 @@ async def _ended(service: Service, body: Scored, request: Request, response: Res
     service.check_open()
     body.check_fields()
     answers: list[Answer] = []
-    watching = asyncio.ensure_future(gone(request))
+    watching = asyncio.ensure_future(gone(request.receive))
     try:
         for prompt, wanted in asked:
             answers.append(service.start(body, prompt, **{"params": {}, **wanted}))
