@@ -11,18 +11,17 @@ Engines that died are started again, and one that hangs is ended first.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import itertools
-import json
 import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from qwen_jax.cluster.figures import merged_metrics, merged_stats
+from qwen_jax.cluster.members import Asked, Member, text_blocks
 from qwen_jax.cluster.rebalance import rebalance_load
-from qwen_jax.cluster.routing import PrefixIndex, ReplicaView, choose, worth_moving
+from qwen_jax.cluster.routing import choose, worth_moving
 from qwen_jax.errors import UserError
 from qwen_jax.serving.errors import ApiError
 from qwen_jax.serving.link import Answer, EngineLink
@@ -30,47 +29,8 @@ from qwen_jax.serving.link import Answer, EngineLink
 logger = logging.getLogger(__name__)
 REBALANCE_SECONDS = 0.1
 MOST_DEATHS = 2  # that a request may see
-BLOCK_BYTES, BYTES_PER_TOKEN = 256, 4  # of text: prompts are tokenised in the engines
-REMEMBERED_BLOCKS = 50_000  # of each engine
-RESTART_SECONDS = 1.0
+RESTART_SECONDS, LONGEST_RESTART_SECONDS = 1.0, 30.0  # before an engine is started again; doubled each time
 EVERYWHERE = frozenset(("load_adapter", "unload_adapter", "update_weights", "rollback"))
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """What was asked, the prompt's blocks, and how many engines have died of it, or with it."""
-
-    options: Mapping[str, Any]
-    blocks: tuple[bytes, ...]
-    deaths: int = 0
-
-
-@dataclass(eq=False)
-class Member:
-    """One engine.
-
-    Attributes:
-      ready: it has what the others have: adapters, and weights that came later.
-      sent: its open requests, by answer.
-    """
-
-    name: str
-    link: EngineLink
-    ready: bool = True
-    prefix: PrefixIndex = field(default_factory=lambda: PrefixIndex(REMEMBERED_BLOCKS))
-    sent: dict[Answer, _Asked] = field(default_factory=dict)
-
-    @property
-    def alive(self) -> bool:
-        return self.ready and self.link.failure is None and self.link.facts is not None
-
-    def view(self) -> ReplicaView:
-        gauges = self.link.gauges
-        waiting = [asked.blocks for answer, asked in self.sent.items() if not answer.begun]
-        queued = min(len(waiting), max(len(self.sent) - gauges.get("running", 0), 0))
-        tokens = sum(map(len, waiting)) * BLOCK_BYTES // BYTES_PER_TOKEN
-        usage = gauges["pages_used"] / gauges["pages_total"] if gauges.get("pages_total") else 0.0
-        return ReplicaView(self.name, tokens, queued, len(self.sent) - queued, usage, self.alive, self.prefix)
 
 
 class Balancer:
@@ -83,26 +43,28 @@ class Balancer:
 
     def __init__(self, makers: Sequence[Callable[[], EngineLink]], max_requests: int, stall_seconds: float = 60.0,
                  seed: int | None = None) -> None:
-        self._makers, self._max_requests, self._stall_seconds = makers, max_requests, stall_seconds
+        self._max_requests, self._stall_seconds = max_requests, stall_seconds
         self._random = random.Random(seed)
         self._names = itertools.count()
-        self.members = [Member(f"engine-{next(self._names)}", make()) for make in makers]
-        self._tasks: list[asyncio.Task] = []
+        self.members = [self._member(make) for make in makers]
+        self._rebalancing: asyncio.Task | None = None
         self.ended = asyncio.Event()
         self.refused: str | None = None
         self.moved = 0  # requests, while they waited
         self._adapters: dict[str, str] = {}
-        self._updates: tuple[tuple, tuple] = (), ()  # what made the current weights, and those before; () for the first
+        # What made the current weights, and those before; () for those that every engine begins with.
+        self._updates: tuple[tuple, tuple] = (), ()
 
     async def start(self) -> None:
-        for place, member in enumerate(self.members):
+        for member in self.members:
             await self._start(member)
-            self._tasks.append(asyncio.create_task(self._keep_alive(place)))
-        self._tasks.append(asyncio.create_task(self._rebalance()))
+            member.keeper = asyncio.create_task(self._keep_alive(member))
+        self._rebalancing = asyncio.create_task(self._rebalance())
 
     async def stop(self) -> int:
-        for task in self._tasks:
-            task.cancel()
+        for task in (self._rebalancing, *(member.keeper for member in self.members)):
+            if task:
+                task.cancel()
         codes = await asyncio.gather(*(member.link.stop() for member in self.members))
         return max(codes)
 
@@ -146,8 +108,8 @@ class Balancer:
         if self.requests >= self._max_requests:
             raise ApiError(429, f"{self.requests} requests are queued or running: try again later", retry_after=1)
         answer = Answer(answers)
-        blocks = text_blocks(options["prompt"], options["adapter"])
-        self._send(self._choose(blocks), answer, _Asked(options, blocks))
+        asked = Asked(options, text_blocks(options["prompt"], options["adapter"]))
+        self._send(self._choose(asked), answer, asked)
         return answer
 
     def close(self, answer: Answer) -> None:
@@ -167,15 +129,29 @@ class Balancer:
             return merge(dict(zip((member.name for member in alive), each, strict=True)))
         if name not in EVERYWHERE:
             return await alive[0].link.call(name, *arguments, patient=patient)
-        done: list[Member] = []
+        if any(member.on_trial for member in alive) and name in ("update_weights", "rollback"):
+            raise ApiError(409, "other weights are on trial: end that first, with DELETE /admin/canary")
+        return await self.tell_all(alive, name, *arguments)
+
+    async def tell_all(self, members: Sequence[Member], name: str, *arguments: Any) -> Any:
+        """Of each of these, and of those that come later; what one of them said. What has been done is undone when one
+        of them refuses."""
+        if name == "rollback" and self._updates == ((), ()):
+            raise UserError("there is no other version of the weights to go back to")
+        done: list[tuple[Member, bool]] = []
+        value = None
         try:
-            for member in alive:
-                value = await member.link.call(name, *arguments, patient=patient)
-                done.append(member)
+            for member in members:
+                had_previous = member.has_previous
+                value = await self._tell(member, name, arguments)
+                done.append((member, had_previous))
         except (UserError, ApiError):
-            undo = {"load_adapter": ("unload_adapter", arguments[:1]), "update_weights": ("rollback", ())}.get(name)
-            for member in done if undo else ():
-                await member.link.call(undo[0], *undo[1])
+            for member, had_previous in done:
+                if name == "load_adapter":
+                    await member.link.call("unload_adapter", arguments[0])
+                elif name in ("update_weights", "rollback"):
+                    await member.link.call("rollback")
+                    member.has_previous = had_previous and name == "rollback"
             raise
         match name:
             case "load_adapter":
@@ -188,13 +164,26 @@ class Balancer:
                 self._updates = self._updates[::-1]
         return value
 
+    async def _tell(self, member: Member, name: str, arguments: Sequence[Any]) -> Any:
+        if name == "rollback" and not member.has_previous:  # it came later, or tried others meanwhile
+            name, arguments = "update_weights", self._updates[1] or (member.link.model, "finish_old", None)
+        value = await member.link.call(name, *arguments, patient=name == "update_weights")
+        member.has_previous = member.has_previous or name == "update_weights"
+        return value
+
     # --- routing
 
-    def _choose(self, blocks: tuple[bytes, ...]) -> Member:
-        name = choose([member.view() for member in self.members], blocks, self._random)
-        return next(member for member in self.members if member.name == name)
+    def _choose(self, asked: Asked) -> Member:
+        """Of those that have the weights that are wanted, if one of them is alive. ApiError when none is at all."""
+        on_trial = bool(asked.options.get("on_trial"))
+        fitting = [member for member in self.members if member.alive and member.on_trial == on_trial]
+        fitting = fitting or [member for member in self.members if member.alive]
+        if not fitting:
+            raise ApiError(503, "no engine is ready", retry_after=5)
+        name = choose([member.view() for member in fitting], asked.blocks, self._random)
+        return next(member for member in fitting if member.name == name)
 
-    def _send(self, member: Member, answer: Answer, asked: _Asked) -> None:
+    def _send(self, member: Member, answer: Answer, asked: Asked) -> None:
         member.link.send(asked.options, answer)
         member.sent[answer] = asked
         member.prefix.add(asked.blocks)
@@ -207,14 +196,16 @@ class Balancer:
             for member in self.members:
                 if member.alive and member.link.silent_seconds() > self._stall_seconds:
                     logger.error("%s makes no step: it is ended", member.name)
-                    member.link.process.kill()
-            alive = [member for member in self.members if member.alive and member not in moving]
+                    member.link.kill()
+            alive = [member for member in self.members
+                     if member.alive and not member.on_trial and member not in moving]
             waiting = [min(member.link.gauges.get("waiting", 0), len(member.sent)) for member in alive]
             for source, target, count in rebalance_load(waiting):
                 if alive[source] not in moving:
                     moving[alive[source]] = asyncio.create_task(self._move(alive[source], alive[target], count))
 
-    async def _move(self, source: Member, target: Member, count: int) -> None:
+    async def _move(self, source: Member, target: Member | None, count: int) -> None:
+        """Of what ``source`` has not begun, as much to ``target`` as waits less there; to any other for None."""
         try:
             answers = await source.link.withdraw(count)
         except ApiError:  # it has died meanwhile, and its requests are elsewhere
@@ -222,14 +213,21 @@ class Balancer:
         for answer in answers:
             if answer not in source.sent:  # its client has left
                 continue
-            asked = source.sent[answer]
-            better = not source.alive or worth_moving(source.view(), target.view(), asked.blocks)
+            asked = source.sent.pop(answer)
+            better = target and (not source.alive or worth_moving(source.view(), target.view(), asked.blocks))
             to = target if better else source
-            del source.sent[answer]
-            self._send(to if to.alive else self._choose(asked.blocks), answer, asked)
-            self.moved += to is target
+            try:
+                to = to if to.alive and not to.on_trial else self._choose(asked)
+            except ApiError as error:
+                answer.fail(error)
+                continue
+            self._send(to, answer, asked)
+            self.moved += to is not source
 
     # --- engines that die
+
+    def _member(self, make: Callable[[], EngineLink], ready: bool = True) -> Member:
+        return Member(f"engine-{next(self._names)}", make, make(), ready)
 
     async def _start(self, member: Member) -> None:
         member.link.lost = lambda answer: self._lost(member, answer)
@@ -243,47 +241,77 @@ class Balancer:
         asked = replace(asked, deaths=asked.deaths + 1)
         if asked.deaths >= MOST_DEATHS:
             return False
-        self._send(self._choose(asked.blocks), answer, asked)
+        self._send(self._choose(asked), answer, asked)
         return True
 
-    async def _keep_alive(self, place: int) -> None:
-        """Starts an engine anew whenever it has ended; those that never get ready are given up."""
+    async def _keep_alive(self, member: Member) -> None:
+        """Starts an engine anew whenever it has ended; the first ones are given up if they never get ready, and any
+        that says why it cannot be."""
+        wait = RESTART_SECONDS
         while True:
-            member = self.members[place]
             await member.link.ended.wait()
-            if member.link.facts is None:
-                self.refused = self.refused or member.link.refused
-                if self.failure or self.refused:
+            self.refused = self.refused or member.link.refused
+            if member.link.refused or (member.link.facts is None and member.ready):
+                if self.failure:
                     self.ended.set()
                 return
             logger.error("%s has ended: %s", member.name, member.link.failure)
             await member.link.stop()
-            await asyncio.sleep(RESTART_SECONDS)
-            self.members[place] = new = Member(f"engine-{next(self._names)}", self._makers[place](), ready=False)
-            await self._start(new)
-            try:
-                await self._catch_up(new)
-            except (UserError, ApiError) as error:
-                logger.error("%s cannot be made like the others: %s", new.name, error)
-                new.link.process.kill()
+            await asyncio.sleep(wait)
+            wait = min(2 * wait, LONGEST_RESTART_SECONDS) if member.link.facts is None else RESTART_SECONDS
+            new = self._member(member.make, ready=False)
+            new.keeper, new.retiring = member.keeper, member.retiring
+            self.members[self.members.index(member)] = member = new
+            await self._start(member)
+            await self._catch_up(member)
 
     async def _catch_up(self, member: Member) -> None:
         """What the others were told since they started."""
         while member.link.facts is None and not member.link.ended.is_set():
             await asyncio.sleep(0.05)
-        if self._updates[0]:
-            await member.link.call("update_weights", *self._updates[0], patient=True)
-        for name, folder in self._adapters.items():
-            await member.link.call("load_adapter", name, folder)
-        member.ready = True
+        try:
+            if self._updates[0]:
+                await member.link.call("update_weights", *self._updates[0], patient=True)
+            for name, folder in self._adapters.items():
+                await member.link.call("load_adapter", name, folder)
+            member.ready = not member.retiring
+        except (UserError, ApiError) as error:
+            if not member.link.failure:
+                logger.error("%s cannot be made like the others: %s", member.name, error)
+            member.link.kill()
 
+    # --- more engines, or fewer
 
-def text_blocks(prompt: Any, adapter: str | None) -> tuple[bytes, ...]:
-    """Keys of a prompt's full blocks, as `routing.block_hashes` makes them of tokens: here of text, or of what stands
-    for it. The adapter decides what may be shared, too."""
-    text = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False, sort_keys=True)
-    content, before, keys = text.encode("utf-8", "replace"), repr(adapter).encode(), []
-    for start in range(0, len(content) - BLOCK_BYTES + 1, BLOCK_BYTES):
-        before = hashlib.blake2b(before + content[start:start + BLOCK_BYTES], digest_size=16).digest()
-        keys.append(before)
-    return tuple(keys)
+    async def add(self, make: Callable[[], EngineLink]) -> Member:
+        """Starts one more engine; it gets requests once it has what the others have."""
+        member = self._member(make, ready=False)
+        self.members.append(member)
+        await self._start(member)
+
+        async def keep() -> None:
+            await self._catch_up(member)
+            await self._keep_alive(member)
+
+        member.keeper = asyncio.create_task(keep())
+        return member
+
+    async def retire(self, member: Member, seconds: float) -> None:
+        """Ends an engine. What it has not begun goes to others at once, and what it has begun has ``seconds`` to end;
+        the rest gets 503."""
+        if not any(other.alive for other in self.members if other is not member) and member.alive:
+            raise UserError("the last engine cannot be ended while others are not there yet")
+        member.ready, member.retiring = False, True
+        await self.drain(member, seconds)
+        member.keeper.cancel()
+        self.members.remove(member)
+        for answer in list(member.sent):
+            answer.fail(ApiError(503, "the engine was ended before this answer had"))
+        await member.link.stop()
+
+    async def drain(self, member: Member, seconds: float) -> None:
+        """Until an engine that gets no new requests has none, or for so long."""
+        end = asyncio.get_running_loop().time() + seconds
+        while member.sent and not member.link.failure and asyncio.get_running_loop().time() < end:
+            if member.link.facts is not None and member.link.gauges.get("waiting"):
+                await self._move(member, None, len(member.sent))
+            await asyncio.sleep(0.05)

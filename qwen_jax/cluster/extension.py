@@ -10,30 +10,34 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from qwen_jax.cluster.cached import Cached
+from qwen_jax.cluster.fraud import fraud_routes
 from qwen_jax.cluster.redis_store import RedisStore
 from qwen_jax.cluster.response_cache import ResponseCache
-from qwen_jax.cluster.trial import TrialLink, trial_routes
+from qwen_jax.cluster.trial import TrialLink
+from qwen_jax.cluster.trial_routes import trial_routes
 from qwen_jax.serving.server import Extend, Extension
 from qwen_jax.serving.service import Service
 
 
-def extension(link: TrialLink, megabytes: float, seconds: float, redis_url: str | None, identity: Any) -> Extend:
+def extension(link: TrialLink, megabytes: float, seconds: float, redis_url: str | None, identity: Any,
+              fraud: bool = False) -> Extend:
     """
     Args:
       link: the server's.
       megabytes, seconds: how much the cache keeps in the process, and how long; no cache for 0 without Redis.
       redis_url: of the cache's second level; None for none.
       identity: what beside the weights decides answers, such as their element type.
+      fraud: with the routes that screen card payments.
     """
     redis = RedisStore(redis_url) if redis_url else None
     cache = ResponseCache(int(megabytes * 1e6), seconds, redis) if megabytes or redis else None
 
     def extend(service: Service) -> Extension:
         service.varies = lambda: None if link.running else link.everybody_has or ""
-        trials = (trial_routes(service, link),)
+        trials, routes = (trial_routes(service, link),), (fraud_routes(service),) if fraud else ()
         if cache is None:
-            return Extension(admin=trials)
-        return Extension(partial(_cached, service, cache, identity), (CacheMetrics(cache),), trials)
+            return Extension(admin=trials, public=routes)
+        return Extension(partial(_cached, service, cache, identity), (CacheMetrics(cache),), trials, routes)
 
     return extend
 

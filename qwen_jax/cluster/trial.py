@@ -1,37 +1,41 @@
-"""An adapter on trial in a running server: a share of the requests for the base model gets it, as `Canary` says."""
+"""An adapter, or other weights, on trial in a running server: a share of the requests for the base model gets them, as
+`Canary` says. Weights are first in one of several engines, and in the others once they are promoted."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
 import time
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter
-from pydantic import Field, StrictFloat, StrictInt, StrictStr
-
-from qwen_jax.cluster.canary import PROMOTED, RUNNING, Canary, CanaryOptions, Limit
+from qwen_jax.cluster.balancer import Balancer
+from qwen_jax.cluster.canary import PROMOTED, RUNNING, TAKEN_BACK, Canary, CanaryOptions
+from qwen_jax.cluster.fleet import begin_trial, end_trial
+from qwen_jax.errors import UserError
 from qwen_jax.serving.errors import ApiError
 from qwen_jax.serving.link import Answer, Link
-from qwen_jax.serving.protocol import Body
-from qwen_jax.serving.service import Service
 from qwen_jax.serving.wire import Piece
 
 logger = logging.getLogger(__name__)
-Share = Annotated[StrictFloat | StrictInt, Field(gt=0, le=1)]
 
 
 class TrialLink:
     """A link around another one. Requests that name an adapter are not part of a trial.
 
     Attributes:
-      canary: the trial, running or over; None before the first.
+      canary: the trial, running or over; None before the first. of_adapter: it is one of an adapter.
+      promoted: called with the weights that all engines have got.
     """
 
     def __init__(self, link: Link, seed: int | None = None) -> None:
         self._link, self._random = link, random.Random(seed)
         self.canary: Canary | None = None
+        self.of_adapter = True
+        self._weights: tuple[Any, ...] | None = None  # on trial, or to be; None where that is an adapter, or over
+        self._ending: asyncio.Task | None = None
+        self.promoted: Callable[[str], None] = lambda source: None
 
     def __getattr__(self, name: str) -> Any:
         """What is no request is the other link's."""
@@ -39,22 +43,68 @@ class TrialLink:
 
     @property
     def running(self) -> bool:
-        return self.canary is not None and self.canary.state == RUNNING
+        """Whether engines, or clients, may have different versions."""
+        return self._weights is not None or (self.canary is not None and self.canary.state == RUNNING)
 
     @property
     def everybody_has(self) -> str | None:
         """The adapter that was promoted: requests for the base model get it."""
-        return self.canary.name if self.canary and self.canary.state == PROMOTED else None
+        return self.canary.name if self.canary and self.canary.state == PROMOTED and self.of_adapter else None
+
+    @property
+    def on_trial(self) -> str:
+        return self._weights[0] if self._weights else self.canary.name
+
+    @property
+    def engines(self) -> int:
+        members = self._link.members if isinstance(self._link, Balancer) else ()
+        return max(sum(member.alive for member in members), 1)
+
+    def try_adapter(self, name: str, options: CanaryOptions) -> None:
+        self.canary, self.of_adapter = Canary(name, options), True
+
+    async def try_weights(self, update: tuple[Any, ...], options: CanaryOptions, drain_seconds: float) -> None:
+        """``update``: as for the worker's ``update_weights``. See `begin_trial`."""
+        if not isinstance(self._link, Balancer):
+            raise ApiError(409, "a trial of weights takes one engine of several: there is no second one")
+        if options.weights[-1] > 1 / self.engines:
+            raise ApiError(400, f"one of {self.engines} engines is to have them: shares of at most "
+                           f"{1 / self.engines:.3f}", param="weights")
+        self._weights, self.of_adapter = update, False
+        try:
+            await begin_trial(self._link, update, drain_seconds)
+        except BaseException:
+            self._weights = None
+            raise
+        self.canary = Canary(update[0], options)
+
+    async def end(self) -> None:
+        """Everybody gets the base model again; weights that were promoted stay."""
+        if self._weights is not None:
+            if self.canary is None or self.canary.name != self._weights[0]:
+                raise ApiError(409, f"{self._weights[0]} is being loaded for a trial: end that once it has begun")
+            if self.canary.state == RUNNING:
+                self.canary.state, self.canary.why = TAKEN_BACK, "it was ended"
+                self._end_of_weights()
+            await self._ending
+        self.canary = None
 
     def generate(self, options: Mapping[str, Any], answers: int) -> Answer:
         canary = self.canary
         if canary is None or options["adapter"] is not None or not canary.weight:
             return self._link.generate(options, answers)
+        if not self.of_adapter and canary.state != RUNNING:  # all engines have the same weights, or will have soon
+            return self._link.generate(options, answers)
+        if not self.of_adapter and not any(member.on_trial for member in self._link.members):
+            canary.state, canary.why = TAKEN_BACK, "the engine that had it has ended"
+            self._note_end(canary)
+            return self._link.generate(options, answers)
         if not canary.gets(options.get("user") or repr(options["prompt"])):
             answer = self._link.generate(options, answers)
             _Watched(answer, options, lambda old: old.failed or old.void or canary.old_answered(old.seconds))
             return answer
-        answer = self._link.generate({**options, "adapter": canary.name}, answers)
+        new = {"adapter": canary.name} if self.of_adapter else {"on_trial": True}
+        answer = self._link.generate({**options, **new}, answers)
         if canary.state == RUNNING:
             self._compare(canary, answer, options, answers)
         return answer
@@ -90,9 +140,30 @@ class TrialLink:
         if new.void:
             return
         canary.new_answered(new.seconds, new.failed, new.tokens != old.tokens if comparable else None)
-        if canary.state != RUNNING:
-            logger.warning("the trial of %s is over: %s%s", canary.name, canary.state,
-                           f", because {canary.why}" if canary.why else "")
+        if canary.state != RUNNING and canary is self.canary:
+            self._note_end(canary)
+
+    def _note_end(self, canary: Canary) -> None:
+        logger.warning("the trial of %s is over: %s%s", canary.name, canary.state,
+                       f", because {canary.why}" if canary.why else "")
+        if self._weights is not None:
+            self._end_of_weights()
+
+    def _end_of_weights(self) -> None:
+        if self._ending is None or self._ending.done():
+            self._ending = asyncio.create_task(self._finish(self.canary, self._weights))
+
+    async def _finish(self, canary: Canary, update: tuple[Any, ...]) -> None:
+        try:
+            await end_trial(self._link, update if canary.state == PROMOTED else None)
+            if canary.state == PROMOTED:
+                self.promoted(update[0])
+        except (UserError, ApiError) as error:
+            if canary.state == PROMOTED:
+                canary.state, canary.why = TAKEN_BACK, f"another engine could not have it: {error}"
+            logger.error("the trial of %s did not end as it should: %s", canary.name, error)
+        finally:
+            self._weights = None
 
 
 class _Watched:
@@ -124,65 +195,3 @@ class _Watched:
         if not self._left:
             self.seconds = time.monotonic() - self._arrived
             self._ended(self)
-
-
-class TrialRequest(Body):
-    """
-    Attributes:
-      adapter: a loaded one. weights, requests, shadowed: see `CanaryOptions`.
-      disagreement: share of answers from which on the new version is bad, for one that is meant to answer otherwise.
-    """
-
-    adapter: Annotated[StrictStr, Field(min_length=1)]
-    weights: list[Share] | None = None
-    requests: Annotated[StrictInt, Field(ge=1)] | None = None
-    shadowed: Annotated[StrictFloat | StrictInt, Field(ge=0, le=1)] | None = None
-    disagreement: Annotated[StrictFloat | StrictInt, Field(gt=0, lt=1)] | None = None
-
-    def options(self) -> CanaryOptions:
-        given: dict[str, Any] = {name: value for name in ("requests", "shadowed")
-                                 if (value := getattr(self, name)) is not None}
-        if self.weights is not None:
-            given["weights"] = tuple(self.weights)
-        if self.disagreement is not None:
-            given["disagreed"] = Limit(self.disagreement / 2, self.disagreement)
-        return CanaryOptions(**given)
-
-
-def trial_routes(service: Service, link: TrialLink) -> APIRouter:
-    """For the admin port."""
-    routes = APIRouter()
-
-    def state() -> dict[str, Any]:
-        canary = link.canary
-        if canary is None:
-            return {"state": "none"}
-        tests = {name: {"happened": test.happened, "of": test.seen, "verdict": test.verdict}
-                 for name, test in canary.tests.items()}
-        return {"state": canary.state, "adapter": canary.name, "weight": canary.weight, "requests": canary.total,
-                "why": canary.why, "tests": tests}
-
-    @routes.get("/admin/canary")
-    async def show() -> Any:
-        """How the trial goes, or how the last one went."""
-        return state()
-
-    @routes.post("/admin/canary")
-    async def begin(body: TrialRequest) -> Any:
-        """A share of the requests for the base model gets an adapter from now on."""
-        body.check_fields()
-        if link.running:
-            raise ApiError(409, f"{link.canary.name} is on trial: end that first, with DELETE")
-        if body.adapter not in service.adapters:
-            raise ApiError(404, f"no adapter named {body.adapter!r} is loaded", "model_not_found", "adapter")
-        link.canary = Canary(body.adapter, body.options())
-        return state()
-
-    @routes.delete("/admin/canary")
-    async def end() -> Any:
-        """Everybody gets the base model again, also after a promotion."""
-        found = state()
-        link.canary = None
-        return found
-
-    return routes

@@ -99,6 +99,7 @@ class EngineLink:
         this one's.
 
     Attributes:
+      model: as it was given.
       facts: what the engine is, once it is ready; None before.
       gauges: of its last step.
       failure: why there is no engine any more; None while there is.
@@ -109,6 +110,7 @@ class EngineLink:
                  process: Mapping[str, Any] = MappingProxyType({}),
                  environment: Mapping[str, str] = MappingProxyType({}),
                  command: Sequence[str] = (sys.executable, "-m", "qwen_jax.serving.worker")) -> None:
+        self.model = model
         self._first = model, options, dict(process)
         self._command, self._environment = command, {**os.environ, **environment}
         self._max_requests = max_requests
@@ -204,6 +206,10 @@ class EngineLink:
             raise ApiError(503, f"the engine has stopped: {self.failure}")
         if self.facts is None:
             raise ApiError(503, "the engine is not ready yet", retry_after=5)
+
+    def kill(self) -> None:
+        """Ends the process, whatever it is doing."""
+        self.process.kill()
 
     async def stop(self) -> int:
         """Lets the process end; its exit code."""

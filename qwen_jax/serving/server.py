@@ -35,6 +35,7 @@ class Extension:
     inner: Inner | None = None
     collectors: Sequence[Collector] = ()
     admin: Sequence[APIRouter] = ()
+    public: Sequence[APIRouter] = ()
 
 
 Extend = Callable[[Service], Extension]
@@ -102,15 +103,35 @@ def _config(app: FastAPI, host: str, port: int) -> uvicorn.Config:
                           lifespan="off", h11_max_incomplete_event_size=2 * MOST_HEADER_BYTES)
 
 
+@dataclass(frozen=True)
+class Parts:
+    """Of a server: the public routes, what they share, and what the admin port needs beside."""
+
+    app: FastAPI
+    service: Service
+    observers: Sequence[Observer]
+    extension: Extension
+
+
+def assemble(link: Link, model: str, options: ServerOptions, extend: Extend | None = None) -> Parts:
+    """What `serve` serves, for other servers too."""
+    if options.admin_port is not None and not options.admin_keys:
+        raise UserError("an admin port needs keys: --admin-keys FILE, or QWEN_JAX_ADMIN_KEYS")
+    observers = [log_access, *([tracer(options.otlp_endpoint)] if options.otlp_endpoint else [])]
+    service = Service(link, model, options.name or model, options.stall_seconds, options.log_prompts)
+    more = extend(service) if extend else Extension()
+    app = create_app(service, observers, options.keys, options.body_bytes, more.inner, more.collectors, more.public)
+    return Parts(app, service, observers, more)
+
+
 @asynccontextmanager
-async def _admin(service: Service, observers: Sequence[Observer], options: ServerOptions,
-                 routers: Sequence[APIRouter]) -> AsyncIterator[None]:
+async def admin_port(parts: Parts, options: ServerOptions) -> AsyncIterator[None]:
     """The port for other weights, if there is to be one."""
     if options.admin_port is None:
         yield
         return
-    app = create_admin_app(service, observers, options.admin_keys)
-    for router in routers:
+    app = create_admin_app(parts.service, parts.observers, options.admin_keys)
+    for router in parts.extension.admin:
         app.include_router(router)
     server = uvicorn.Server(_config(app, options.admin_host, options.admin_port))
     server.capture_signals = nullcontext  # the public server's are enough
@@ -136,17 +157,12 @@ async def serve(link: Link, model: str, options: ServerOptions, extend: Extend |
 
     extend: makes of the service what is to be added to it.
     """
-    if options.admin_port is not None and not options.admin_keys:
-        raise UserError("an admin port needs keys: --admin-keys FILE, or QWEN_JAX_ADMIN_KEYS")
-    observers = [log_access, *([tracer(options.otlp_endpoint)] if options.otlp_endpoint else [])]
-    service = Service(link, model, options.name or model, options.stall_seconds, options.log_prompts)
-    more = extend(service) if extend else Extension()
-    app = create_app(service, observers, options.keys, options.body_bytes, more.inner, more.collectors)
-    server = _Server(_config(app, options.host, options.port), service, options.drain_seconds)
+    parts = assemble(link, model, options, extend)
+    server = _Server(_config(parts.app, options.host, options.port), parts.service, options.drain_seconds)
     await link.start()
     serving = asyncio.create_task(server.serve())
     ended = asyncio.create_task(link.ended.wait())
-    async with _admin(service, observers, options, more.admin):
+    async with admin_port(parts, options):
         await asyncio.wait((serving, ended), return_when=asyncio.FIRST_COMPLETED)
         if not serving.done():
             await asyncio.sleep(0.5)  # those who wait are told why

@@ -68,16 +68,17 @@ class Service:
         """Has the engine go on with other weights; UserError when it refuses them."""
         contents = contents_of(source)
         found = await self.link.call("update_weights", source, *others, patient=True)
-        self._now_with(contents, found["version"])
+        self.now_with(contents, found["version"])
         return found
 
     async def rollback(self) -> dict[str, Any]:
         """Has the engine go back to the weights before."""
         found = await self.link.call("rollback")
-        self._now_with(self._before, found["version"])
+        self.now_with(self._before, found["version"])
         return found
 
-    def _now_with(self, contents: str, version: int) -> None:
+    def now_with(self, contents: str, version: int) -> None:
+        """Notes which weights the engine has."""
         self._before, self.weights, self.weight_version = self.weights, contents, version
 
     def note_prompt(self, request: Request, prompt: Any) -> None:

@@ -12,8 +12,9 @@ from live import Live, quick_environment
 from random_adapter import save_random_adapter
 from served import PAGE_BYTES, SIZES
 
-from qwen_jax.cluster.balancer import Balancer, _Asked, text_blocks
+from qwen_jax.cluster.balancer import Balancer
 from qwen_jax.cluster.devices import environments
+from qwen_jax.cluster.members import Asked, text_blocks
 from qwen_jax.errors import UserError
 from qwen_jax.serving.link import Answer, EngineLink, pieces
 
@@ -51,7 +52,7 @@ def test_queues_even_out_and_every_request_is_answered_once(executable_cache):
             answers = []
             for number in range(40):
                 answers.append(Answer(1))
-                balancer._send(first, answers[-1], _Asked(options(number), ()))
+                balancer._send(first, answers[-1], Asked(options(number), ()))
             texts = await asyncio.gather(*map(text_of, answers))
             for answer in answers:
                 balancer.close(answer)
