@@ -14,7 +14,9 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 
+from qwen_jax.cli_cluster import add_cluster
 from qwen_jax.cli_serving import add_serving
+from qwen_jax.cli_tune import add_tune
 from qwen_jax.errors import UserError
 
 
@@ -378,6 +380,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--max-seq-len", type=int, help="default: 4096 or the model's context if shorter")
 
     add_serving(commands, command)
+    add_tune(commands, command)
+    add_cluster(commands)
 
     evaluation = command("eval", _eval, "Score a model on a suite of tasks with exact answers.")
     evaluation.add_argument("model")

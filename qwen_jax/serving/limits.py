@@ -14,7 +14,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.serving.errors import ApiError
 
 MOST_HEADER_BYTES = 16 << 10
-OPEN_PATHS = frozenset(("/", "/health", "/metrics", "/ready"))  # for whoever watches the process; the page
+OPEN_PATHS = frozenset(("/", "/cluster", "/health", "/metrics", "/ready"))  # for whoever watches the process; the page
 
 
 def read_keys(path: str | None, variable: str) -> tuple[bytes, ...]:

@@ -18,6 +18,7 @@ from typing import Any
 from qwen_jax.checkpoint import resolve
 from qwen_jax.checkpoint.shared import shared_copy
 from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.hosts import join
 from qwen_jax.engine.intake import EMBEDDING
 from qwen_jax.engine.outputs import unit
 from qwen_jax.engine.request import Request
@@ -79,7 +80,7 @@ class Worker:
         chat = bool(engine.tokenizer and engine.tokenizer.chat_template)
         return {"max_seq_len": engine.limits.max_seq_len, "max_batch_size": engine.limits.max_batch_size,
                 "hidden_size": engine.config.hidden_size, "adapters": engine.adapters.names,
-                "compiled": engine.stats().executables, "chat": chat}
+                "compiled": engine.stats().executables, "chat": chat, "clock": time.monotonic()}
 
     # --- from the other process, on the reading thread
 
@@ -255,7 +256,7 @@ class Worker:
 def _end_with(connection: socket.socket) -> None:
     """Ends this process some seconds after the other one has, whatever the engine is doing."""
     hangup = select.poll()
-    hangup.register(connection, 0)
+    hangup.register(connection, getattr(select, "POLLRDHUP", 0))  # of TCP, which says no more than that on Linux
     hangup.poll()
     time.sleep(ORPHAN_SECONDS)
     os._exit(1)
@@ -268,8 +269,9 @@ def _in_shared_memory(ref: str) -> str:
 def main() -> None:
     """``python -m qwen_jax.serving.worker FD``: the socket is inherited, and its first frame says what to load.
 
-    That frame: the model, options of ``Engine.from_pretrained``, and what is this process's own: ``log_format``, and
-    ``share_weights``, with which checkpoints are read from a copy in shared memory.
+    That frame: the model, options of ``Engine.from_pretrained``, and what is this process's own: ``log_format``,
+    ``share_weights``, with which checkpoints are read from a copy in shared memory, and ``join``, the arguments of
+    `hosts.join`, where several processes are one engine; all but the first do what that one says.
     """
     connection = socket.socket(fileno=int(sys.argv[1]))
     threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
@@ -277,10 +279,15 @@ def main() -> None:
     set_up_logging(process.get("log_format", "text"))
     find = _in_shared_memory if process.get("share_weights") else str
     try:
+        if place := process.get("join"):
+            join(*place)
         engine = Engine.from_pretrained(find(model), **options)
     except UserError as error:
         connection.sendall(frame("refused", str(error)))
         sys.exit(2)
+    if place and place[2] > 0:
+        engine.follow()
+        return
     try:
         Worker(engine, connection, find).run()
     except (BrokenPipeError, ConnectionResetError):  # nobody is left to answer

@@ -1,0 +1,176 @@
+"""Engines as processes under Ray, behind Ray Serve's HAProxy, as ``qwen-jax cluster up`` starts them."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import httpx
+import psutil
+import pytest
+import yaml
+from live import ROOT, free_port, quick_environment
+from served import PAGE_BYTES
+
+pytest.importorskip("ray", reason="needs qwen-jax[ray]")
+CONFIG = {"model": "bundled", "replicas": 2, "cache": {"megabytes": 0},
+          "engine": {"dtype": "float32", "max_batch_size": 8, "max_seq_len": 1024, "max_adapters": 2,
+                     "kv_cache_bytes": 15 * PAGE_BYTES}}
+ASK = {"model": "bundled", "max_tokens": 30, "temperature": 0, "ignore_eos": True}
+
+
+class Cluster:
+    def __init__(self, folder, cache):
+        self.folder, self.port, self.dashboard = folder, free_port(), free_port()
+        self.config = {**CONFIG, "environment": {**quick_environment(), "QWEN_JAX_CACHE": str(cache)},
+                       "server": {"port": self.port, "name": "bundled", "max_requests": 100}}
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60)
+        self.environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+                            "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+                            "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()), "RAY_USAGE_STATS_ENABLED": "0"}
+        self.errors = (folder / "errors").open("w+")
+        self.process = self.command("up", self.file(), "--num-cpus", "4", "--dashboard-port", str(self.dashboard),
+                                    "--json", stdout=subprocess.PIPE, stderr=self.errors)
+        ready = self.process.stdout.readline()
+        assert ready, (folder / "errors").read_text()
+        assert json.loads(ready) == {"url": f"http://127.0.0.1:{self.port}"}
+
+    def command(self, what, *arguments, **options):
+        return subprocess.Popen([sys.executable, "-m", "qwen_jax.cli", "cluster", what, *arguments], text=True,
+                                env=self.environment, cwd=self.folder, **options)
+
+    def file(self, **changes):
+        path = self.folder / "cluster.yaml"
+        path.write_text(yaml.safe_dump({**self.config, **changes}))
+        return str(path)
+
+    def asked(self, what, *arguments):
+        """Of the cluster that runs; exit code and what was said."""
+        process = self.command(what, *arguments, "--address", f"http://127.0.0.1:{self.dashboard}",
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        out, err = process.communicate(timeout=300)
+        return process.returncode, out, err
+
+    def engines(self):
+        return {one["name"]: one for one in self.http.get("/cluster").json()["engines"]}
+
+    def until(self, count):
+        end = time.monotonic() + 120
+        while sum(one["ready"] for one in self.engines().values()) != count or len(self.engines()) != count:
+            assert time.monotonic() < end, self.engines()
+            time.sleep(0.1)
+        return self.engines()
+
+    def processes(self, name):
+        """Those that Ray runs here whose command line has this in it."""
+        return [one for one in psutil.Process(self.process.pid).children(recursive=True)
+                if name in " ".join(one.cmdline())]
+
+    def text(self, number):
+        answer = self.http.post("/v1/completions", json={**ASK, "prompt": f"hello {number}"})
+        assert answer.status_code == 200, answer.text
+        return answer.json()["choices"][0]["text"]
+
+    @contextmanager
+    def traffic(self):
+        """Twelve callers; what they were told."""
+        told, ended = Counter(), threading.Event()
+
+        def caller(number):
+            while not ended.is_set():
+                answer = self.http.post("/v1/completions", json={**ASK, "prompt": f"hello {number % 3}"})
+                right = answer.status_code == 200
+                told[number % 3, answer.json()["choices"][0]["text"] if right else answer.text] += 1
+
+        with ThreadPoolExecutor(12) as threads:
+            running = [threads.submit(caller, number) for number in range(12)]
+            try:
+                yield told
+            finally:
+                ended.set()
+            for one in running:
+                one.result()
+
+
+@pytest.fixture(scope="module")
+def cluster(executable_cache, tmp_path_factory):
+    made = Cluster(tmp_path_factory.mktemp("cluster"), executable_cache)
+    made.until(2)
+    made.right = {(number, made.text(number)) for number in range(3)}
+    yield made
+    started = made.processes("")
+    made.process.terminate()
+    assert made.process.wait(60) == 130, (made.folder / "errors").read_text()
+    _, left = psutil.wait_procs(started, 20)
+    assert not [one for one in left if "haproxy" in one.name() or "serving.worker" in " ".join(one.cmdline())]
+
+
+def test_a_killed_engine_takes_no_request_with_it(cluster):
+    before = set(cluster.engines())
+    with cluster.traffic() as told:
+        time.sleep(0.5)
+        cluster.processes("qwen_jax.serving.worker")[0].send_signal(signal.SIGKILL)
+        while len(before & set(cluster.engines())) == 2:
+            time.sleep(0.05)
+        cluster.until(2)
+    assert set(told) == cluster.right and len(before & set(cluster.engines())) == 1
+
+
+def test_a_killed_actor_ends_its_engine_and_both_come_back(cluster):
+    before = set(cluster.engines())
+    workers = cluster.processes("qwen_jax.serving.worker")
+    with cluster.traffic() as told:
+        cluster.processes("ray::Host")[0].send_signal(signal.SIGKILL)
+        while len(before & set(cluster.engines())) == 2:
+            time.sleep(0.05)
+        cluster.until(2)
+    assert set(told) == cluster.right
+    gone, _ = psutil.wait_procs(workers, 20)
+    assert len(gone) == 1  # an engine whose devices Ray gives to others must not go on
+
+
+def test_other_engines_take_over_one_after_another(cluster):
+    before = set(cluster.engines())
+    gateway = cluster.processes("ServeReplica:qwen-jax")[0].pid
+    with cluster.traffic() as told:
+        smaller = {**CONFIG["engine"], "max_seq_len": 512}
+        code, out, err = cluster.asked("up", cluster.file(engine=smaller))
+        assert code == 0 and "ready" in out, err
+    assert set(told) == cluster.right
+    after = cluster.until(2)
+    assert not before & set(after)
+    too_long = cluster.http.post("/v1/completions", json={**ASK, "prompt": [1] * 600})
+    assert too_long.status_code == 400 and "512" in too_long.text
+    assert [one.pid for one in cluster.processes("ServeReplica:qwen-jax")] == [gateway]
+    code, out, _ = cluster.asked("status")
+    assert code == 0 and out.startswith("RUNNING") and all(f"{name}: ready" in out for name in after)
+
+    # What cannot be leaves everything as it is, and is said.
+    code, _, err = cluster.asked("up", cluster.file(engine=smaller, model="nowhere"))
+    assert code == 2 and "nowhere" in err
+    code, _, err = cluster.asked("up", cluster.file(engine=smaller, cache={"megabytes": 1}))
+    assert code == 2 and "cache" in err and "cannot change" in err
+    assert set(cluster.until(2)) == set(after) and {(number, cluster.text(number)) for number in range(3)} == (
+        cluster.right)
+
+
+def test_an_engine_of_two_processes(cluster):
+    """Each with a device of its own, in one placement group; when one is killed, both are started again."""
+    flags = f"{quick_environment()['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
+    wanted = cluster.file(engine={**CONFIG["engine"], "tp_size": 2, "max_seq_len": 512}, hosts=2, replicas=1,
+                          environment={**cluster.config["environment"], "XLA_FLAGS": flags})
+    code, _, err = cluster.asked("up", wanted)
+    assert code == 0, err
+    before = cluster.until(1)
+    assert len(cluster.processes("qwen_jax.serving.worker")) == 2
+    assert {(number, cluster.text(number)) for number in range(3)} == cluster.right
+    cluster.processes("qwen_jax.serving.worker")[1].send_signal(signal.SIGKILL)
+    while set(cluster.engines()) == set(before):
+        time.sleep(0.05)
+    cluster.until(1)
+    assert cluster.text(0) in dict(cluster.right).values()
