@@ -90,7 +90,7 @@ class Executables:
                  cache_dir: Path | None) -> None:
         self._lower, self._devices = lower, devices
         self._identity = identity
-        self._cache_dir = cache_dir
+        self._cache_dir = cache_dir if cache_dir and _is_private(cache_dir) else None
         self.programs: dict[Hashable, Program] = {}
 
     def prepare(self, keys: Iterable[Hashable]) -> Iterable[tuple[Hashable, Program]]:
@@ -138,6 +138,19 @@ def default_cache_dir() -> Path:
     """``$QWEN_JAX_CACHE``, else ``~/.cache/qwen-jax``; the programs are in ``executables`` below it."""
     root = os.environ.get("QWEN_JAX_CACHE")
     return (Path(root) if root else Path.home() / ".cache" / "qwen-jax") / "executables"
+
+
+def _is_private(folder: Path) -> bool:
+    """Whether nobody but this user can have put a program there: loading one runs its code."""
+    try:
+        found = folder.stat()
+    except OSError:  # it will be made, or nothing can be read from it
+        return True
+    if found.st_uid == os.geteuid() and not found.st_mode & 0o022:
+        return True
+    log.warning("%s belongs to or can be written by others, so programs are neither read from nor kept in it: "
+                "chmod 700 it, or set QWEN_JAX_CACHE to a folder of your own", folder)
+    return False
 
 
 def _read(path: Path, devices: Sequence[jax.Device]):

@@ -1,12 +1,15 @@
 """Load balancing policies on a skewed trace, in the simulator: how long requests take, and how even the load is.
 
     python scripts/bench/balance.py [--replicas 8,200] [--seconds 120] [--rate 3] [--seeds 8] [--picture FILE.png]
+                                    [--measure bundled]
 
 Equal replicas; up to 50 of them also with a quarter at half speed. Every policy gets the same traces (`skewed_trace`),
 one for each seed; more than 50 replicas get three at most. Columns are means over seeds. In flight: requests queued or
 running, averaged over time; busy: share of the time with a step in progress. Then throughput with more requests than
 the replicas can answer, against one replica with the same trace at its share of the rate. How long a replica takes is
-given by options; the defaults are assumptions, not measurements. Takes minutes, most of them for 200 replicas.
+given by options; the defaults are assumptions, not measurements. With --measure an engine runs steps of many sizes here
+first, and a line through their times takes the options' place; rates are then such that replicas are as busy as with
+the defaults. Takes minutes, most of them for 200 replicas.
 """
 
 from __future__ import annotations
@@ -62,8 +65,15 @@ def main() -> None:
     parser.add_argument("--row-ms", type=float, default=0.2, help="a row's decode step")
     parser.add_argument("--max-batch", type=int, default=32)
     parser.add_argument("--picture", metavar="FILE.png")
+    parser.add_argument("--measure", metavar="MODEL", help="whose steps are timed on this machine")
     args = parser.parse_args()
     times = ServiceTimes(args.step_ms / 1e3, 1 / args.prefill_tokens_per_second, args.row_ms / 1e3, args.max_batch)
+    if args.measure:
+        assumed, times = times, measured(args.measure, args.max_batch)
+        faster = work_of_a_request(assumed) / work_of_a_request(times)
+        args.rate, args.saturating_rate = args.rate * faster, args.saturating_rate * faster
+        args.seconds, args.report_seconds = args.seconds / faster, args.report_seconds / faster
+        args.rebalance_seconds /= faster
     drawn = {}
     for count in map(int, args.replicas.split(",")):
         equal, quarter = [times] * count, count // 4
@@ -74,6 +84,54 @@ def main() -> None:
         throughput(equal, args)
     if args.picture:
         draw(drawn, args)
+
+
+def measured(model: str, max_batch: int) -> ServiceTimes:
+    """A line through the times of an engine's steps: least squares, weighted so that relative errors count."""
+    from qwen_jax import Engine, SamplingParams
+
+    engine = Engine.from_pretrained(model, max_batch_size=max_batch, max_seq_len=2048, prefix_cache=False)
+    rng, vocabulary = np.random.default_rng(0), engine.intake.vocab_limit
+    points = []  # prompt tokens, rows that decode, seconds
+    for rows in (1, 2, 4, 8, 16, 32):
+        for length in (16, 64, 256, 1024):
+            prompts = [rng.integers(1, vocabulary, length).tolist() for _ in range(min(rows, 8192 // length))]
+            for answer in (1, 33):
+                params = SamplingParams(max_tokens=answer, temperature=0.0, ignore_eos=True)
+                engine.generate(prompts, params)
+                samples = []
+                for _ in range(5):
+                    began = time.perf_counter()
+                    engine.generate(prompts, params)
+                    samples.append(time.perf_counter() - began)
+                points.append((len(prompts) * length, len(prompts), answer, np.median(samples)))
+        say(f"measured {rows} rows")
+    prompts_of = {point[:2]: point[3] for point in points if point[2] == 1}
+    # A call with one token of answer is its prefill; 32 more tokens are 32 decode steps.
+    columns, seconds = [], []
+    for tokens, rows, answer, taken in points:
+        steps = -(-tokens // ServiceTimes.chunk_tokens)
+        if answer == 1:
+            columns.append((steps, tokens, 0))
+            seconds.append(taken)
+        else:
+            columns.append((1, 0, rows))
+            seconds.append(max(taken - prompts_of[tokens, rows], 1e-6) / (answer - 1))
+    weights = 1 / np.array(seconds)
+    fitted, *_ = np.linalg.lstsq(np.array(columns) * weights[:, None], np.ones(len(seconds)), rcond=None)
+    base, token, row = np.maximum(fitted, 0)
+    error = np.median(np.abs(np.array(columns) @ fitted * weights - 1))
+    print(f"{model} on this machine: a step takes {base * 1e3:.2f} ms, {1 / token:,.0f} prompt tokens per second, "
+          f"{row * 1e3:.3f} ms per row that decodes; half of the steps are within {error:.0%} of that", flush=True)
+    return ServiceTimes(base, token, row, max_batch)
+
+
+def work_of_a_request(times: ServiceTimes) -> float:
+    """Seconds of a mean request of the trace, a quarter of the batch beside it."""
+    trace = skewed_trace(2000, 1.0, 0)
+    prompt, answer = (np.mean([getattr(one, name) for one in trace]) for name in ("prompt_tokens", "output_tokens"))
+    steps = prompt / times.chunk_tokens + answer / (times.max_batch / 4)
+    return float(steps * times.base + prompt * times.per_prefill_token + answer * times.per_decode_row)
 
 
 def slower(times: ServiceTimes) -> ServiceTimes:
