@@ -63,11 +63,12 @@ def up(args: argparse.Namespace) -> int:
     own = args.address is None
     if own:
         ray, submission = _modules()
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # what Ray has started is to end then too
         os.environ.update({name: os.environ.get(name, value) for name, value in PROXY.items()})
         context = ray.init(address="local", include_dashboard=True, dashboard_port=args.dashboard_port,
                            num_cpus=args.num_cpus, object_store_memory=OBJECT_STORE_BYTES,
                            log_to_driver=args.engine_logs, configure_logging=False)
+        # What Ray has started is to end too. Afterwards, because Ray sets a handler of its own.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         print(f"Ray runs on this machine, its dashboard at http://{context.dashboard_url}", file=sys.stderr)
         client = submission(f"http://{context.dashboard_url}")
     else:

@@ -43,7 +43,8 @@ def serve(args: argparse.Namespace) -> int:
         link = Balancer(makers, args.max_requests, args.stall_seconds)
     link = TrialLink(link)
     computed = {name: engine[name] for name in ("dtype", "fp8_enabled", "max_seq_len", "tp_size")}
-    extend = extension(link, args.response_cache_mb, args.response_cache_seconds, args.redis_url, computed)
+    extend = extension(link, args.response_cache_mb, args.response_cache_seconds, args.redis_url, computed,
+                       args.fraud)
     return asyncio.run(server.serve(link, args.model, options, extend))
 
 
@@ -103,6 +104,8 @@ def add_serving(commands: Any, command: Callable[..., argparse.ArgumentParser]) 
                         "before, to exactly the same deterministic request (default 64; 0 for none)")
     serving.add_argument("--response-cache-seconds", type=float, default=3600, metavar="S", help="that they are kept")
     serving.add_argument("--redis-url", metavar="URL", help="of a second level of that cache, for several servers")
+    serving.add_argument("--fraud", action="store_true", help="with routes that screen card payments, for the bundled "
+                         "model and its adapters (docs/fraud_service.md)")
     serving.add_argument("--share-weights", action="store_true", help="decode a converted checkpoint once for all "
                         "servers of this machine, into shared memory")
     serving.add_argument("--log-format", choices=["text", "json"], default="text")

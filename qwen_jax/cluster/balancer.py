@@ -302,10 +302,14 @@ class Balancer:
             raise UserError("the last engine cannot be ended while others are not there yet")
         member.ready, member.retiring = False, True
         await self.drain(member, seconds)
-        member.keeper.cancel()
-        self.members.remove(member)
         for answer in list(member.sent):
             answer.fail(ApiError(503, "the engine was ended before this answer had"))
+        await self.forget(member)
+
+    async def forget(self, member: Member) -> None:
+        """An engine that has no requests, or none that anybody waits for."""
+        member.keeper.cancel()
+        self.members.remove(member)
         await member.link.stop()
 
     async def drain(self, member: Member, seconds: float) -> None:

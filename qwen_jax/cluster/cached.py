@@ -10,13 +10,14 @@ from typing import Any
 
 import msgspec
 
+from qwen_jax.cluster.fraud import adapter_on_trial
 from qwen_jax.cluster.response_cache import ResponseCache, Unshared, cacheable, key_of
 from qwen_jax.errors import UserError
 from qwen_jax.serving.replies import gone
 from qwen_jax.serving.service import Service
 
 KINDS = {"/v1/completions": "completion", "/v1/chat/completions": "chat", "/score": "score", "/classify": "classify",
-         "/v1/embeddings": "embeddings"}
+         "/v1/embeddings": "embeddings", "/fraud/screen": "fraud", "/fraud/screen/batch": "fraud batch"}
 IRRELEVANT = ("user", "metadata", "priority", "timeout", "store", "service_tier", "safety_identifier",
               "prompt_cache_key")
 _decode = msgspec.json.Decoder().decode
@@ -34,20 +35,23 @@ class Cached:
 
     async def __call__(self, scope, receive, send) -> None:
         kind = KINDS.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
-        if kind is None or self._service.draining or self._service.varies() is None:
+        if kind is None or self._service.draining or self._service.varies() is None and kind != "fraud":
             await self._app(scope, receive, send)
             return
         body = await _whole(receive)
-        key = None if body is None else self._key(kind, body, dict(scope["headers"]))
+        key, version = (None, None) if body is None else self._key(kind, body, dict(scope["headers"]))
         if key is None:
             await self._app(scope, _again(body, receive), send)
+            return
+        if (value := self._cache.at_hand(key)) is not None:  # without a task, which costs as much as all the rest
+            await self._from_cache(scope, send, value)
             return
         computed = False
 
         async def compute() -> bytes:
             nonlocal computed
             computed = True
-            return await self._computed(scope, body)
+            return await self._computed(scope, body, version)
 
         watching = asyncio.ensure_future(gone(receive))
         asking = asyncio.ensure_future(self._cache.get_or_compute(key, compute))
@@ -59,32 +63,50 @@ class Cached:
         finally:
             watching.cancel()
             asking.cancel()
-        if not computed:
-            scope["route"] = SimpleNamespace(path=scope["path"])
-            scope["details"]["cached"] = True
-        await _send(send, value, b"miss" if computed else b"hit")
+        if computed:
+            await _send(send, value, b"miss")
+        else:
+            await self._from_cache(scope, send, value)
 
-    def _key(self, kind: str, body: bytes, headers: dict[bytes, bytes]) -> bytes | None:
-        """None for what is not to be cached, bad requests among it."""
+    @staticmethod
+    async def _from_cache(scope: dict[str, Any], send: Callable, value: bytes) -> None:
+        scope["route"] = SimpleNamespace(path=scope["path"])
+        scope["details"]["cached"] = True
+        await _send(send, value, b"hit")
+
+    def _key(self, kind: str, body: bytes, headers: dict[bytes, bytes]) -> tuple[bytes | None, Callable[[], Any]]:
+        """None for what is not to be cached, bad requests among it. And which version answers it, whenever asked."""
+        user = None
+        version = lambda: self._version(user)  # noqa: E731
         try:
             options = _decode(body)
-            if not isinstance(options, dict) or options.get("stream") or not cacheable(kind, options):
-                return None
-            model = options.pop("model", None)
+            if not isinstance(options, dict) or options.get("stream"):
+                return None, version
+            if not kind.startswith("fraud") and not cacheable(kind, options):  # nothing is drawn where fraud is judged
+                return None, version
+            model = options.pop("model", self._service.model if kind.startswith("fraud") else None)
             adapter = None if model == self._service.model else self._service.adapters[model]
+            if kind == "fraud" and adapter is None:
+                user = options.get("user") or options["account"]["number"]
             for name in IRRELEVANT:
                 options.pop(name, None)
+            if version() is None:
+                return None, version
             tenant = hashlib.blake2b(headers.get(b"authorization", b""), digest_size=16).hexdigest()
-            return key_of(kind=kind, model=self._service.model, weight_version=self._version(),
-                          adapter=adapter, prompt=None, options=options, tenant=tenant)
+            return key_of(kind=kind, model=self._service.model, weight_version=version(), adapter=adapter, prompt=None,
+                          options=options, tenant=tenant), version
         except (msgspec.DecodeError, UserError, KeyError, TypeError, RecursionError):
-            return None  # the route says what is wrong
+            return None, version  # the route says what is wrong
 
-    def _version(self) -> list[Any]:
-        return [self._identity, self._service.weights, self._service.varies()]
+    def _version(self, user: str | None) -> list[Any] | None:
+        """None while that cannot be told. user: of a payment to screen, who has one version also during a trial."""
+        varies = self._service.varies()
+        if varies is None and user is not None:
+            varies = adapter_on_trial(self._service.link, user)
+        return None if varies is None else [self._identity, self._service.weights, varies]
 
-    async def _computed(self, scope: dict[str, Any], body: bytes) -> bytes:
-        number, version = self._service.weight_version, self._version()
+    async def _computed(self, scope: dict[str, Any], body: bytes, version_now: Callable[[], Any]) -> bytes:
+        number, version = self._service.weight_version, version_now()
         status, headers, parts = 0, [], []
 
         async def keep(message) -> None:
@@ -97,7 +119,8 @@ class Cached:
         await self._app(scope, _again(body, _never), keep)
         found = dict(headers)
         value = msgspec.msgpack.encode((status, list(map(list, headers)), b"".join(parts)))
-        same = found.get(b"x-weight-version") == str(number).encode() and version == self._version()
+        same = (found.get(b"x-weight-version") == str(number).encode() and version == version_now()
+                and found.get(b"x-adapter") in (None, version[-1].encode()))
         return value if status == 200 and same else Unshared(value)
 
 

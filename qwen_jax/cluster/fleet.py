@@ -21,8 +21,8 @@ async def resize(balancer: Balancer, count: int, make: Make, drain_seconds: floa
     """So that there are ``count`` engines, starting or ready. Those that were given up are made anew, and those with
     the fewest requests end first."""
     for member in [one for one in balancer.members if one.keeper.done() and not one.retiring]:
+        await balancer.forget(member)
         await balancer.add(make)
-        balancer.members.remove(member)
     there = [member for member in balancer.members if not member.retiring]
     for _ in range(count - len(there)):
         await balancer.add(make)
@@ -47,7 +47,7 @@ async def replace_all(balancer: Balancer, make: Make, surge: bool, drain_seconds
             await asyncio.sleep(0.05)
             new = next((one for one in balancer.members if one.keeper is new.keeper), new)  # started again
             if new.link.refused:
-                balancer.members.remove(new)
+                await balancer.forget(new)
                 raise UserError(new.link.refused)
         if surge and old in balancer.members:
             await balancer.retire(old, drain_seconds)

@@ -190,6 +190,10 @@ class ResponseCache:
             self._misses += 1
         return value
 
+    def at_hand(self, key: bytes) -> bytes | None:
+        """An answer that this process has. None says nothing of Redis, and counts as nothing yet."""
+        return self._in_memory(key)
+
     def put(self, key: bytes, value: bytes) -> None:
         """Returns at once; Redis is written to in the background."""
         self._local.put(key, value)

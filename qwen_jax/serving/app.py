@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import Response
 from prometheus_client.registry import Collector
 
@@ -30,12 +30,15 @@ from qwen_jax.serving.web import Inner, new_app
 
 def create_app(service: Service, observers: Sequence[Observer] = (), keys: Sequence[bytes] = (),
                body_bytes: int = 4 << 20, inner: Inner | None = None,
-               collectors: Sequence[Collector] = ()) -> FastAPI:
-    """inner: middleware around the routes, within the checks; collectors: of metrics that are somebody else's."""
+               collectors: Sequence[Collector] = (), routers: Sequence[APIRouter] = ()) -> FastAPI:
+    """inner: middleware around the routes, within the checks; collectors: of metrics that are somebody else's; routers:
+    more routes."""
     metrics = HttpMetrics(collectors)
     app = new_app("qwen-jax", (metrics.answered, *observers), keys, body_bytes, inner)
     app.include_router(monitoring_routes(service, metrics))
     app.include_router(scoring_routes(service))
+    for router in routers:
+        app.include_router(router)
 
     @app.get("/v1/models")
     async def models() -> Any:

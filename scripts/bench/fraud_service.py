@@ -1,0 +1,137 @@
+"""The anti-fraud service under an open-loop load: what rate it holds, how large its steps are, how busy its engine is.
+
+    python scripts/bench/fraud_service.py [--rates 100,200,400] [--cache-mb 64] [--seconds 10] [--payments 4]
+
+A rate is held when 99 % of the answers come within 200 ms of when their request was due and none fails. Requests come
+by a Poisson process; 65 % repeat an earlier one letter by letter; the others are new payments, of accounts that make
+``--payments`` of them on average. Client, server and engine share this machine's cores. Busy: the share of the wall
+time in which the engine's process is in a step. Run the same rates with --cache-mb 0 for the figures without the cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+HELD_SECONDS = 0.2
+COLUMNS = ("offered/s", "served/s", "p50, ms", "p99, ms", "worst, ms", "failed", "hits", "accuracy", "busy",
+           "prefill steps", "with 5 to 32 rows", "rows, mean", "client late p99, ms", "cores: client", "cores: HTTP",
+           "cores: engine")
+
+
+def worker() -> None:
+    """In the place of the engine's process: the same, and a file of how many steps had how many rows."""
+    from qwen_jax.engine.figures import Figures
+    from qwen_jax.serving.worker import main as run
+
+    rows, record = Counter(), Figures.record
+
+    def counted(self, plan, *others) -> None:
+        record(self, plan, *others)
+        if plan.bucket.phase == "prefill":
+            rows[len(plan.rows)] += 1
+
+    def tell() -> None:
+        path = Path(os.environ["ROWS_OF_STEPS"])
+        while True:
+            time.sleep(0.2)
+            path.with_suffix(".part").write_text(json.dumps(dict(rows)))
+            path.with_suffix(".part").replace(path)
+
+    Figures.record = counted
+    threading.Thread(target=tell, daemon=True).start()
+    run()
+
+
+def figures(server, rows: Path) -> tuple[float, Counter]:
+    """Seconds of the engine in steps, and prefill steps by rows, so far."""
+    time.sleep(0.5)
+    text = server.http.get("/metrics").text
+    seconds = sum(float(re.search(rf"^qwen_jax_device_{kind}_seconds_total (\S+)", text, re.M)[1])
+                  for kind in ("busy", "idle"))
+    return seconds, Counter({int(count): steps for count, steps in json.loads(rows.read_text()).items()})
+
+
+def cpu_seconds(server) -> np.ndarray:
+    """Of this process, the HTTP process and the engine's."""
+    import psutil
+
+    http = psutil.Process(server.process.pid)
+    return np.array([sum(one.cpu_times()[:2]) for one in (psutil.Process(), http, http.children()[0])])
+
+
+def measure(server, rate: float, args: argparse.Namespace, rows: Path) -> dict[str, float]:
+    import msgspec
+    import uvloop
+
+    from qwen_jax.cluster.fraud_client import replay
+    from qwen_jax.evaluation.fraud_replay import Day, asked
+    from qwen_jax.serving.bench_load import Load, arrivals
+
+    seed = args.seed + int(rate)
+    options = Day(args.seconds, rate, args.repeats, args.payments, drift_at=1.0, seed=seed)
+    arrived = asked(options, arrivals(Load(seconds=args.seconds, seed=seed), rate).tolist())
+    bodies = [(one.at, msgspec.json.encode(one.screening.request)) for one in arrived]
+    busy, steps = figures(server, rows)
+    used, began = cpu_seconds(server), time.perf_counter()
+    outcomes = uvloop.run(replay(server.port, bodies))
+    wall = time.perf_counter() - began
+    cores = (cpu_seconds(server) - used) / wall
+    later, more = figures(server, rows)
+    more.subtract(steps)
+    seconds = np.array([one.seconds for one in outcomes])
+    good = [one for one in outcomes if one.status == 200]
+    right = sum(one.verdict["decision"] == a.screening.label for one, a in zip(outcomes, arrived) if one.status == 200)
+    within = sum(count for size, count in more.items() if 5 <= size <= 32)
+    return dict(zip(COLUMNS, (
+        rate, len(good) / wall, 1e3 * np.median(seconds), 1e3 * np.quantile(seconds, 0.99), 1e3 * seconds.max(),
+        len(outcomes) - len(good), sum(one.cached for one in outcomes) / len(outcomes), right / len(outcomes),
+        (later - busy) / wall, more.total(), within / max(more.total(), 1),
+        sum(size * count for size, count in more.items()) / max(more.total(), 1),
+        1e3 * np.quantile([one.sent - one.due for one in outcomes], 0.99), *cores)))
+
+
+def main() -> int:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "serving"))
+    from live import Live
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rates", default="50,100,200,400,800")
+    parser.add_argument("--seconds", type=float, default=10)
+    parser.add_argument("--cache-mb", default="64", help="0 for no cache")
+    parser.add_argument("--repeats", type=float, default=0.65, help="share of requests")
+    parser.add_argument("--payments", type=float, default=4, help="of an account, on average")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--server", default="", help="more options of qwen-jax serve")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder) / "rows.json"
+        os.environ["ROWS_OF_STEPS"] = str(rows)
+        server = Live("--fraud", "--max-seq-len", "256", "--max-batch-size", "32", "--max-adapters", "1",
+                      "--kv-cache-bytes", str(512 << 20), "--max-requests", "4096", "--response-cache-mb",
+                      args.cache_mb, *args.server.split(), worker=str(Path(__file__).resolve()), quick=False)
+        try:
+            found = [measure(server, float(rate), args, rows) for rate in ["20", *args.rates.split(",")]][1:]
+        finally:
+            server.output()
+    width = max(map(len, COLUMNS))
+    for name in COLUMNS:
+        cells = (f"{one[name]:10.3f}" if 0 < one[name] < 10 else f"{one[name]:10,.0f}" for one in found)
+        print(f"{name:{width}} {' '.join(cells)}")
+    held = [one["served/s"] for one in found if one["p99, ms"] < 1e3 * HELD_SECONDS and not one["failed"]]
+    print(f"held: {max(held, default=0):,.0f} requests/s with p99 < 200 ms")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(worker() if len(sys.argv) == 2 and sys.argv[1].isdigit() else main())
