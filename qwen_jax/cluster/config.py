@@ -114,9 +114,10 @@ class ClusterConfig(_Section):
     cache: Cache = Cache()
     fraud: bool = False
 
-    @property
-    def fewest(self) -> int:
-        return self.replicas if isinstance(self.replicas, int) else self.replicas.min
+    def allowed(self, count: int) -> int:
+        """How many engines there may be, nearest to ``count``."""
+        found = self.replicas
+        return found if isinstance(found, int) else min(max(count, found.min), found.max)
 
     def needs_restart(self, other: ClusterConfig) -> list[str]:
         """Sections that cannot change while the gateway runs, of those that differ."""

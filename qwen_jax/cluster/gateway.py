@@ -75,7 +75,7 @@ class Gateway:
             served.max_body_bytes, read_keys(served.api_keys, "QWEN_JAX_API_KEYS"), served.admin_port,
             served.admin_host, read_keys(served.admin_keys, "QWEN_JAX_ADMIN_KEYS"), served.log_format,
             otlp_endpoint=served.otlp_endpoint)
-        self._balancer = Balancer([self._make(config)] * config.fewest, served.max_requests, served.stall_seconds)
+        self._balancer = Balancer([self._make(config)] * config.allowed(0), served.max_requests, served.stall_seconds)
         link = TrialLink(self._balancer)
         computed = config.engine.model_dump(include={"dtype", "fp8_enabled", "max_seq_len", "tp_size"})
         cache = config.cache
@@ -105,9 +105,12 @@ class Gateway:
                     raise UserError("another model needs a name for clients that stays: server.name")
                 make, drain_seconds = self._make(config), config.server.drain_seconds
                 if not before.same_engines(config):
+                    there = len(self._balancer.members)
+                    fewer = min(config.allowed(there), there)  # first: successors need their devices
+                    await resize(self._balancer, fewer, self._make(before), drain_seconds)
                     await replace_all(self._balancer, make, config.surge, drain_seconds)
                 self._config = config
-                await resize(self._balancer, config.fewest, make, drain_seconds)
+                await resize(self._balancer, config.allowed(len(self._balancer.members)), make, drain_seconds)
             except (UserError, ApiError) as error:
                 self._problem = str(error)
                 logger.error("the configuration stays as it was: %s", error)

@@ -18,6 +18,7 @@ from qwen_jax.serving.link import Answer, EngineLink
 from qwen_jax.serving.wire import Piece, frame
 
 logger = logging.getLogger(__name__)
+PATIENCE_SECONDS = 60  # for devices, before it is said
 END_SECONDS = 10  # for a process to end by itself
 
 
@@ -62,7 +63,10 @@ class RemoteLink(EngineLink):
     async def _place(self) -> None:
         """Waits for as many nodes and devices as it takes, which may have to be started first."""
         self._group = placement_group([self._resources] * self._count, strategy="PACK")
-        await self._group.ready()
+        ready = asyncio.wrap_future(self._group.ready().future())
+        while not (await asyncio.wait((ready,), timeout=PATIENCE_SECONDS))[0]:
+            logger.warning("an engine waits for %d x %s: ray status says what there is", self._count, self._resources)
+        ready.result()
         for index in range(self._count):
             where = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
             self._hosts.append(Host.options(scheduling_strategy=where, **_as_options(self._resources)).remote())

@@ -87,6 +87,8 @@ def test_what_is_wrong_in_a_file_is_said(tmp_path, text, said):
 
 def test_what_can_change_without_a_restart():
     config = ClusterConfig(model="bundled", replicas=2)
+    scaled = parse_config({"model": "bundled", "replicas": {"min": 2, "max": 4}}, "")
+    assert [scaled.allowed(count) for count in (0, 3, 9)] == [2, 3, 4] and config.allowed(9) == 2
     assert config.same_engines(config.model_copy(update={"replicas": 3, "surge": False}))
     assert not config.same_engines(parse_config({"model": "bundled", "engine": {"max_batch_size": 8}}, ""))
     other = parse_config({"model": "bundled", "server": {"port": 1}, "cache": {"megabytes": 1.0}}, "")
