@@ -85,6 +85,8 @@ def test_only_exact_repetitions_are_answered_from_the_cache(servers, tmp_path):
         assert answers[0].json() == answers[1].json()
     assert server.post("/v1/completions", {**ASK, "max_tokens": 0}).status_code == 400
     assert server.post("/v1/completions", {**ASK, "model": "nobody"}).status_code == 404
+    nameless = {name: value for name, value in ASK.items() if name != "model"}
+    assert server.post("/v1/completions", {**nameless, "prompt": "once"}).status_code == 400  # not a hit
     assert server.post("/v1/completions", {**ASK, "prompt": "once"}, headers={"Authorization": "Bearer c"}
                        ).status_code == 401
     save_random_adapter(tmp_path / "one")
