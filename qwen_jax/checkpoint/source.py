@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 MANIFEST, PARAMS = "qwen_jax.json", "params"
 FORMAT_VERSION = 1
-SHIPPED = {name: Path(__file__).resolve().parent.parent / name for name in ("bundled", "yardstick")}
+SHIPPED = {name: Path(__file__).resolve().parent.parent / name for name in ("bundled", "student", "yardstick")}
 
 SPARSITY = "sparse_attention.json"  # how sparse its attention may be
 EIGHT_BIT = "eight_bit.json"  # what of it may be 8-bit
@@ -48,7 +48,7 @@ class Source(NamedTuple):
 
 
 def resolve(ref: str | Path | Source) -> Source:
-    """Find a model: a local folder first, then ``bundled`` or ``yardstick``, then a hub id, which is downloaded.
+    """Find a model: a local folder first, then a shipped one (`SHIPPED`), then a hub id, which is downloaded.
 
     Raises UserError for anything else, for GGUF and other quantised weights, and for another architecture (a hub
     model's config is looked at before its weights are fetched).

@@ -5,7 +5,8 @@ look for earlier places where the same token preceded, and expect what came ther
 https://arxiv.org/abs/2209.11895). All of it can be had at the start from the initial values alone; training is free to
 change them.
 
- - Tokens are embedded in one half of the residual's dimensions; call the other one the context half.
+ - Tokens are embedded in one half of the residual's dimensions; call the other one the context half. (Where heads are
+   smaller than half of it, the context has as many dimensions as a head, and heads see as many of a token's.)
  - Layer 0 looks back a fixed number of tokens and writes what it finds into the context half, the token just before
    most strongly. With a key bias k and a query bias R(-d) k in rotary planes that turn fast, the score of a key n
    tokens back is a sum of cos((n - d) θ_j): largest at n = d.
@@ -27,8 +28,8 @@ OFFSETS = (1, 2, 3, 4)              # tokens back, by query head of layer 0
 NOTE_SCALES = (0.1, 0.05, 0.03, 0.03)  # of what they find, in units of the normalised residual
 OFFSET_STRENGTH = 8.0               # of the key bias, per plane: a neighbour of the wanted key scores about 6 less
 MATCH_SCORE = 14.0                  # of a place that fits; hundreds of others add up to less
-COPY_SCALE = 0.25                   # per query head: together about four times the token's own embedding
-RECALL_SCALE = 0.05
+COPY_SCALE = 0.5                    # of a KV group: about four times the token's own embedding
+RECALL_SCALE = 0.1
 AVOID_STRENGTH = 3.0                # of the biases that keep a token from itself: 6 less for itself, 1.5 more elsewhere
 FAST = 0.05                         # radians per token: planes that turn so fast tell neighbours apart
 SLOW_TURN = 3.0                     # radians over the whole reach: planes that turn no further serve to match
@@ -39,14 +40,13 @@ def prepare_for_retrieval(params: dict, config: ModelConfig, seed: int = 0, reac
 
     reach: over how many tokens things are to be found at the start.
 
-    UserError unless the model has at least two layers, four heads in two or more KV groups, an even hidden size, and
-    heads of at least half that size.
+    UserError unless the model has at least two layers, two KV groups, an even hidden size, and heads of at least a
+    third of that size.
     """
-    half = config.hidden_size // 2
-    if (config.num_layers < 2 or config.num_heads < len(OFFSETS) or config.num_kv_heads < 2 or config.hidden_size % 2
-            or config.head_dim < half):
-        raise UserError("a model prepared for retrieval needs at least 2 layers, 4 heads in 2 KV groups, an even "
-                        "hidden size and heads of at least half of it")
+    half = min(config.hidden_size // 2, config.head_dim)  # what a head carries
+    if config.num_layers < 2 or config.num_kv_heads < 2 or config.hidden_size % 2 or 3 * half < config.hidden_size:
+        raise UserError("a model prepared for retrieval needs at least 2 layers, 2 KV groups, an even hidden size and "
+                        "heads of at least a third of it")
     params, rng = {path: np.array(value) for path, value in params.items()}, np.random.default_rng(seed)
     theta, _ = config.rope.frequencies(config.head_dim)
     fast, slow = (np.tile(turns, 2).astype(np.float32) for turns in (theta >= FAST, theta <= SLOW_TURN / reach))
@@ -58,14 +58,15 @@ def prepare_for_retrieval(params: dict, config: ModelConfig, seed: int = 0, reac
         if path.endswith(("attention.wo", "mlp.down")):
             value *= BRANCH_SCALE
     basis = np.linalg.qr(rng.normal(size=(config.hidden_size,) * 2))[0].T.astype(np.float32)
-    token, context = np.split(basis, 2)  # [D / 2, D] each, orthonormal
+    own, context = basis[:-half], basis[-half:]  # orthonormal; [D / 2, D] each
     carried = np.eye(config.head_dim, half, dtype=np.float32)  # [H, D / 2]: a head carries one half
-    params["embed.weight"] = 2 ** .5 * params["embed.weight"] @ token.T @ token
+    params["embed.weight"] = (config.hidden_size / len(own)) ** .5 * params["embed.weight"] @ own.T @ own
+    token = own[:half]
 
     weight, bias, out = (params[f"layers.0.attention.{name}"] for name in ("wqkv", "bqkv", "wo"))
     weight[:, :-1] *= 0.1
     weight[:, -1] = carried @ token
-    for head, (offset, scale) in enumerate(zip(OFFSETS, NOTE_SCALES)):
+    for head, offset, scale in zip(range(config.num_heads), OFFSETS, NOTE_SCALES):
         group, row = divmod(head, config.group_size)
         bias[group, row] = OFFSET_STRENGTH * fast * np.concatenate([np.cos(offset * theta), -np.sin(offset * theta)])
         bias[group, -2] = OFFSET_STRENGTH * first_half(fast)
@@ -77,8 +78,8 @@ def prepare_for_retrieval(params: dict, config: ModelConfig, seed: int = 0, reac
     mixed *= (MATCH_SCORE * config.head_dim ** .5 / (mixed ** 2).sum()) ** .5
     weight, bias, out = (params[f"layers.1.attention.{name}"] for name in ("wqkv", "bqkv", "wo"))
     weight[0, :-2], weight[0, -2], weight[0, -1] = mixed @ token, mixed @ context, carried @ token
-    out[:, 0] = COPY_SCALE * (carried @ token).T[:, None]
+    out[:, 0] = COPY_SCALE / config.group_size * (carried @ token).T[:, None]
     weight[1, :-1], weight[1, -1] = mixed @ token, carried @ context
     bias[1, :-2], bias[1, -2] = -AVOID_STRENGTH * first_half(fast), AVOID_STRENGTH * first_half(fast)
-    out[:, 1] = RECALL_SCALE * (carried @ context).T[:, None]
+    out[:, 1] = RECALL_SCALE / config.group_size * (carried @ context).T[:, None]
     return params
