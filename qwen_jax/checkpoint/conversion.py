@@ -207,7 +207,7 @@ def _write_hf(config: ModelConfig, hf_config: Mapping[str, Any], dtypes: Mapping
         writer.close()
         _write_json(folder / "config.json", hf_config)
         if side_files is not None:
-            copy_side_files(side_files, folder)
+            copy_side_files(side_files, folder, config)
 
 
 def _set_dtype(hf_config: dict[str, Any], dtype: np.dtype) -> None:

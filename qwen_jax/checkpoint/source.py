@@ -145,11 +145,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return dict(value)
 
 
-def copy_side_files(src: Path, dst: Path) -> None:
-    """Copy the tokenizer, the generation defaults and the licence, where there are any."""
+def copy_side_files(src: Path, dst: Path, config: ModelConfig | None = None) -> None:
+    """Copy the tokenizer, the generation defaults and the licence, where there are any, and how the model was calibrated,
+    unless ``dst`` is to have another shape, of ``config``."""
+    own = config is None or not (src / "config.json").is_file() or _shape(config) == _shape(
+        ModelConfig.from_hf(src))
     for name in SIDE_FILES:
-        if (src / name).is_file():
+        if (src / name).is_file() and (own or name not in (SPARSITY, EIGHT_BIT)):
             shutil.copyfile(src / name, dst / name)
+
+
+def _shape(config: ModelConfig) -> tuple[int, ...]:
+    return (config.num_layers, config.hidden_size, config.intermediate_size, config.num_heads, config.num_kv_heads,
+            config.head_dim, config.vocab_size)
 
 
 def _download(repo: str) -> Path:

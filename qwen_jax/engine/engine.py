@@ -13,6 +13,7 @@ from qwen_kernels.sparse_attention import Sparsity
 
 from qwen_jax.config import GenerationDefaults
 from qwen_jax.engine import resharding, settings
+from qwen_jax.engine.adaptation import Adaptation
 from qwen_jax.engine.adapters import AdapterTable
 from qwen_jax.engine.deployment import Blueprint, Deployment
 from qwen_jax.engine.executables import default_cache_dir
@@ -20,7 +21,7 @@ from qwen_jax.engine.hosts import Follower, Leader, connect
 from qwen_jax.engine.intake import EMBEDDING, FIRST_TOKEN, Intake, Messages, Prompt, is_single
 from qwen_jax.engine.leading import Following, LeadingAdapters, LeadingWeights, check_same
 from qwen_jax.engine.load_policy import LoadPolicy
-from qwen_jax.engine.loop import Loop
+from qwen_jax.engine.loop import DISPATCH_SECONDS, Loop
 from qwen_jax.engine.memory import kv_bytes_per_token, weight_bytes_per_step
 from qwen_jax.engine.outputs import BucketStats, Delta, EngineStats, RequestOutput, Score, unit
 from qwen_jax.engine.pages import PagePool
@@ -30,6 +31,7 @@ from qwen_jax.engine.sampling_params import SamplingParams
 from qwen_jax.engine.schedule import DEFAULT_POLICY, Limits, SchedulePolicy, bucket_table
 from qwen_jax.engine.scheduler import Scheduler
 from qwen_jax.engine.speculation import DRAFT_MODEL, NGRAM, Speculation
+from qwen_jax.engine.tuned import Tuned
 from qwen_jax.engine.updates import Golden, check_golden, check_policy, golden_requests, replace_in_place, switch
 from qwen_jax.engine.weights import Weights
 from qwen_jax.errors import UserError
@@ -61,6 +63,9 @@ class Engine:
       kv_cache_bytes: memory of each device for KV pages; by default what ``max_batch_size`` full sequences need, at
         most a share of the free memory.
       limits, policy: the bucket shapes and the schedule's thresholds, as data.
+      tuned: both, as `qwen-jax tune` found them for this device; `from_pretrained` looks for them by itself, and None
+        keeps it from that. With ``limits`` or ``policy`` it is not used.
+      adapt: learn while it works which compiled decode programs are the faster ones (docs/tuning.md).
       prefix_cache: keep computed pages for prompts that begin alike (same weights, adapter and attention).
       max_adapters: LoRA adapters that may be loaded at once (`load_adapter`); max_adapter_rank: their largest rank.
       cache_dir: where executables are kept; None keeps none.
@@ -87,8 +92,8 @@ class Engine:
                  max_adapter_rank: int = 16, cache_dir: str | Path | None | type(...) = ...,
                  speculation: Any = None, draft_tokens: int | None = None, strict_compiles: bool = False,
                  sparsity: Sparsity | Sequence[Sparsity | None] = DEFAULT_SPARSITY, batch_invariant: bool = False,
-                 calibrated: Calibrated | None = None, load_policy: LoadPolicy | None = None, warmup: bool = True,
-                 progress: bool = True) -> None:
+                 calibrated: Calibrated | None = None, load_policy: LoadPolicy | None = None,
+                 tuned: Tuned | None = None, adapt: bool = False, warmup: bool = True, progress: bool = True) -> None:
         source, dtype, defaults = settings.source_of(model, dtype)
         self.config = source.config
         self.tokenizer = tokenizer
@@ -97,10 +102,15 @@ class Engine:
             if limits is not None or speculation is not None:
                 raise UserError("batch_invariant decides the shapes: give neither limits nor speculation with it")
             policy = settings.invariant_policy(policy, max_batch_size)
+        if adapt and (dp_size > 1 or load_policy is not None):
+            raise UserError("adapt=True is for one replica: give neither dp_size nor load_policy with it")
+        self.tuned = tuned if limits is None and policy is DEFAULT_POLICY else None
+        if self.tuned:
+            policy = self.tuned.policy
         if speculation is not None and draft_tokens is None:
             draft_tokens = limits.draft_tokens if limits else 8 if speculation == NGRAM else 4
         self.limits = limits or settings.limits_for(self.config, max_batch_size, max_seq_len, policy, batch_invariant,
-                                                    draft_tokens or 0)
+                                                    draft_tokens or 0, self.tuned and self.tuned.grid)
         if (self.limits.draft_tokens or None) != draft_tokens or (draft_tokens is None) != (speculation is None):
             raise UserError(f"draft_tokens={draft_tokens} with limits for {self.limits.draft_tokens} and "
                             f"speculation={speculation!r}: these do not go together")
@@ -136,7 +146,8 @@ class Engine:
                              self.adapters)
         kind = DRAFT_MODEL if draft else speculation
         self.loop = Loop(self.deployment.replicas, self.weights, self.adapters,
-                         kind and Speculation(kind, self.limits.draft_tokens))
+                         kind and Speculation(kind, self.limits.draft_tokens),
+                         Adaptation.of(self.limits, DISPATCH_SECONDS) if adapt else None)
         self._following: Following | None = None
         if self._processes:
             check_same(self._processes, self.runner)
@@ -156,7 +167,8 @@ class Engine:
     def from_pretrained(cls, ref: str | Path, *, dtype: Any = "bfloat16", **options: Any) -> Engine:
         """An engine for a Hugging Face folder, a converted checkpoint, a hub id or ``bundled``; options as above.
 
-        How sparse attention is, and what may be 8-bit, the folder may say (``qwen-jax calibrate``).
+        How sparse attention is, and what may be 8-bit, the folder may say (``qwen-jax calibrate``); shapes and
+        thresholds, the user's cache (``qwen-jax tune``), unless an option or QWEN_JAX_TUNED=0 speaks against it.
         """
         from qwen_jax.checkpoint import (
             load_generation_config,
@@ -177,6 +189,8 @@ class Engine:
             options["speculation"] = load_model(options["speculation"], dtype)
         if "sparsity" not in options and (stored := read_sparsity(source.path, source.config)):
             options["sparsity"] = stored
+        if "tuned" not in options:
+            options["tuned"] = settings.tuned_for(source.config, dtype, options)
         return cls(source, dtype=dtype, **options)
 
     @classmethod
@@ -191,6 +205,8 @@ class Engine:
             options["sparsity"] = stored
         if folder and "calibrated" not in options:
             options["calibrated"] = read_calibrated(folder, config)
+        if "tuned" not in options:
+            options["tuned"] = settings.tuned_for(config, dtype, options)
         return cls(empty(config, settings.check_dtype(dtype)), dtype=dtype, warmup=False, **options)
 
     @property
@@ -478,6 +494,8 @@ class Engine:
             bytes_read=figures.bytes_read(weight_bytes_per_step(self.config, spread.specs, self.precision),
                                           kv_bytes_per_token(self.config, spread.dtype, self.precision)),
             device_seconds=figures.device_seconds, host_seconds=figures.host_seconds, buckets=tuple(buckets),
+            tuned=str(self.tuned.path or "as given") if self.tuned else None,
+            adaptation=self.loop.adaptation.report() if self.loop.adaptation else {},
         )
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Sized
 
+from qwen_jax.engine.adaptation import Adaptation
 from qwen_jax.engine.adapters import AdapterTable
 from qwen_jax.engine.batch import build_batch
 from qwen_jax.engine.deployment import Replica
@@ -15,7 +16,7 @@ from qwen_jax.engine.plan import StepPlan
 from qwen_jax.engine.request import Request
 from qwen_jax.engine.schedule import SPARSE
 from qwen_jax.engine.scheduler import Scheduler
-from qwen_jax.engine.sequence import Sequence, State
+from qwen_jax.engine.sequence import MOST, Sequence, State
 from qwen_jax.engine.speculation import Speculation
 from qwen_jax.engine.steps import StepOutput
 from qwen_jax.engine.weights import Weights
@@ -35,7 +36,7 @@ class Loop:
     """
 
     def __init__(self, replicas: Sized[Replica], weights: Weights, adapters: AdapterTable,
-                 speculation: Speculation | None = None) -> None:
+                 speculation: Speculation | None = None, adaptation: Adaptation | None = None) -> None:
         self.replicas, self.weights, self.adapters, self.speculation = list(replicas), weights, adapters, speculation
         runner, scheduler = replicas[0].runner, replicas[0].scheduler
         self.figures = Figures({bucket: Usage() for bucket in runner.table})
@@ -43,6 +44,7 @@ class Loop:
         self.clock = time.monotonic  # of deadlines
         self.before_step: Callable[[], None] | None = None  # what may reshard
         self.refuses: str | None = None  # why no requests are taken here
+        self.adaptation = adaptation
         self._slots, self._vocab_size = scheduler.limits.max_batch_size, weights.config.vocab_size
         self._requests: dict[int, Request] = {}
         self.homes: dict[int | str, Replica] = {}  # of the requests
@@ -141,7 +143,11 @@ class Loop:
     def _begin(self, replica: Replica) -> None:
         began = time.perf_counter()
         steps = DISPATCH_SECONDS / (replica.step_seconds or DISPATCH_SECONDS)
-        plan = replica.scheduler.plan(max(1, int(steps)), self.speculation and self.speculation.propose)
+        propose, rows = self.speculation and self.speculation.propose, MOST
+        if self.adaptation:
+            choice = self.adaptation.choose(*replica.scheduler.crowd())
+            steps, rows = choice.steps, choice.rows
+        plan = replica.scheduler.plan(max(1, int(steps)), propose, rows)
         if plan is not None:
             batch = build_batch(plan, self._requests, self._slots, self._vocab_size)
             now = time.monotonic()
@@ -285,6 +291,8 @@ class Loop:
         self.figures.record(plan, output, device, host)
         if self.speculation:
             self.speculation.record(plan, output.counts[: len(plan.rows)].tolist(), device + host)
+        if self.adaptation:
+            self.adaptation.record(plan, device + host)
         if plan.bucket.phase == "decode" and plan.bucket.tokens == 1:
             replica.step_seconds = device / max(row.count for row in plan.rows)
 

@@ -123,6 +123,7 @@ class EngineStats:
     ``guard_trips`` counts, by layer, rows whose 8-bit numbers were of no use and that were computed again in 16 bits,
     or ended with an error when those were not either; the number of layers stands for what comes after the last one.
     ``unused_slots`` are tokens for which held pages have room and hold none. ``schedules`` counts requests that ended.
+    ``tuned`` is the file that shapes and thresholds were read from, ``adaptation`` what `Adaptation.report` says.
     ``model_flops`` and ``bytes_read`` are what answers needed (`Figures`), not what devices measured.
     """
 
@@ -151,3 +152,5 @@ class EngineStats:
     device_seconds: float
     host_seconds: float
     buckets: tuple[BucketStats, ...]
+    tuned: str | None = None
+    adaptation: dict[str, dict[str, float]] = field(default_factory=dict)

@@ -17,6 +17,7 @@ from qwen_jax.engine.executables import Executables, Program, planned, unplanned
 from qwen_jax.engine.schedule import Bucket
 from qwen_jax.engine.stage import Held, Sizes, Stage
 from qwen_jax.engine.steps import EngineState, StepBatch, StepOutput, run_bucket
+from qwen_jax.engine.tiles import attention_tiles
 from qwen_jax.errors import UserError
 
 
@@ -157,4 +158,5 @@ class Runner:
             return run_bucket(stage.models(leaves, draft), key.bucket, state, batch, vocab_limit, adapters)
 
         batch = dry_run_batch(key.bucket, self.sizes.slots, self._vocab_size)
-        return stage.lower(step, stage.shapes_of_arguments(batch))
+        with attention_tiles(key.bucket.chunk_pages):
+            return stage.lower(step, stage.shapes_of_arguments(batch))

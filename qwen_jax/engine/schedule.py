@@ -69,6 +69,7 @@ class Bucket:
     precision: str = "bf16"  # "bf16" | "f32" | "8-bit", of weights, pages or both
     micro_rows: int = 0  # rows per micro-batch inside the executable; 0 means all rows at once
     steps: int = 1  # decode: tokens per row that one dispatch can generate one after another
+    chunk_pages: int = 0  # pages of keys that full attention takes at a time; 0 for the kernel's own number
 
     def __post_init__(self):
         if self.micro_rows == 0:
@@ -95,10 +96,13 @@ class Limits:
     draft_rows: int = 8  # no speculation with more rows
     sparse_prefill_shapes: tuple[tuple[int, int], ...] = ()  # for the sparse schedule; empty for the same
     sparse_decode_rows: tuple[int, ...] = ()
+    step_overhead_tokens: int = STEP_OVERHEAD_TOKENS
+    prefill_chunk_pages: int = 0  # as `Bucket.chunk_pages`
+    decode_chunk_pages: int = 0
 
     def __post_init__(self):
         check_positive(max_batch_size=self.max_batch_size, max_seq_len=self.max_seq_len, decode_steps=self.decode_steps,
-                       draft_rows=self.draft_rows)
+                       draft_rows=self.draft_rows, step_overhead_tokens=self.step_overhead_tokens)
         if self.draft_tokens:
             check_positive(draft_tokens=self.draft_tokens)
         if not self.prefill_shapes or not self.decode_rows:
@@ -108,50 +112,76 @@ class Limits:
                 raise UserError(f"prefill shapes must be whole pages: {tokens} tokens is not a multiple of {PAGE}")
 
 
-# (rows, tokens). On CPU matmuls saturate near 512 rows, and one dispatch should stay short for the decoding neighbours.
-_CPU_PREFILL = ((1, 64), (8, 64), (4, 128), (1, 256), (2, 256), (1, 512))
-_ACCELERATOR_PREFILL = ((1, 64), (8, 64), (32, 64), (1, 256), (8, 256), (32, 256), (1, 1024), (8, 1024),
-                        (1, 4096), (2, 4096))
-# Long prompts come one or two at a time and in large chunks: few shapes do, and each is a program to compile.
-_CPU_SPARSE_PREFILL = ((1, 64), (1, 512))
-_ACCELERATOR_SPARSE_PREFILL = ((1, 64), (1, 1024), (2, 4096))
-_SPARSE_DECODE_ROWS = (2, 8)  # and as many as there may be
-# (tokens, micro_rows)
-_CPU_RECOMPUTE = ((64, 8),)
-_ACCELERATOR_RECOMPUTE = ((64, 32), (256, 32))
+DECODE_STEPS = 8  # how many of them a dispatch takes is decided when it starts
 # XLA:CPU's bf16 dot with one row is 10 times slower than with two, and elsewhere a padding row costs nothing. Eight
 # rows cost little more than four: one program less to compile.
 _DECODE_ROWS = (2, *(2**n for n in range(3, 20)))
-DECODE_STEPS = 8  # how many of them a dispatch takes is decided when it starts
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Shapes to choose from, whatever an engine's sizes: `default_limits` cuts them down to what these can use.
+
+    Attributes:
+      prefill_shapes, sparse_prefill_shapes: (rows, tokens). recompute_shapes: (tokens, micro_rows).
+      decode_rows: ascending; no step has more rows than the last. sparse_decode_rows: and as many as there may be.
+      decode_steps: most tokens per row and dispatch.
+      step_overhead_tokens: what a step costs beside its tokens, in prefill tokens (`pick_prefill`).
+      prefill_chunk_pages, decode_chunk_pages: as `Bucket.chunk_pages`.
+    """
+
+    prefill_shapes: tuple[tuple[int, int], ...]
+    sparse_prefill_shapes: tuple[tuple[int, int], ...]
+    recompute_shapes: tuple[tuple[int, int], ...]
+    decode_rows: tuple[int, ...] = _DECODE_ROWS
+    sparse_decode_rows: tuple[int, ...] = (2, 8)
+    decode_steps: int = DECODE_STEPS
+    step_overhead_tokens: int = STEP_OVERHEAD_TOKENS
+    prefill_chunk_pages: int = 0
+    decode_chunk_pages: int = 0
+
+
+# On CPU matmuls saturate near 512 rows, and one dispatch should stay short for the decoding neighbours. Long prompts
+# (the sparse ones) come one or two at a time and in large chunks: few shapes do, and each is a program to compile.
+_CPU_GRID = Grid(((1, 64), (8, 64), (4, 128), (1, 256), (2, 256), (1, 512)), ((1, 64), (1, 512)), ((64, 8),))
+_ACCELERATOR_GRID = Grid(((1, 64), (8, 64), (32, 64), (1, 256), (8, 256), (32, 256), (1, 1024), (8, 1024), (1, 4096),
+                          (2, 4096)), ((1, 64), (1, 1024), (2, 4096)), ((64, 32), (256, 32)))
+
+
+def default_grid(platform: str) -> Grid:
+    """For "cpu", "gpu" or "tpu"."""
+    if platform not in ("cpu", "gpu", "tpu"):
+        raise UserError(f"unknown platform {platform!r}: use 'cpu', 'gpu' or 'tpu'")
+    return _CPU_GRID if platform == "cpu" else _ACCELERATOR_GRID
 
 
 def default_limits(max_batch_size: int = 64, max_seq_len: int = 4096, platform: str = "cpu",
                    policy: SchedulePolicy = DEFAULT_POLICY, draft_tokens: int = 0,
-                   decode_steps: int = DECODE_STEPS) -> Limits:
-    """The shapes for a platform ("cpu", "gpu" or "tpu"), cut down to what the two sizes and the policy can use."""
+                   decode_steps: int | None = None, grid: Grid | None = None) -> Limits:
+    """The shapes for a platform ("cpu", "gpu" or "tpu"), cut down to what the two sizes and the policy can use.
+
+    decode_steps: by default the grid's. grid: by default the platform's.
+    """
     check_positive(max_batch_size=max_batch_size, max_seq_len=max_seq_len)
-    if platform not in ("cpu", "gpu", "tpu"):
-        raise UserError(f"unknown platform {platform!r}: use 'cpu', 'gpu' or 'tpu'")
-    on_cpu = platform == "cpu"
+    grid = grid or default_grid(platform)
     longest = pages_for(max_seq_len) * PAGE
     most_rows = min(max_batch_size, policy.recompute_above_rows)
-    shapes = _CPU_PREFILL if on_cpu else _ACCELERATOR_PREFILL
-    prefill = [(min(rows, most_rows), tokens) for rows, tokens in shapes if tokens <= longest]
-
-    most_decode_rows = _round_up(max_batch_size, _DECODE_ROWS[0])
-    decode_rows = [*(rows for rows in _DECODE_ROWS if rows < most_decode_rows), most_decode_rows]
-
+    prefill = [(min(rows, most_rows), tokens) for rows, tokens in grid.prefill_shapes if tokens <= longest]
+    running = _round_up(max_batch_size, _DECODE_ROWS[0])
+    decode_rows = _up_to(grid.decode_rows, min(running, grid.decode_rows[-1]))
     recompute = []
-    for rows in decode_rows if max_batch_size > policy.recompute_above_rows else ():
-        for tokens, micro_rows in _CPU_RECOMPUTE if on_cpu else _ACCELERATOR_RECOMPUTE:
+    for rows in _up_to(_DECODE_ROWS, running) if max_batch_size > policy.recompute_above_rows else ():
+        for tokens, micro_rows in grid.recompute_shapes:
             micro_rows = min(micro_rows, policy.recompute_above_rows)
             if rows > policy.recompute_above_rows and tokens <= longest:
                 recompute.append((_round_up(rows, micro_rows), tokens, micro_rows))
-    sparse_shapes = _CPU_SPARSE_PREFILL if on_cpu else _ACCELERATOR_SPARSE_PREFILL
-    sparse_prefill = [(min(rows, most_rows), tokens) for rows, tokens in sparse_shapes if tokens <= longest]
-    sparse_rows = [*(rows for rows in _SPARSE_DECODE_ROWS if rows < most_decode_rows), most_decode_rows]
-    return Limits(max_batch_size, max_seq_len, _unique(prefill), _unique(recompute), tuple(decode_rows), decode_steps,
-                  draft_tokens, sparse_prefill_shapes=_unique(sparse_prefill), sparse_decode_rows=tuple(sparse_rows))
+    sparse_prefill = [(min(rows, most_rows), tokens) for rows, tokens in grid.sparse_prefill_shapes
+                      if tokens <= longest]
+    return Limits(max_batch_size, max_seq_len, _unique(prefill), _unique(recompute), decode_rows,
+                  decode_steps or grid.decode_steps, draft_tokens, sparse_prefill_shapes=_unique(sparse_prefill),
+                  sparse_decode_rows=_up_to(grid.sparse_decode_rows, running),
+                  step_overhead_tokens=grid.step_overhead_tokens, prefill_chunk_pages=grid.prefill_chunk_pages,
+                  decode_chunk_pages=grid.decode_chunk_pages)
 
 
 def invariant_limits(max_batch_size: int, max_seq_len: int, decode_steps: int = DECODE_STEPS,
@@ -187,15 +217,16 @@ def bucket_table(limits: Limits, policy: SchedulePolicy = DEFAULT_POLICY, precis
 
     pages = pages_for(limits.max_seq_len)
     attentions = (FULL, SPARSE) if limits.max_seq_len > policy.sparse_above_tokens else (FULL,)
-    buckets = [Bucket("prefill", RECOMPUTE, rows, tokens, pages, usual, micro)
+    buckets = [Bucket("prefill", RECOMPUTE, rows, tokens, pages, usual, micro, chunk_pages=limits.prefill_chunk_pages)
                for rows, tokens, micro in recompute_shapes]
     for attention in attentions:
         sparse = attention == SPARSE
         shapes = limits.sparse_prefill_shapes if sparse and limits.sparse_prefill_shapes else limits.prefill_shapes
         decode_rows = limits.sparse_decode_rows if sparse and limits.sparse_decode_rows else limits.decode_rows
-        buckets += [Bucket("prefill", attention, *shape, pages, usual) for shape in shapes]
-        buckets += [Bucket("decode", attention, rows, 1, pages, usual, steps=limits.decode_steps)
-                    for rows in decode_rows]
+        chunks = (0, 0) if sparse else (limits.prefill_chunk_pages, limits.decode_chunk_pages)
+        buckets += [Bucket("prefill", attention, *shape, pages, usual, chunk_pages=chunks[0]) for shape in shapes]
+        buckets += [Bucket("decode", attention, rows, 1, pages, usual, steps=limits.decode_steps,
+                           chunk_pages=chunks[1]) for rows in decode_rows]
         if limits.draft_tokens:
             buckets += [Bucket("decode", attention, rows, limits.draft_tokens + 1, pages, usual)
                         for rows in decode_rows if rows <= limits.draft_rows]
@@ -213,11 +244,12 @@ def bucket_table(limits: Limits, policy: SchedulePolicy = DEFAULT_POLICY, precis
     return table
 
 
-def pick_prefill(candidates: tuple[Bucket, ...], remaining_lengths: list[int]) -> Bucket:
+def pick_prefill(candidates: tuple[Bucket, ...], remaining_lengths: list[int],
+                 overhead_tokens: int = STEP_OVERHEAD_TOKENS) -> Bucket:
     """The bucket that prefills the most useful tokens for its cost, the first rows of the line going first.
 
     `remaining_lengths`: tokens still to prefill per row, head of the line first. Every bucket takes the first `rows`
-    of them, so the head always runs. Cost: padded tokens and `STEP_OVERHEAD_TOKENS`. Ties go to the first candidate,
+    of them, so the head always runs. Cost: padded tokens and `overhead_tokens`. Ties go to the first candidate,
     in a bucket table the one with the fewest tokens.
     """
     if not candidates or not remaining_lengths:
@@ -225,13 +257,17 @@ def pick_prefill(candidates: tuple[Bucket, ...], remaining_lengths: list[int]) -
 
     def value(bucket: Bucket) -> float:
         useful = sum(min(length, bucket.tokens) for length in remaining_lengths[:bucket.rows])
-        return useful / (bucket.rows * bucket.tokens + STEP_OVERHEAD_TOKENS)
+        return useful / (bucket.rows * bucket.tokens + overhead_tokens)
 
     return max(candidates, key=value)
 
 
 def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
+
+
+def _up_to(rows: tuple[int, ...], most: int) -> tuple[int, ...]:
+    return *(one for one in rows if one < most), most
 
 
 def _unique(items) -> tuple:

@@ -31,7 +31,7 @@ from qwen_jax.engine.schedule import (
     dynamic_schedule,
     pick_prefill,
 )
-from qwen_jax.engine.sequence import Sequence, State
+from qwen_jax.engine.sequence import MOST, Sequence, State
 from qwen_jax.errors import UserError
 
 RANK_EVERY = 4  # prefill steps, of which one goes by rank
@@ -72,6 +72,11 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         return bool(self._sequences)
+
+    def crowd(self) -> tuple[int, bool]:
+        """How many sequences decode, and whether others wait for a prefill."""
+        decoding = sum(not seq.in_prefill for seq in self.running)
+        return decoding, bool(self.waiting) or decoding < len(self.running)
 
     def check(self, seq: Sequence) -> None:
         """UserError if the request is malformed or could not finish even with the whole cache to itself."""
@@ -188,15 +193,17 @@ class Scheduler:
         self._preempt(seq)
         seq.wide, seq.schedule = True, FULL
 
-    def plan(self, steps: int = 1, propose: Callable[[Sequence], Sized[int]] | None = None) -> StepPlan | None:
+    def plan(self, steps: int = 1, propose: Callable[[Sequence], Sized[int]] | None = None, rows: int = MOST
+             ) -> StepPlan | None:
         """The next step; None only when there is no work, or none but for those kept out by `paused`. Its sequences own
         pages and slots when this returns.
 
         steps: tokens per row that a decode step may sample, within what its bucket can; one while anybody could be
           prefilled instead.
         propose: drafts of the tokens after the last one of a sequence, `DRAWN` for those that the step makes.
+        rows: that a decode step may have; those left over take the next one.
         """
-        phases = [self._plan_prefill, lambda: self._plan_decode(steps, propose)]
+        phases = [self._plan_prefill, lambda: self._plan_decode(steps, propose, rows)]
         if self._last_phase == "prefill":
             phases.reverse()
         for plan_phase in phases:
@@ -253,7 +260,8 @@ class Scheduler:
         line = [item for item in line if self.group(item[0]) == self.group(line[0][0])]
         wide = line[0][0].wide
         schedule = FULL if wide else dynamic_schedule(len(line), len(line[0][0].prompt), self.policy)
-        bucket = pick_prefill(self._buckets("prefill", schedule, wide), list(map(left, line)))
+        bucket = pick_prefill(self._buckets("prefill", schedule, wide), list(map(left, line)),
+                              self.limits.step_overhead_tokens)
         chosen = line[:bucket.rows]
         for _, found in chosen:  # all before the first allocation, which could evict them
             self.pool.share(found)
@@ -354,7 +362,8 @@ class Scheduler:
 
     # --- decode
 
-    def _plan_decode(self, steps: int, propose: Callable[[Sequence], Sized[int]] | None) -> StepPlan | None:
+    def _plan_decode(self, steps: int, propose: Callable[[Sequence], Sized[int]] | None, most: int
+                     ) -> StepPlan | None:
         """The rows that have waited longest, all of one group."""
         decoding = [seq for seq in self.running if not seq.in_prefill]
         if not decoding:
@@ -369,7 +378,7 @@ class Scheduler:
         for group, members in groups.items():
             attention, _, wide = group
             buckets = sorted(self._buckets("decode", attention, wide), key=attrgetter("rows", "tokens"))
-            chosen = members[:buckets[-1].rows]
+            chosen = members[:min(most, buckets[-1].rows)]
             chosen.sort(key=_rank)  # a row can then only preempt rows that are not planned yet
             drafts = self._drafts(chosen, buckets, propose) if propose else {}
             steps = min(steps, *(seq.burst for seq in chosen))  # or whoever samples one would wait for the others

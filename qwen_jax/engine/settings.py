@@ -17,15 +17,18 @@ from qwen_kernels.attention import PAGE
 from qwen_kernels.sparse_attention import Sparsity, nodes_per_page
 
 from qwen_jax.config import GenerationDefaults, ModelConfig
+from qwen_jax.engine import tuned
 from qwen_jax.engine.pages import pages_for
 from qwen_jax.engine.schedule import (
     DECODE_STEPS,
+    Grid,
     Limits,
     SchedulePolicy,
     check_positive,
     default_limits,
     invariant_limits,
 )
+from qwen_jax.engine.tuned import Tuned
 from qwen_jax.errors import UserError
 from qwen_jax.model import Qwen2, build, params_of
 from qwen_jax.parallel.hardware import hardware_of
@@ -124,8 +127,8 @@ def check_dtype(dtype: Any) -> jnp.dtype:
 
 
 def limits_for(config: ModelConfig, max_batch_size: int, max_seq_len: int | None, policy: SchedulePolicy,
-               invariant: bool = False, draft_tokens: int = 0) -> Limits:
-    """Default shapes for this platform, within the model's context."""
+               invariant: bool = False, draft_tokens: int = 0, grid: Grid | None = None) -> Limits:
+    """Default shapes for this platform, or those of ``grid``, within the model's context."""
     longest = config.max_context
     if max_seq_len is None:
         max_seq_len = min(DEFAULT_MAX_SEQ_LEN, longest)
@@ -133,10 +136,20 @@ def limits_for(config: ModelConfig, max_batch_size: int, max_seq_len: int | None
         raise UserError(f"max_seq_len={max_seq_len} exceeds the model's context of {longest} tokens: lower it, or "
                         "extend the context with YaRN in config.json")
     slow = platform() == "cpu" and config.num_parameters > _ONE_TOKEN_ABOVE
-    steps = 1 if slow else DECODE_STEPS
+    steps = grid.decode_steps if grid else 1 if slow else DECODE_STEPS
     if invariant:
         return invariant_limits(max_batch_size, max_seq_len, steps)
-    return default_limits(max_batch_size, max_seq_len, platform(), policy, draft_tokens, steps)
+    return default_limits(max_batch_size, max_seq_len, platform(), policy, draft_tokens, steps, grid)
+
+
+def tuned_for(config: ModelConfig, dtype: Any, options: dict[str, Any]) -> Tuned | None:
+    """What `qwen-jax tune` found for an engine with these options; None where they decide that themselves, or ask for
+    what it does not measure."""
+    decided = ("limits", "policy", "batch_invariant", "speculation", "load_policy")
+    several = any(options.get(name, 1) != 1 for name in ("tp_size", "pp_size", "dp_size"))
+    if several or jax.process_count() > 1 or any(options.get(name) for name in decided):
+        return None
+    return tuned.find(config, dtype or config.dtype, options.get("fp8_enabled", False))
 
 
 def platform() -> str:

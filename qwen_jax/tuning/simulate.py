@@ -1,0 +1,29 @@
+"""How long a trace would take: the real scheduler, with measured costs in the device's place."""
+
+from __future__ import annotations
+
+from qwen_jax.engine.loop import DISPATCH_SECONDS
+from qwen_jax.engine.pages import PagePool
+from qwen_jax.engine.schedule import Bucket, Limits, SchedulePolicy
+from qwen_jax.engine.scheduler import Scheduler
+from qwen_jax.engine.sequence import Sequence
+from qwen_jax.tuning.costs import Cost, seconds_of
+from qwen_jax.tuning.traces import Trace
+
+
+def simulate(trace: Trace, table: tuple[Bucket, ...], limits: Limits, policy: SchedulePolicy, num_pages: int,
+             costs: dict[Bucket, Cost], step_seconds: float = 0.0) -> float:
+    """Seconds until every request is answered. step_seconds: of the host, between two steps."""
+    scheduler = Scheduler(table, limits, PagePool(num_pages), policy, prefix_cache=False)
+    for number, (prompt, answer) in enumerate(zip(trace.prompts, trace.answers, strict=True)):
+        scheduler.add(Sequence(number, [0] * prompt, answer))
+    total, last = 0.0, None  # seconds; of the last decode step, per token
+    while (plan := scheduler.plan(max(1, int(DISPATCH_SECONDS / (last or DISPATCH_SECONDS))))) is not None:
+        took = seconds_of(plan, costs)
+        total += took + step_seconds
+        if plan.bucket.phase == "decode":
+            last = took / max(row.count for row in plan.rows)
+            scheduler.commit(plan, [[0] * row.count for row in plan.rows])
+        else:
+            scheduler.commit(plan, [[0] for _ in plan.rows])
+    return total
