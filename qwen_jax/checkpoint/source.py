@@ -146,8 +146,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def copy_side_files(src: Path, dst: Path, config: ModelConfig | None = None) -> None:
-    """Copy the tokenizer, the generation defaults and the licence, where there are any, and how the model was calibrated,
-    unless ``dst`` is to have another shape, of ``config``."""
+    """Copy the tokenizer, the generation defaults and the licence, where there are any, and how the model was
+    calibrated, unless ``dst`` is to have another shape, of ``config``."""
     own = config is None or not (src / "config.json").is_file() or _shape(config) == _shape(
         ModelConfig.from_hf(src))
     for name in SIDE_FILES:

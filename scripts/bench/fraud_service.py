@@ -1,10 +1,12 @@
 """The anti-fraud service under an open-loop load: what rate it holds, how large its steps are, how busy its engine is.
 
     python scripts/bench/fraud_service.py [--rates 100,200,400] [--cache-mb 64] [--seconds 10] [--payments 4]
+                                          [--model student]
 
 A rate is held when 99 % of the answers come within 200 ms of when their request was due and none fails. Requests come
 by a Poisson process; 65 % repeat an earlier one letter by letter; the others are new payments, of accounts that make
-``--payments`` of them on average. Client, server and engine share this machine's cores. Busy: the share of the wall
+``--payments`` of them on average. At the beginning of each rate all accounts are new; latencies of those ``--warm``
+seconds are not counted. Client, server and engine share this machine's cores. Busy: the share of the wall
 time in which the engine's process is in a step. Run the same rates with --cache-mb 0 for the figures without the cache.
 """
 
@@ -79,8 +81,9 @@ def measure(server, rate: float, args: argparse.Namespace, rows: Path) -> dict[s
     from qwen_jax.serving.bench_load import Load, arrivals
 
     seed = args.seed + int(rate)
-    options = Day(args.seconds, rate, args.repeats, args.payments, drift_at=1.0, seed=seed)
-    arrived = asked(options, arrivals(Load(seconds=args.seconds, seed=seed), rate).tolist())
+    lasting = args.seconds + args.warm
+    options = Day(lasting, rate, args.repeats, args.payments, drift_at=1.0, seed=seed)
+    arrived = asked(options, arrivals(Load(seconds=lasting, seed=seed), rate).tolist())
     bodies = [(one.at, msgspec.json.encode(one.screening.request)) for one in arrived]
     busy, steps = figures(server, rows)
     used, began = cpu_seconds(server), time.perf_counter()
@@ -89,7 +92,7 @@ def measure(server, rate: float, args: argparse.Namespace, rows: Path) -> dict[s
     cores = (cpu_seconds(server) - used) / wall
     later, more = figures(server, rows)
     more.subtract(steps)
-    seconds = np.array([one.seconds for one in outcomes])
+    seconds = np.array([one.seconds for one, a in zip(outcomes, arrived) if a.at >= args.warm])
     good = [one for one in outcomes if one.status == 200]
     right = sum(one.verdict["decision"] == a.screening.label for one, a in zip(outcomes, arrived) if one.status == 200)
     within = sum(count for size, count in more.items() if 5 <= size <= 32)
@@ -108,6 +111,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rates", default="50,100,200,400,800")
     parser.add_argument("--seconds", type=float, default=10)
+    parser.add_argument("--warm", type=float, default=3, metavar="SECONDS")
+    parser.add_argument("--model", default="bundled", help="bundled or student")
     parser.add_argument("--cache-mb", default="64", help="0 for no cache")
     parser.add_argument("--repeats", type=float, default=0.65, help="share of requests")
     parser.add_argument("--payments", type=float, default=4, help="of an account, on average")
@@ -119,7 +124,8 @@ def main() -> int:
         os.environ["ROWS_OF_STEPS"] = str(rows)
         server = Live("--fraud", "--max-seq-len", "256", "--max-batch-size", "32", "--max-adapters", "1",
                       "--kv-cache-bytes", str(512 << 20), "--max-requests", "4096", "--response-cache-mb",
-                      args.cache_mb, *args.server.split(), worker=str(Path(__file__).resolve()), quick=False)
+                      args.cache_mb, *args.server.split(), model=args.model,
+                      worker=str(Path(__file__).resolve()), quick=False)
         try:
             found = [measure(server, float(rate), args, rows) for rate in ["20", *args.rates.split(",")]][1:]
         finally:

@@ -267,3 +267,16 @@ def test_peak_memory_as_the_kernel_counts_it(shared, tmp_path):
     done = subprocess.run([sys.executable, "-c", script, str(shared / "tied"), str(tmp_path / "out"),
                            str(tmp_path / "hf")], check=True, stdout=subprocess.PIPE, text=True)
     assert int(done.stdout) < 1.9 * 32 * 1024  # kB; 52,400 measured, 73,700 when Orbax copies its input
+
+
+def test_a_model_of_another_shape_is_not_calibrated_as_its_source(tmp_path):
+    """What was measured layer by layer is of no use to a model with fewer of them, and an engine would refuse it."""
+    from dataclasses import replace
+
+    from qwen_jax.model import init
+
+    source = resolve("bundled")
+    for name, config in (("same", source.config), ("fewer", replace(source.config, num_layers=2))):
+        save_hf(init(config, seed=1), config, tmp_path / name, source.path)
+    assert (tmp_path / "same" / "eight_bit.json").is_file() and (tmp_path / "fewer" / "tokenizer.json").is_file()
+    assert not (tmp_path / "fewer" / "eight_bit.json").exists()
