@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from qwen_jax.errors import UserError
 
 # Serve's own proxy takes some 200 requests per second, HAProxy thousands. Read by Ray when its processes start.
 PROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
-POLL_SECONDS = 0.5
+POLL_SECONDS, UNREACHABLE_SECONDS = 0.5, 60.0
 OBJECT_STORE_BYTES = 100_000_000  # of shared memory, of which hardly any is used: engines are talked to by TCP
 
 
@@ -75,7 +76,7 @@ def up(args: argparse.Namespace) -> int:
         client = _client(args.address)
     try:
         _deploy(client, wanted)
-        url = f"http://{config.server.host}:{config.server.port}"
+        url = _url(args.address, config.server.host, config.server.port)
         _wait(client, url, args.quiet)
         print(json.dumps({"url": url}) if args.json else f"ready: {url}", flush=True)
         while own:
@@ -105,12 +106,16 @@ def _state(client: Any) -> tuple[str, str]:
 
 
 def _wait(client: Any, url: str, quiet: bool) -> None:
-    began, told = time.monotonic(), None
+    began, told, seen = time.monotonic(), None, time.monotonic()
     while True:
         state, message = _state(client)
         if state == "DEPLOY_FAILED":
             raise UserError(f"the cluster does not start: {_cause(message)}")
-        if state == "RUNNING" and (found := _engines(url)) and not found["changing"]:
+        if state != "RUNNING" or (found := _engines(url)):
+            seen = time.monotonic()
+        elif time.monotonic() - seen > UNREACHABLE_SECONDS:
+            raise UserError(f"it runs, and {url} does not answer from here: how it goes cannot be said")
+        if state == "RUNNING" and found and not found["changing"]:
             if found["problem"]:
                 raise UserError(f"the cluster stays as it was: {found['problem']}")
             return
@@ -119,6 +124,13 @@ def _wait(client: Any, url: str, quiet: bool) -> None:
             print(f"{time.monotonic() - began:.0f} s: {state}", file=sys.stderr)
             told = state
         time.sleep(POLL_SECONDS)
+
+
+def _url(address: str | None, host: str, port: int) -> str:
+    """Of the server. An address that means every one, or this machine's own, is taken for the dashboard's."""
+    if address and host in ("0.0.0.0", "::", "127.0.0.1"):
+        host = urllib.parse.urlsplit(address).hostname or host
+    return f"http://{host}:{port}"
 
 
 def _engines(url: str) -> dict[str, Any] | None:
@@ -140,7 +152,7 @@ def status(args: argparse.Namespace) -> None:
     client = _client(args.address)
     state, message = _state(client)
     options = client.get_serve_details().get("http_options") or {}
-    found = _engines(f"http://{options.get('host', '127.0.0.1')}:{options.get('port', 8000)}")
+    found = _engines(_url(args.address, options.get("host") or "127.0.0.1", options.get("port") or 8000))
     engines = found["engines"] if found else []
     if args.json:
         print(json.dumps({"state": state, "message": message, "engines": engines}))

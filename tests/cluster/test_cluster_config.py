@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from qwen_jax.cli import main
+from qwen_jax.cli_cluster import _url
 from qwen_jax.cluster.config import ClusterConfig, parse_config, read_config, serve_config
 from qwen_jax.errors import UserError
 
@@ -95,3 +96,10 @@ def test_what_can_change_without_a_restart():
     assert config.needs_restart(other) == ["server", "cache"] and not config.needs_restart(config)
     assert serve_config(config)["applications"][0]["deployments"][0]["user_config"] == {"model": "bundled",
                                                                                        "replicas": 2}
+
+
+def test_where_a_server_is_asked_how_it_goes():
+    """From another machine, not at an address that means that machine itself."""
+    assert _url(None, "127.0.0.1", 8000) == "http://127.0.0.1:8000"
+    assert _url("http://head:8265", "0.0.0.0", 8000) == "http://head:8000"
+    assert _url("http://head:8265", "10.0.0.7", 8000) == "http://10.0.0.7:8000"
