@@ -138,27 +138,28 @@ def test_other_engines_take_over_one_after_another(cluster):
     before = set(cluster.engines())
     gateway = cluster.processes("ServeReplica:qwen-jax")[0].pid
     with cluster.traffic() as told:
-        smaller = {**CONFIG["engine"], "max_seq_len": 512}
-        code, out, err = cluster.asked("up", cluster.file(engine=smaller))
+        others = {**cluster.config["environment"], "OF_THE_SECOND_KIND": "yes"}  # the same programs: nothing to compile
+        code, out, err = cluster.asked("up", cluster.file(environment=others))
         assert code == 0 and "ready" in out, err
     assert set(told) == cluster.right
     after = cluster.until(2)
     assert not before & set(after)
-    too_long = cluster.http.post("/v1/completions", json={**ASK, "prompt": [1] * 600})
-    assert too_long.status_code == 400 and "512" in too_long.text
+    workers = cluster.processes("qwen_jax.serving.worker")
+    assert [one.environ().get("OF_THE_SECOND_KIND") for one in workers] == ["yes"] * 2
     assert [one.pid for one in cluster.processes("ServeReplica:qwen-jax")] == [gateway]
     code, out, _ = cluster.asked("status")
     assert code == 0 and out.startswith("RUNNING") and all(f"{name}: ready" in out for name in after)
 
     # What cannot be leaves everything as it is, and is said.
-    code, _, err = cluster.asked("up", cluster.file(engine=smaller, model="nowhere"))
+    code, _, err = cluster.asked("up", cluster.file(environment=others, model="nowhere"))
     assert code == 2 and "nowhere" in err
-    code, _, err = cluster.asked("up", cluster.file(engine=smaller, cache={"megabytes": 1}))
+    code, _, err = cluster.asked("up", cluster.file(environment=others, cache={"megabytes": 1}))
     assert code == 2 and "cache" in err and "cannot change" in err
     assert set(cluster.until(2)) == set(after) and {(number, cluster.text(number)) for number in range(3)} == (
         cluster.right)
 
 
+@pytest.mark.slow
 def test_an_engine_of_two_processes(cluster):
     """Each with a device of its own, in one placement group; when one is killed, both are started again."""
     flags = f"{quick_environment()['XLA_FLAGS']} --xla_force_host_platform_device_count=1"

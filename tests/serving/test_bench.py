@@ -105,14 +105,14 @@ def test_a_queue_is_in_the_latency():
 
     load = Load(requests=24, warmup=0, seed=134)
     times = arrivals(load, 40)
-    assert min(np.diff(times)) > 0.005  # else two may change places on their way
     outcomes = drive(answer, load, 40)
     free, wanted = 0.0, []
     for arrival, seconds in zip(times, service, strict=True):
         free = max(free, arrival) + seconds
-        wanted.append(free - arrival)
-    assert [one.e2e for one in outcomes] == pytest.approx(wanted, abs=SLACK)
-    assert [one.scheduled for one in outcomes] == times.tolist() and wanted[-1] > 0.3
+        wanted.append(free)
+    # In the order in which they ended: on a busy machine two neighbours may change places on their way.
+    assert sorted(one.scheduled + one.e2e for one in outcomes) == pytest.approx(wanted, abs=SLACK)
+    assert [one.scheduled for one in outcomes] == times.tolist() and max(one.e2e for one in outcomes) > 0.3
     found = summarize(outcomes, 40)
     assert found["completed_per_s"] < 21 < 30 < found["offered_per_s"]
 
