@@ -14,9 +14,11 @@ from typing import Any
 import ray
 
 from qwen_jax.serving.wire import frame
+from qwen_jax.sockets import steady
 
 TOKEN_BYTES = 32
 CALL_SECONDS = 60  # for the gateway to connect
+SILENCE = 10, 5, 25.0  # see `steady`: a machine that is gone is noticed within half a minute
 
 
 @ray.remote(max_restarts=0, max_task_retries=0, max_concurrency=4)
@@ -44,7 +46,7 @@ class Host:
         with self._listener:
             connection = self._accept()
         with connection:
-            steady(connection)
+            steady(connection, *SILENCE)
             self._start(connection, environment)
         return self._process.wait()
 
@@ -80,12 +82,3 @@ class Host:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "qwen_jax.serving.worker", str(connection.fileno())],
             pass_fds=[connection.fileno()], env={**os.environ, **environment})
-
-
-def steady(connection: socket.socket) -> None:
-    """Small messages are sent at once, and a machine that is gone is noticed within half a minute."""
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 25_000)):
-        if hasattr(socket, name):  # elsewhere than on Linux some are missing
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -13,9 +13,10 @@ from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from qwen_jax.cluster.host import Host, steady
+from qwen_jax.cluster.host import SILENCE, Host
 from qwen_jax.serving.link import Answer, EngineLink
 from qwen_jax.serving.wire import Piece, frame
+from qwen_jax.sockets import steady
 
 logger = logging.getLogger(__name__)
 PATIENCE_SECONDS = 60  # for devices, before it is said
@@ -83,7 +84,7 @@ class RemoteLink(EngineLink):
         address, port, token = await leader.listen.remote()
         self._running.append(leader.lead.remote(self._environment))
         self._reader, self._writer = await asyncio.open_connection(address, port, limit=1 << 24)
-        steady(self._writer.get_extra_info("socket"))
+        steady(self._writer.get_extra_info("socket"), *SILENCE)
         self._writer.write(token + frame(model, options, process))
 
     async def _watch(self, running: ray.ObjectRef) -> None:

@@ -26,6 +26,7 @@ import jax
 from jax._src import distributed  # its key-value store has no public name
 
 from qwen_jax.errors import UserError
+from qwen_jax.sockets import steady
 
 HEARTBEAT_SECONDS = 20  # after which JAX gives up a process that was silent; a broken connection is noticed at once
 WAIT_SECONDS = 600  # for another process to come as far as this one
@@ -198,13 +199,8 @@ class Follower:
 
 
 def _steady(connection: Connection) -> Connection:
-    """With small messages sent at once, and the other machine's silence noticed by the kernel: 5 s, then 3 probes."""
     with socket.socket(fileno=os.dup(connection.fileno())) as options:
-        options.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        options.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 3), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 15000)):
-            if hasattr(socket, name):  # elsewhere than on Linux some are missing
-                options.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        steady(options, 5, 3, 15.0)
     return connection
 
 
