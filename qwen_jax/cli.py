@@ -144,8 +144,8 @@ def _recall(args: argparse.Namespace, lengths: list[int]) -> None:
     from qwen_kernels.sparse_attention import SELECTORS
 
     from qwen_jax.checkpoint import load_model, load_tokenizer, resolve
-    from qwen_jax.evaluation.calibration import default_texts
-    from qwen_jax.evaluation.selectors import compare, picture
+    from qwen_jax.evaluation.calibrate_sparsity import default_texts
+    from qwen_jax.evaluation.compare_selectors import compare, picture
 
     source = resolve(args.model)
     model, tokenizer = load_model(source, "float32"), load_tokenizer(source)
@@ -175,7 +175,7 @@ def _attention(args: argparse.Namespace) -> dict:
 
 def _calibrate(args: argparse.Namespace) -> None:
     from qwen_jax.checkpoint import load_model, load_tokenizer, resolve
-    from qwen_jax.evaluation.calibration import default_texts
+    from qwen_jax.evaluation.calibrate_sparsity import default_texts
     from qwen_jax.training.examples import read_examples
 
     source = resolve(args.model)
@@ -193,7 +193,7 @@ def _calibrate_sparsity(args: argparse.Namespace, source, model, texts) -> None:
     from qwen_kernels.sparse_attention import Sparsity
 
     from qwen_jax.checkpoint import write_sparsity
-    from qwen_jax.evaluation.calibration import calibrate
+    from qwen_jax.evaluation.calibrate_sparsity import calibrate
 
     found = calibrate(model, texts, Sparsity(budget=args.budget), _say)
     measured = {"tokens": args.length, "density": float(found.after.density),
@@ -208,7 +208,7 @@ def _calibrate_sparsity(args: argparse.Namespace, source, model, texts) -> None:
 
 def _calibrate_eight_bit(args: argparse.Namespace, source, model, texts) -> None:
     from qwen_jax.checkpoint import write_calibrated
-    from qwen_jax.evaluation.eight_bit import calibrate_eight_bit
+    from qwen_jax.evaluation.calibrate_precision import calibrate_eight_bit
 
     result = calibrate_eight_bit(model, texts, _say)
     precision = result.found.precision

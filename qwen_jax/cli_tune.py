@@ -12,7 +12,7 @@ from qwen_jax.errors import UserError
 
 
 def tune(args: argparse.Namespace) -> None:
-    from qwen_jax.tuning.lab import Lab
+    from qwen_jax.tuning.engine_bench import Lab
     from qwen_jax.tuning.tune import Tuner, ratios
 
     if not args.budget_minutes > 0:

@@ -60,7 +60,7 @@ async def run(args: argparse.Namespace) -> int:
     import msgspec
 
     from qwen_jax.cluster.fraud_client import replay
-    from qwen_jax.evaluation.fraud_replay import Day, day
+    from qwen_jax.evaluation.fraud.replay import Day, day
 
     args.folder.mkdir(parents=True, exist_ok=True)
     work = args.folder / time.strftime("%Y%m%d-%H%M%S")
@@ -178,7 +178,7 @@ class Story:
         self._now("promoted", f"all accounts have it, after {found['requests']} requests of its own")
 
     async def _train(self) -> Path:
-        from qwen_jax.evaluation.fraud_replay import write_training
+        from qwen_jax.evaluation.fraud.replay import write_training
 
         data, recipe = self._work / "train.jsonl", self._work / "recipe.toml"
         await asyncio.to_thread(write_training, data, EXAMPLES)

@@ -24,8 +24,8 @@ from qwen_jax.checkpoint.load import load_params
 from qwen_jax.checkpoint.source import resolve
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
-from qwen_jax.evaluation.fraud_account import DAYS
-from qwen_jax.evaluation.fraud_names import pieces
+from qwen_jax.evaluation.fraud.accounts import DAYS
+from qwen_jax.evaluation.fraud.names import pieces
 from qwen_jax.evaluation.longcontext import words
 from qwen_jax.evaluation.longcontext.samples import FAMILIES, draw
 from qwen_jax.evaluation.longcontext.tasks import Document

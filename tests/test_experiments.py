@@ -9,7 +9,7 @@ import pytest
 from qwen_kernels.sparse_attention import Sparsity
 
 from qwen_jax.errors import UserError
-from qwen_jax.evaluation.recall import Paged
+from qwen_jax.evaluation.sparse_recall import Paged
 from qwen_jax.training.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,7 +12,7 @@ from jax.sharding import Sharding
 
 from qwen_jax.checkpoint import orbax_store
 from qwen_jax.checkpoint.hf_layout import HEAD, assemble, check_shapes, layout
-from qwen_jax.checkpoint.placement import (
+from qwen_jax.checkpoint.device_placement import (
     Expand,
     absent,
     dequantized,

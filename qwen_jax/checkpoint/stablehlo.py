@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from qwen_kernels.attention import causal_attention
 
-from qwen_jax.checkpoint import exported_run
+from qwen_jax.checkpoint import stablehlo_runner
 from qwen_jax.checkpoint.atomic import new_folder
 from qwen_jax.checkpoint.conversion import verify
 from qwen_jax.checkpoint.hf_layout import layout
@@ -71,7 +71,7 @@ def export_stablehlo(src: str | Path | Source, dst: str | Path, dtype: Any = "bf
     total = sum(prod(shape) * dtype.itemsize for _, shape in specs.values())
     with new_folder(dst, total) as folder:
         verify(source)
-        (folder / exported_run.PROGRAM).write_bytes(_program(config, dtype))
+        (folder / stablehlo_runner.PROGRAM).write_bytes(_program(config, dtype))
         with progress(total, "exporting") as bar:
             writer = SafetensorsWriter(folder, specs, total)
             for path, parameter in iter_params(source, config, dtype):
@@ -79,8 +79,8 @@ def export_stablehlo(src: str | Path | Source, dst: str | Path, dtype: Any = "bf
                 bar.update(parameter.nbytes)
                 del parameter  # else it would be alive while the next is read
             writer.close()
-        (folder / SINGLE).rename(folder / exported_run.PARAMETERS)
-        shutil.copyfile(exported_run.__file__, folder / "run.py")
+        (folder / SINGLE).rename(folder / stablehlo_runner.PARAMETERS)
+        shutil.copyfile(stablehlo_runner.__file__, folder / "run.py")
         copy_side_files(source.path, folder)
         defaults = read_json(source.path / GENERATION_CONFIG)
         defaults["eos_token_id"] = list(load_generation_config(source).eos_token_ids)

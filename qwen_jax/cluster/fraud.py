@@ -16,8 +16,8 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
 from qwen_jax.cluster.trial import TrialLink
-from qwen_jax.evaluation.fraud_account import CATEGORIES, DAYS, PATTERNS
-from qwen_jax.evaluation.fraud_request import evidence_of, prompt_of
+from qwen_jax.evaluation.fraud.accounts import CATEGORIES, DAYS, PATTERNS
+from qwen_jax.evaluation.fraud.request import evidence_of, prompt_of
 from qwen_jax.serving.link import Answer, Link, pieces
 from qwen_jax.serving.protocol import Body, Number
 from qwen_jax.serving.replies import gone, note, unless

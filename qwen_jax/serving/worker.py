@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from qwen_jax.checkpoint import resolve
-from qwen_jax.checkpoint.shared import shared_copy
+from qwen_jax.checkpoint.shared_memory import shared_copy
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.hosts import join
 from qwen_jax.engine.intake import EMBEDDING

@@ -21,10 +21,10 @@ from qwen_jax.engine.schedule import (
 )
 from qwen_jax.engine.tuned import Tuned
 from qwen_jax.errors import UserError
-from qwen_jax.tuning.costs import Cost
-from qwen_jax.tuning.lab import Lab, plain
-from qwen_jax.tuning.simulate import simulate
-from qwen_jax.tuning.traces import Trace
+from qwen_jax.tuning.step_costs import Cost
+from qwen_jax.tuning.engine_bench import Lab, plain
+from qwen_jax.tuning.scheduler_simulation import simulate
+from qwen_jax.tuning.workloads import Trace
 
 DECODE_ROWS = (2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 MORE_PREFILL = ((1, 128), (2, 64), (4, 64), (2, 128), (16, 64), (8, 128))  # beside the default's

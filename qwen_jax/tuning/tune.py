@@ -13,9 +13,9 @@ from tqdm import tqdm
 from qwen_jax.engine.schedule import DEFAULT_POLICY, FULL, PAGE, SPARSE, Bucket, default_grid
 from qwen_jax.engine.settings import platform
 from qwen_jax.engine.tuned import Tuned, write
-from qwen_jax.tuning.costs import Cost
-from qwen_jax.tuning.lab import Lab, host_seconds, plain
-from qwen_jax.tuning.race import Heats, race
+from qwen_jax.tuning.step_costs import Cost
+from qwen_jax.tuning.engine_bench import Lab, host_seconds, plain
+from qwen_jax.tuning.successive_halving import Heats, race
 from qwen_jax.tuning.search import (
     CHUNK_PAGES,
     DECODE_ROWS,
@@ -27,7 +27,7 @@ from qwen_jax.tuning.search import (
     search,
     sparse_threshold,
 )
-from qwen_jax.tuning.traces import traces
+from qwen_jax.tuning.workloads import traces
 
 TRIALS = 200
 FINALISTS = 4

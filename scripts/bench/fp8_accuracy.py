@@ -20,9 +20,9 @@ from workload import say  # noqa: E402
 
 from qwen_jax import Engine, SamplingParams  # noqa: E402
 from qwen_jax.engine.schedule import Limits  # noqa: E402
-from qwen_jax.evaluation.fraud import generate  # noqa: E402
-from qwen_jax.evaluation.fraud_score import score  # noqa: E402
-from qwen_jax.evaluation.fraud_text import format_messages  # noqa: E402
+from qwen_jax.evaluation.fraud.task import generate  # noqa: E402
+from qwen_jax.evaluation.fraud.score import score  # noqa: E402
+from qwen_jax.evaluation.fraud.text import format_messages  # noqa: E402
 from qwen_jax.evaluation.longcontext.suite import RETRIEVAL, found, samples_of  # noqa: E402
 
 GREEDY = {"temperature": 0.0, "repetition_penalty": 1.0}

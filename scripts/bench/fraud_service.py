@@ -77,7 +77,7 @@ def measure(server, rate: float, args: argparse.Namespace, rows: Path) -> dict[s
     import uvloop
 
     from qwen_jax.cluster.fraud_client import replay
-    from qwen_jax.evaluation.fraud_replay import Day, asked
+    from qwen_jax.evaluation.fraud.replay import Day, asked
     from qwen_jax.serving.bench_load import Load, arrivals
 
     seed = args.seed + int(rate)

@@ -2,7 +2,7 @@
 
     python scripts/bench/gguf_agreement.py --python ENV/bin/python [--model bundled] [--dtype float16] [--prompts 50]
 
-Prompts are card transactions to judge (`qwen_jax.evaluation.fraud`), in the model's chat template. Both are given the
+Prompts are card transactions to judge (`qwen_jax.evaluation.fraud.task`), in the model's chat template. Both are given the
 same token ids; whether llama.cpp's tokenizer makes the same ids of the prompt's text is counted beside it. ENV is an
 environment with llama-cpp-python, which `llama_cpp.py` tells how to make. Exits with 1 below `--bar`.
 """
@@ -21,7 +21,7 @@ from workload import Peer  # noqa: E402
 
 from qwen_jax import Engine, SamplingParams  # noqa: E402
 from qwen_jax.checkpoint import export_gguf, load_generation_config, load_tokenizer, resolve  # noqa: E402
-from qwen_jax.evaluation.fraud import generate  # noqa: E402
+from qwen_jax.evaluation.fraud.task import generate  # noqa: E402
 
 
 def main() -> None:

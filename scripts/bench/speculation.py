@@ -13,7 +13,7 @@ import time
 
 from qwen_jax import Engine, SamplingParams
 from qwen_jax.checkpoint import load_model, load_tokenizer, resolve
-from qwen_jax.evaluation.fraud import conversations
+from qwen_jax.evaluation.fraud.task import conversations
 
 LEAST = 1.8
 

@@ -20,8 +20,8 @@ from workload import exactly, say, seconds  # noqa: E402
 
 from qwen_jax import Engine  # noqa: E402
 from qwen_jax.checkpoint import resolve  # noqa: E402
-from qwen_jax.evaluation.fraud import generate  # noqa: E402
-from qwen_jax.evaluation.fraud_text import format_messages  # noqa: E402
+from qwen_jax.evaluation.fraud.task import generate  # noqa: E402
+from qwen_jax.evaluation.fraud.text import format_messages  # noqa: E402
 
 LABELS = ("fraud", "legit")
 

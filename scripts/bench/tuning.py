@@ -25,7 +25,7 @@ from workload import say  # noqa: E402
 from qwen_jax import Engine  # noqa: E402
 from qwen_jax.engine.adaptation import Adaptation, Choice  # noqa: E402
 from qwen_jax.engine.loop import DISPATCH_SECONDS  # noqa: E402
-from qwen_jax.tuning.traces import LOADS, Load, Trace, of_load, trace  # noqa: E402
+from qwen_jax.tuning.workloads import LOADS, Load, Trace, of_load, trace  # noqa: E402
 from qwen_jax.tuning.tune import SEEDS as TUNED_ON  # noqa: E402
 
 SEEDS = (101, 102, 103)

@@ -22,8 +22,8 @@ from qwen_kernels.attention import PAGE, causal_attention
 
 from qwen_jax.checkpoint import load_params, load_tokenizer, resolve
 from qwen_jax.errors import UserError
-from qwen_jax.evaluation.calibration import default_texts
-from qwen_jax.evaluation.fidelity import losses
+from qwen_jax.evaluation.calibrate_sparsity import default_texts
+from qwen_jax.evaluation.sparse_fidelity import losses
 from qwen_jax.model import build
 from qwen_jax.quantization import E4M3, INPUTS, saturate
 from qwen_jax.training.recipe import load_recipe

@@ -27,7 +27,7 @@ from qwen_kernels.sparse_attention.selectors import page_shares
 from qwen_jax.checkpoint import load_model, load_tokenizer, resolve
 from qwen_jax.errors import UserError
 from qwen_jax.evaluation.longcontext.samples import FAMILIES, draw
-from qwen_jax.evaluation.recall import Paged, recall_of, true_shares
+from qwen_jax.evaluation.sparse_recall import Paged, recall_of, true_shares
 from qwen_jax.training.recipe import load_recipe
 
 # --- the idea: about twenty lines

@@ -9,7 +9,8 @@ import pytest
 import torch
 from hf_folders import hf_model, rewrite, siblings
 
-from qwen_jax.checkpoint import convert, export, orbax_store, verify, workers
+from qwen_jax.checkpoint import convert, export, orbax_store, verify
+from qwen_jax.checkpoint import conversion_workers
 from qwen_jax.cli import main
 from qwen_jax.errors import UserError
 
@@ -23,7 +24,7 @@ def many_groups(monkeypatch):
 def started(monkeypatch):
     """Every process that a conversion starts."""
     found, popen = [], subprocess.Popen
-    monkeypatch.setattr(workers.subprocess, "Popen", lambda *args, **kw: found.append(popen(*args, **kw)) or found[-1])
+    monkeypatch.setattr(conversion_workers.subprocess, "Popen", lambda *args, **kw: found.append(popen(*args, **kw)) or found[-1])
     return found
 
 
@@ -61,7 +62,7 @@ def test_no_more_processes_than_groups(folder, tmp_path, started):
 
 
 def test_a_killed_process_leaves_nothing_and_ends_the_others(folder, tmp_path, monkeypatch, many_groups, started):
-    ask, asked = workers._Worker.ask, []
+    ask, asked = conversion_workers._Worker.ask, []
 
     def kill_after_some(self, group):
         asked.append(group)
@@ -70,7 +71,7 @@ def test_a_killed_process_leaves_nothing_and_ends_the_others(folder, tmp_path, m
             self._process.kill()
         return ask(self, group)
 
-    monkeypatch.setattr(workers._Worker, "ask", kill_after_some)
+    monkeypatch.setattr(conversion_workers._Worker, "ask", kill_after_some)
     with pytest.raises(UserError, match="processes that convert was killed by SIGKILL, and nothing was kept"):
         convert(folder, tmp_path / "orbax", processes=2)
     assert len(started) == 2 and all(process.poll() is not None for process in started)
@@ -92,7 +93,7 @@ def test_a_full_disk_and_an_interrupt_leave_nothing(folder, tmp_path, monkeypatc
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match="the disk filled up"):
-        patch.setattr(workers._Worker, "ask", fill)
+        patch.setattr(conversion_workers._Worker, "ask", fill)
         convert(folder, tmp_path / "orbax", processes=2)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(workers, "wait", interrupt)
@@ -102,7 +103,7 @@ def test_a_full_disk_and_an_interrupt_leave_nothing(folder, tmp_path, monkeypatc
 
 
 def test_a_process_ends_with_the_one_that_started_it(folder, tmp_path):
-    worker = workers._Worker([str(folder), str(tmp_path / "part"), None, False])
+    worker = conversion_workers._Worker([str(folder), str(tmp_path / "part"), None, False])
     try:
         worker._process.stdin.close()
         assert worker._process.wait(timeout=60) == 1

@@ -14,7 +14,7 @@ import pytest
 from hf_folders import hf_model
 
 from qwen_jax.checkpoint import convert
-from qwen_jax.checkpoint.placement import place_expanded
+from qwen_jax.checkpoint.device_placement import place_expanded
 from qwen_jax.quantization import E4M3, FP8Tensor
 
 COMMON = """
@@ -188,7 +188,7 @@ def doubled(axis):
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize("eight_bit", [False, True])
 def test_expanding_in_slabs_is_expanding_at_once(monkeypatch, axis, eight_bit):
-    monkeypatch.setattr("qwen_jax.checkpoint.placement._SLAB_BYTES", 100)
+    monkeypatch.setattr("qwen_jax.checkpoint.device_placement._SLAB_BYTES", 100)
     value = np.arange(6 * 5 * 7, dtype=np.float32).reshape(6, 5, 7)
     if eight_bit:
         value = FP8Tensor(value.astype(E4M3), value[:, :, 0])

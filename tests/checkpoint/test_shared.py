@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qwen_jax.checkpoint import convert, load_params, resolve
-from qwen_jax.checkpoint.shared import release, shared_copy
+from qwen_jax.checkpoint.shared_memory import release, shared_copy
 from qwen_jax.errors import UserError
 
 

@@ -11,7 +11,7 @@ from random_adapter import save_random_adapter
 from served import SIZES
 
 from qwen_jax.cluster.fraud_client import replay
-from qwen_jax.evaluation.fraud_replay import Day, asked, screenings
+from qwen_jax.evaluation.fraud.replay import Day, asked, screenings
 
 SCREEN, BATCH = "/fraud/screen", "/fraud/screen/batch"
 

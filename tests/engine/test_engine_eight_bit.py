@@ -15,7 +15,7 @@ from qwen_jax.checkpoint.adapters import save_adapter
 from qwen_jax.engine.executables import backend_compiles
 from qwen_jax.engine.schedule import EIGHT_BIT, Limits
 from qwen_jax.errors import UserError
-from qwen_jax.evaluation.eight_bit import calibrate_eight_bit
+from qwen_jax.evaluation.calibrate_precision import calibrate_eight_bit
 from qwen_jax.model import build, params_of
 from qwen_jax.model.lora import LoraConfig, init_adapter
 from qwen_jax.model.rope import apply_rope, rope_tables

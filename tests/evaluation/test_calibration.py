@@ -15,10 +15,10 @@ from qwen_jax.checkpoint import from_transformers, read_sparsity, resolve, write
 from qwen_jax.cli import main
 from qwen_jax.engine.schedule import Limits, SchedulePolicy
 from qwen_jax.errors import UserError
-from qwen_jax.evaluation import calibration
-from qwen_jax.evaluation.calibration import calibrate
-from qwen_jax.evaluation.fidelity import fidelity
-from qwen_jax.evaluation.selectors import compare, picture
+from qwen_jax.evaluation import calibrate_sparsity
+from qwen_jax.evaluation.calibrate_sparsity import calibrate
+from qwen_jax.evaluation.sparse_fidelity import fidelity
+from qwen_jax.evaluation.compare_selectors import compare, picture
 from qwen_jax.model import build
 
 SPARSITY = Sparsity(budget=0.5)
@@ -61,7 +61,7 @@ def any_help(monkeypatch):
     """Everything is tried, and kept if it helps at all."""
     monkeypatch.setattr(calibration, "WORTH", 1.0)
     monkeypatch.setattr(calibration, "WORTH_TWICE", 1.0)
-    monkeypatch.setattr("qwen_jax.evaluation.recall.NEEDED", 0.0)  # random heads have no sharp attention
+    monkeypatch.setattr("qwen_jax.evaluation.sparse_recall.NEEDED", 0.0)  # random heads have no sharp attention
     jax.clear_caches()
     yield
     jax.clear_caches()

@@ -7,8 +7,8 @@ import pytest
 
 from qwen_jax.checkpoint import from_transformers, read_calibrated, write_calibrated
 from qwen_jax.errors import UserError
-from qwen_jax.evaluation import eight_bit
-from qwen_jax.evaluation.eight_bit import calibrate_eight_bit
+from qwen_jax.evaluation import calibrate_precision
+from qwen_jax.evaluation.calibrate_precision import calibrate_eight_bit
 from qwen_jax.model import build
 from qwen_jax.quantization import default_precision, scales_of
 
@@ -54,14 +54,14 @@ def test_what_loses_little_becomes_eight_bit(calibrated, monkeypatch):
     precision = result.found.precision
     assert set(precision.kv_cache) == {"int8"}  # without outliers, eight bits of mantissa are better than four
     assert np.all(result.errors["int8"] < 0.5 * result.errors["e4m3"]) and np.all(result.errors["e4m3"] < 0.1)
-    assert 0 < result.pages_divergence < result.divergence <= eight_bit.MOST
+    assert 0 < result.pages_divergence < result.divergence <= calibrate_precision.MOST
     assert all(result.layer_divergence > result.pages_divergence)
     # Two thirds of what all layers cost: not all of them, and those that cost least.
     pages = result.pages_divergence
     monkeypatch.setattr(eight_bit, "MOST", pages + 0.66 * float(sum(result.layer_divergence - pages)))
     fewer = calibrate_eight_bit(build(config, params), TEXTS)
     weights = fewer.found.precision.weights
-    assert 0 < sum(weights) < 3 and fewer.divergence <= eight_bit.MOST
+    assert 0 < sum(weights) < 3 and fewer.divergence <= calibrate_precision.MOST
     cheapest = np.argsort(result.layer_divergence)[:sum(weights)]
     assert all(weights[layer] for layer in cheapest)
 

@@ -8,10 +8,10 @@ import re
 import pytest
 
 from qwen_jax.errors import UserError
-from qwen_jax.evaluation.fraud import conversations, generate, write_jsonl
-from qwen_jax.evaluation.fraud_account import PATTERNS, draw_account, draw_transaction
-from qwen_jax.evaluation.fraud_names import Deck, split_of
-from qwen_jax.evaluation.fraud_text import format_messages
+from qwen_jax.evaluation.fraud.task import conversations, generate, write_jsonl
+from qwen_jax.evaluation.fraud.accounts import PATTERNS, draw_account, draw_transaction
+from qwen_jax.evaluation.fraud.names import Deck, split_of
+from qwen_jax.evaluation.fraud.text import format_messages
 
 PAYMENT = re.compile(r"([A-Z][a-z]{2}) (\w+) (\d+)(?: (approved|declined))? (\w+)(?: (settled|disputed))?"
                      r"(?: card (\S+) device (\S+) user (\w+) category (\w+))?$")

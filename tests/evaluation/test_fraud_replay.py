@@ -9,11 +9,11 @@ import pytest
 from test_fraud import broken_rules
 
 from qwen_jax.errors import UserError
-from qwen_jax.evaluation.fraud_account import PATTERNS, draw_account, draw_transaction
-from qwen_jax.evaluation.fraud_names import Deck, split_of
-from qwen_jax.evaluation.fraud_replay import DRIFT, NIGHT, Day, arrival_times, day, screenings, write_training
-from qwen_jax.evaluation.fraud_request import evidence_of, messages_of, prompt_of, request_of
-from qwen_jax.evaluation.fraud_text import evidence, format_messages, render_account, render_transaction
+from qwen_jax.evaluation.fraud.accounts import PATTERNS, draw_account, draw_transaction
+from qwen_jax.evaluation.fraud.names import Deck, split_of
+from qwen_jax.evaluation.fraud.replay import DRIFT, NIGHT, Day, arrival_times, day, screenings, write_training
+from qwen_jax.evaluation.fraud.request import evidence_of, messages_of, prompt_of, request_of
+from qwen_jax.evaluation.fraud.text import evidence, format_messages, render_account, render_transaction
 
 DAY = Day(seconds=60, rate=50, seed=3)
 

@@ -12,7 +12,7 @@ import transformers
 from qwen_jax.checkpoint import load_model, load_tokenizer, resolve
 from qwen_jax.checkpoint.adapters import load_adapter
 from qwen_jax.cli import main
-from qwen_jax.evaluation.fraud import generate
+from qwen_jax.evaluation.fraud.task import generate
 from qwen_jax.model import build, params_of
 
 RECIPE = """

@@ -6,8 +6,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from qwen_jax.config import ModelConfig, Rope
-from qwen_jax.evaluation.fraud import conversations
-from qwen_jax.evaluation.fraud_text import format_messages
+from qwen_jax.evaluation.fraud.task import conversations
+from qwen_jax.evaluation.fraud.text import format_messages
 from qwen_jax.training.tokenizer import save_tokenizer, train_tokenizer
 
 CONFIG = ModelConfig(vocab_size=320, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2,

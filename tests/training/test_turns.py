@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from qwen_jax.config import ModelConfig, Rope
-from qwen_jax.evaluation.fraud import conversations
-from qwen_jax.evaluation.fraud_text import format_messages
+from qwen_jax.evaluation.fraud.task import conversations
+from qwen_jax.evaluation.fraud.text import format_messages
 from qwen_jax.model import init, params_of
 from qwen_jax.training.stacked import stack
 from qwen_jax.training.step import language_model_loss

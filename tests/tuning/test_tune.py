@@ -10,10 +10,10 @@ from qwen_jax import Engine
 from qwen_jax.cli import main
 from qwen_jax.engine.schedule import DEFAULT_POLICY
 from qwen_jax.engine.tuned import Tuned
-from qwen_jax.tuning.costs import Cost
-from qwen_jax.tuning.lab import Lab, host_seconds
-from qwen_jax.tuning.simulate import simulate
-from qwen_jax.tuning.traces import LOADS, Trace
+from qwen_jax.tuning.step_costs import Cost
+from qwen_jax.tuning.engine_bench import Lab, host_seconds
+from qwen_jax.tuning.scheduler_simulation import simulate
+from qwen_jax.tuning.workloads import LOADS, Trace
 from qwen_jax.tuning.tune import Tuner, ratios
 
 pytest.importorskip("optuna")
@@ -45,7 +45,7 @@ def pretended(monkeypatch):
     monkeypatch.setattr(Lab, "prepare", lambda self, buckets: None)
     monkeypatch.setattr("qwen_jax.tuning.tune.host_seconds", lambda *_: 1e-4)
     monkeypatch.setattr("qwen_jax.tuning.tune.TRIALS", 30)
-    monkeypatch.setattr("qwen_jax.tuning.traces.LOADS", {
+    monkeypatch.setattr("qwen_jax.tuning.workloads.LOADS", {
         name: replace(load, requests=min(12, load.requests), answer=(1, 12)) for name, load in LOADS.items()})
 
     def run(self, tuned, trace):

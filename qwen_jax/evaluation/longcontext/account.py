@@ -2,12 +2,12 @@
 
 The history says once of every card, device and user whether it is in order. The payment names one of each. It is a
 fraud when one of the three is not in order, for the reason that belongs to its kind (the codes of
-`qwen_jax.evaluation.fraud_account`); else it is legitimate.
+`qwen_jax.evaluation.fraud.accounts`); else it is legitimate.
 """
 import random
 
-from qwen_jax.evaluation.fraud_account import DAYS
-from qwen_jax.evaluation.fraud_names import codes, names
+from qwen_jax.evaluation.fraud.accounts import DAYS
+from qwen_jax.evaluation.fraud.names import codes, names
 from qwen_jax.evaluation.longcontext.tasks import Document, Question
 
 KINDS = {  # kind -> (in order, not in order, reason code)

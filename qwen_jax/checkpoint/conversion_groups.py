@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from qwen_jax.checkpoint import orbax_store
-from qwen_jax.checkpoint.calibrated import read_calibrated
+from qwen_jax.checkpoint.precision_file import read_calibrated
 from qwen_jax.checkpoint.hf_layout import Entry, assemble, layout
 from qwen_jax.checkpoint.safetensors_io import SafetensorsFolder, check_finite
 from qwen_jax.checkpoint.source import Source

@@ -10,7 +10,7 @@ from flax import nnx
 from qwen_kernels.attention import PAGE
 from qwen_kernels.sparse_attention import Selection, Sparsity
 
-from qwen_jax.evaluation.recall import Paged, recall_of, true_shares
+from qwen_jax.evaluation.sparse_recall import Paged, recall_of, true_shares
 from qwen_jax.model import Qwen2
 from qwen_jax.model.rope import rope_tables
 from qwen_jax.quantization import rows

@@ -20,8 +20,8 @@ from qwen_jax.engine.schedule import SPARSE, Bucket, Limits, bucket_table, defau
 from qwen_jax.engine.scheduler import Scheduler
 from qwen_jax.engine.settings import platform
 from qwen_jax.engine.tuned import Tuned, jax_version, path_of, subject, write_json
-from qwen_jax.tuning.costs import Cost
-from qwen_jax.tuning.traces import Trace
+from qwen_jax.tuning.step_costs import Cost
+from qwen_jax.tuning.workloads import Trace
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qwen_jax.errors import UserError
-from qwen_jax.evaluation.fraud_account import (
+from qwen_jax.evaluation.fraud.accounts import (
     PATTERNS,
     Account,
     draw_account,
@@ -26,8 +26,8 @@ from qwen_jax.evaluation.fraud_account import (
     draw_transaction,
     legitimate_twin,
 )
-from qwen_jax.evaluation.fraud_names import SPLITS, Deck
-from qwen_jax.evaluation.fraud_text import (
+from qwen_jax.evaluation.fraud.names import SPLITS, Deck
+from qwen_jax.evaluation.fraud.text import (
     EXPLAIN,
     JUDGE,
     LEGIT,

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qwen_jax.evaluation.fraud_account import DAYS, Account, Payment, Transaction
-from qwen_jax.evaluation.fraud_text import JUDGE, STANDINGS, SYSTEM, format_messages
+from qwen_jax.evaluation.fraud.accounts import DAYS, Account, Payment, Transaction
+from qwen_jax.evaluation.fraud.text import JUDGE, STANDINGS, SYSTEM, format_messages
 
 PAIRS = tuple(STANDINGS)
 # Reason code -> the field of the payment that it is about, and where its standing is written.

@@ -3,7 +3,7 @@ import random
 from dataclasses import dataclass, replace
 
 from qwen_jax.errors import UserError
-from qwen_jax.evaluation.fraud_names import Deck
+from qwen_jax.evaluation.fraud.names import Deck
 
 PATTERNS = {  # reason code -> what is wrong, in words
     "R01": "device was removed from the account",

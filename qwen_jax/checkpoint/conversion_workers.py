@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from qwen_jax.checkpoint import orbax_store
-from qwen_jax.checkpoint.pieces import Pieces
+from qwen_jax.checkpoint.conversion_groups import Pieces
 from qwen_jax.checkpoint.source import Source
 from qwen_jax.checkpoint.tensors import progress
 from qwen_jax.errors import UserError

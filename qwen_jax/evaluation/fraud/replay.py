@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from qwen_jax.errors import UserError
-from qwen_jax.evaluation.fraud_account import PATTERNS, draw_account, draw_broken_rules, draw_transaction
-from qwen_jax.evaluation.fraud_names import Deck
-from qwen_jax.evaluation.fraud_request import messages_of, request_of
-from qwen_jax.evaluation.fraud_text import EXPLAIN, answer, explanation
+from qwen_jax.evaluation.fraud.accounts import PATTERNS, draw_account, draw_broken_rules, draw_transaction
+from qwen_jax.evaluation.fraud.names import Deck
+from qwen_jax.evaluation.fraud.request import messages_of, request_of
+from qwen_jax.evaluation.fraud.text import EXPLAIN, answer, explanation
 
 DRIFT = {"lost": "stolen", "removed": "unlinked", "deleted": "closed", "blocked": "banned"}
 ACTIVE = 64      # accounts that pay now and then, at any moment

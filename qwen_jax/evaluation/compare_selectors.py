@@ -11,7 +11,7 @@ from flax import nnx
 from qwen_kernels.attention import PAGE, causal_attention
 from qwen_kernels.sparse_attention import Sparsity
 
-from qwen_jax.evaluation.recall import Paged, Shares, recall_of, true_shares
+from qwen_jax.evaluation.sparse_recall import Paged, Shares, recall_of, true_shares
 from qwen_jax.model import Qwen2
 
 BUDGETS = (0.5, 1.0, 2.0, 4.0)

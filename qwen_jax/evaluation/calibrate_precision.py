@@ -9,7 +9,7 @@ import numpy as np
 from qwen_kernels.attention import PAGE, EightBitPages, causal_attention, eight_bit_dtype
 
 from qwen_jax.config import ModelConfig
-from qwen_jax.evaluation.fidelity import losses
+from qwen_jax.evaluation.sparse_fidelity import losses
 from qwen_jax.model import Qwen2, build, build_layer, params_of
 from qwen_jax.model.rope import apply_rope, rope_tables
 from qwen_jax.quantization import Calibrated, Precision, Ranges, forms, rows, scales_of

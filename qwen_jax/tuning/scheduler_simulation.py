@@ -7,8 +7,8 @@ from qwen_jax.engine.pages import PagePool
 from qwen_jax.engine.schedule import Bucket, Limits, SchedulePolicy
 from qwen_jax.engine.scheduler import Scheduler
 from qwen_jax.engine.sequence import Sequence
-from qwen_jax.tuning.costs import Cost, seconds_of
-from qwen_jax.tuning.traces import Trace
+from qwen_jax.tuning.step_costs import Cost, seconds_of
+from qwen_jax.tuning.workloads import Trace
 
 
 def simulate(trace: Trace, table: tuple[Bucket, ...], limits: Limits, policy: SchedulePolicy, num_pages: int,

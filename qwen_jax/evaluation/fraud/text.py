@@ -1,7 +1,7 @@
 """How accounts, transactions and answers about them are written."""
 import random
 
-from qwen_jax.evaluation.fraud_account import DAYS, Account, Payment, Transaction
+from qwen_jax.evaluation.fraud.accounts import DAYS, Account, Payment, Transaction
 
 SYSTEM = "Screen card payments. Answer fraud or legit, a reason code and the evidence."
 LEGIT = "legit R00"
