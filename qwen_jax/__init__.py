@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from qwen_jax.checkpoint import convert, export, load_model
-    from qwen_jax.cluster.rebalance import rebalance_load
+    from qwen_jax.cluster.routing.rebalance import rebalance_load
     from qwen_jax.config import ModelConfig
+    from qwen_jax.engine.api.sampling_params import SamplingParams
     from qwen_jax.engine.async_engine import AsyncEngine
     from qwen_jax.engine.engine import DeepSeekEngine, Engine
-    from qwen_jax.engine.hosts import join
-    from qwen_jax.engine.sampling_params import SamplingParams
-    from qwen_jax.engine.schedule import dynamic_schedule
+    from qwen_jax.engine.multihost.channel import join
+    from qwen_jax.engine.scheduling.buckets import dynamic_schedule
     from qwen_jax.errors import UserError
 
 # Where each public name lives. Resolved on first use, so that `qwen-jax --help` does not import JAX.
@@ -20,15 +20,15 @@ _HOME = {
     "DeepSeekEngine": "qwen_jax.engine.engine",
     "Engine": "qwen_jax.engine.engine",
     "ModelConfig": "qwen_jax.config",
-    "SamplingParams": "qwen_jax.engine.sampling_params",
-    "StructuredOutput": "qwen_jax.engine.structured_output",
+    "SamplingParams": "qwen_jax.engine.api.sampling_params",
+    "StructuredOutput": "qwen_jax.engine.api.structured_output",
     "UserError": "qwen_jax.errors",
     "convert": "qwen_jax.checkpoint",
-    "dynamic_schedule": "qwen_jax.engine.schedule",
+    "dynamic_schedule": "qwen_jax.engine.scheduling.buckets",
     "export": "qwen_jax.checkpoint",
-    "join": "qwen_jax.engine.hosts",
+    "join": "qwen_jax.engine.multihost.channel",
     "load_model": "qwen_jax.checkpoint",
-    "rebalance_load": "qwen_jax.cluster.rebalance",
+    "rebalance_load": "qwen_jax.cluster.routing.rebalance",
 }
 __all__ = ["AsyncEngine", "DeepSeekEngine", "Engine", "ModelConfig", "SamplingParams", "StructuredOutput", "UserError",
            "convert", "dynamic_schedule", "export", "join", "load_model", "rebalance_load"]

@@ -58,7 +58,7 @@ def _engine(args: argparse.Namespace, **options):
 
 
 def _sampling(args: argparse.Namespace):
-    from qwen_jax.engine.sampling_params import SamplingParams
+    from qwen_jax.engine.api.sampling_params import SamplingParams
 
     return SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed)
 
@@ -161,7 +161,7 @@ def _attention(args: argparse.Namespace) -> dict:
     from qwen_kernels.sparse_attention import SELECTORS, Sparsity
 
     from qwen_jax.checkpoint import read_sparsity, resolve
-    from qwen_jax.engine.schedule import SchedulePolicy
+    from qwen_jax.engine.scheduling.buckets import SchedulePolicy
 
     if args.selector not in ("dense", *SELECTORS):
         raise UserError(f"--selector is one of dense, {', '.join(SELECTORS)}, not {args.selector}")
@@ -227,7 +227,7 @@ def _say(line: str) -> None:
 
 def _answers(engine):
     """Greedy answers of an engine to prompts of token ids."""
-    from qwen_jax.engine.sampling_params import SamplingParams
+    from qwen_jax.engine.api.sampling_params import SamplingParams
 
     def generate(prompts: list[list[int]], max_tokens: list[int]) -> list[str]:
         params = [SamplingParams(max_tokens=most, temperature=0.0, repetition_penalty=1.0) for most in max_tokens]
@@ -312,8 +312,8 @@ def _buckets(args: argparse.Namespace, engine) -> None:
 def _memory(args: argparse.Namespace) -> dict:
     """What --memory says: bytes in 16 bits, or with --fp8, from the configuration alone."""
     from qwen_jax.checkpoint.source import find_config
-    from qwen_jax.engine.memory import memory_report
-    from qwen_jax.engine.settings import precision_of
+    from qwen_jax.engine.config.engine_config import precision_of
+    from qwen_jax.engine.config.memory import memory_report
 
     if not args.memory_gb > 0:
         raise UserError(f"--memory-gb is the device's memory in GB, a positive number, not {args.memory_gb:g}")

@@ -51,7 +51,7 @@ def _client(address: str | None) -> Any:
 
 def up(args: argparse.Namespace) -> int:
     try:
-        from qwen_jax.cluster.config import read_config, serve_config
+        from qwen_jax.cluster.ray_serve.config import read_config, serve_config
     except ModuleNotFoundError as error:
         raise _missing(error) from error
     config = read_config(args.config)

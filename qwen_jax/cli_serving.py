@@ -16,11 +16,11 @@ def serve(args: argparse.Namespace) -> int:
     import asyncio
 
     try:
-        from qwen_jax.cluster.extension import extension
-        from qwen_jax.cluster.trial import TrialLink
+        from qwen_jax.cluster.canary.client import TrialLink
+        from qwen_jax.cluster.composition import extension
         from qwen_jax.serving import server
-        from qwen_jax.serving.limits import read_keys
-        from qwen_jax.serving.logs import set_up_logging
+        from qwen_jax.serving.http.limits import read_keys
+        from qwen_jax.serving.ipc.logs import set_up_logging
     except ModuleNotFoundError as error:
         raise UserError(f"serving needs the package {error.name}: pip install 'qwen-jax[serve]'") from error
     set_up_logging(args.log_format)
@@ -35,8 +35,8 @@ def serve(args: argparse.Namespace) -> int:
     if args.replicas == 1:
         link = server.engine_link(args.model, engine, options)
     else:
-        from qwen_jax.cluster.balancer import Balancer
-        from qwen_jax.cluster.devices import environments
+        from qwen_jax.cluster.routing.gpu_assignment import environments
+        from qwen_jax.cluster.routing.load_balancer import Balancer
 
         makers = [partial(server.engine_link, args.model, engine, options, environment)
                   for environment in environments(args.replicas, args.tp_size)]
@@ -52,9 +52,9 @@ def bench_serve(args: argparse.Namespace) -> None:
     try:
         import uvloop
 
-        from qwen_jax.serving.bench import run
-        from qwen_jax.serving.bench_load import Load, parse_rates
-        from qwen_jax.serving.bench_report import as_text, check_picture, parse_slo, picture, summarize
+        from qwen_jax.serving.load_test.client import run
+        from qwen_jax.serving.load_test.report import as_text, check_picture, parse_slo, picture, summarize
+        from qwen_jax.serving.load_test.workload import Load, parse_rates
     except ModuleNotFoundError as error:
         raise UserError(f"the load generator needs the package {error.name}: pip install 'qwen-jax[serve]'") from error
     rates, slo = parse_rates(args.rate), parse_slo(args.slo) if args.slo else None

@@ -18,8 +18,8 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from qwen_jax.engine.api.sampling_params import SamplingParams
 from qwen_jax.engine.engine import Engine
-from qwen_jax.engine.sampling_params import SamplingParams
 from qwen_jax.errors import UserError
 
 MAX_GEN_TOKENS = 256  # of a task that names none, as in the harness' own models

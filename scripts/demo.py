@@ -37,8 +37,8 @@ def main() -> int:
 
 def run(model: str, count: int, folder: Path) -> None:
     from qwen_jax import Engine, SamplingParams, convert
-    from qwen_jax.evaluation.fraud.task import generate, write_jsonl
     from qwen_jax.evaluation.fraud.score import score
+    from qwen_jax.evaluation.fraud.task import generate, write_jsonl
 
     say(f"1. converting {model} to an Orbax checkpoint")
     began = time.perf_counter()

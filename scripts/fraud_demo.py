@@ -59,8 +59,8 @@ def main() -> int:
 async def run(args: argparse.Namespace) -> int:
     import msgspec
 
-    from qwen_jax.cluster.fraud_client import replay
     from qwen_jax.evaluation.fraud.replay import Day, day
+    from qwen_jax.serving.load_test.raw_client import replay
 
     args.folder.mkdir(parents=True, exist_ok=True)
     work = args.folder / time.strftime("%Y%m%d-%H%M%S")

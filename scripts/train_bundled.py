@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from tokenizers import Tokenizer
 
 from qwen_jax.errors import UserError
-from qwen_jax.evaluation.fraud.task import conversations, generate
 from qwen_jax.evaluation.fraud.names import pieces
 from qwen_jax.evaluation.fraud.score import answers_in_one_pass, score
+from qwen_jax.evaluation.fraud.task import conversations, generate
 from qwen_jax.evaluation.fraud.text import format_messages
 from qwen_jax.model import build, init, params_of
 from qwen_jax.training.curves import plot_curves

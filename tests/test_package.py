@@ -50,7 +50,7 @@ def test_every_file_of_both_packages_is_in_the_wheel_and_nothing_else(wheel):
     assert all(found[name] == content for name, content in expected.items())
     for needed in ("qwen_jax/bundled/model.safetensors", "qwen_jax/yardstick/sparse_attention.json",
                    "qwen_jax/student/model.safetensors",
-                   "qwen_jax/serving/page.html", "qwen_kernels/attention/xla.py"):
+                   "qwen_jax/serving/http/page.html", "qwen_kernels/attention/xla.py"):
         assert needed in found
     assert sum(map(len, found.values())) < 12e6
 

@@ -1,10 +1,10 @@
 """Weights in and out: Hugging Face folders, Orbax checkpoints, and what lies beside them."""
 
-from qwen_jax.checkpoint.precision_file import read_calibrated, write_calibrated
 from qwen_jax.checkpoint.conversion import convert, export, save_hf, verify
 from qwen_jax.checkpoint.formats import FORMATS, export_as
 from qwen_jax.checkpoint.gguf import export_gguf
 from qwen_jax.checkpoint.load import from_transformers, iter_params, load_model, load_params
+from qwen_jax.checkpoint.precision_file import read_calibrated, write_calibrated
 from qwen_jax.checkpoint.safetensors_io import check_finite
 from qwen_jax.checkpoint.source import Source, find_config, load_generation_config, load_tokenizer, resolve
 from qwen_jax.checkpoint.sparsity_file import read_sparsity, write_sparsity

@@ -11,8 +11,9 @@ import numpy as np
 
 from qwen_jax.checkpoint import orbax_store
 from qwen_jax.checkpoint.atomic import new_folder
-from qwen_jax.checkpoint.hf_layout import layout
 from qwen_jax.checkpoint.conversion_groups import Pieces
+from qwen_jax.checkpoint.conversion_workers import write_in_processes
+from qwen_jax.checkpoint.hf_layout import layout
 from qwen_jax.checkpoint.safetensors_io import DTYPES, SafetensorsWriter, check_finite
 from qwen_jax.checkpoint.source import (
     FORMAT_VERSION,
@@ -25,7 +26,6 @@ from qwen_jax.checkpoint.source import (
     resolve,
 )
 from qwen_jax.checkpoint.tensors import SCALE, as_dtype, progress, sha256, split_stored, stored_dtypes
-from qwen_jax.checkpoint.conversion_workers import write_in_processes
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.quantization import E4M3, FP8Tensor

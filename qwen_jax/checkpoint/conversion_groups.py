@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from qwen_jax.checkpoint import orbax_store
-from qwen_jax.checkpoint.precision_file import read_calibrated
 from qwen_jax.checkpoint.hf_layout import Entry, assemble, layout
+from qwen_jax.checkpoint.precision_file import read_calibrated
 from qwen_jax.checkpoint.safetensors_io import SafetensorsFolder, check_finite
 from qwen_jax.checkpoint.source import Source
 from qwen_jax.checkpoint.tensors import SCALE, as_dtype, open_tensors, sha256, split_stored

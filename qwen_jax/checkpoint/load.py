@@ -11,7 +11,6 @@ import numpy as np
 from jax.sharding import Sharding
 
 from qwen_jax.checkpoint import orbax_store
-from qwen_jax.checkpoint.hf_layout import HEAD, assemble, check_shapes, layout
 from qwen_jax.checkpoint.device_placement import (
     Expand,
     absent,
@@ -23,6 +22,7 @@ from qwen_jax.checkpoint.device_placement import (
     quantized,
     zeros,
 )
+from qwen_jax.checkpoint.hf_layout import HEAD, assemble, check_shapes, layout
 from qwen_jax.checkpoint.safetensors_io import check_finite
 from qwen_jax.checkpoint.source import Source, read_manifest, resolve
 from qwen_jax.checkpoint.tensors import SCALE, as_dtype, open_tensors, progress, stored_dtypes

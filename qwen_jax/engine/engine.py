@@ -12,28 +12,36 @@ import numpy as np
 from qwen_kernels.sparse_attention import Sparsity
 
 from qwen_jax.config import GenerationDefaults
-from qwen_jax.engine import resharding, settings
-from qwen_jax.engine.adaptation import Adaptation
-from qwen_jax.engine.adapters import AdapterTable
-from qwen_jax.engine.deployment import Blueprint, Deployment
-from qwen_jax.engine.executables import default_cache_dir
-from qwen_jax.engine.hosts import Follower, Leader, connect
-from qwen_jax.engine.intake import EMBEDDING, FIRST_TOKEN, Intake, Messages, Prompt, is_single
-from qwen_jax.engine.leading import Following, LeadingAdapters, LeadingWeights, check_same
+from qwen_jax.engine.api.outputs import BucketStats, Delta, EngineStats, RequestOutput, Score, unit
+from qwen_jax.engine.api.sampling_params import SamplingParams
+from qwen_jax.engine.config import engine_config
+from qwen_jax.engine.config.memory import kv_bytes_per_token, weight_bytes_per_step
+from qwen_jax.engine.config.tuned import Tuned
+from qwen_jax.engine.core import resharding
+from qwen_jax.engine.core.engine_core import DISPATCH_SECONDS, Loop
+from qwen_jax.engine.core.replica import Blueprint, Deployment
+from qwen_jax.engine.core.weight_update import (
+    Golden,
+    check_golden,
+    check_policy,
+    golden_requests,
+    replace_in_place,
+    switch,
+)
+from qwen_jax.engine.frontend.input_processor import EMBEDDING, FIRST_TOKEN, Intake, Messages, Prompt, is_single
+from qwen_jax.engine.frontend.request import Request
 from qwen_jax.engine.load_policy import LoadPolicy
-from qwen_jax.engine.loop import DISPATCH_SECONDS, Loop
-from qwen_jax.engine.memory import kv_bytes_per_token, weight_bytes_per_step
-from qwen_jax.engine.outputs import BucketStats, Delta, EngineStats, RequestOutput, Score, unit
-from qwen_jax.engine.pages import PagePool
-from qwen_jax.engine.request import Request
-from qwen_jax.engine.runner import Runner
-from qwen_jax.engine.sampling_params import SamplingParams
-from qwen_jax.engine.schedule import DEFAULT_POLICY, Limits, SchedulePolicy, bucket_table
-from qwen_jax.engine.scheduler import Scheduler
-from qwen_jax.engine.speculation import DRAFT_MODEL, NGRAM, Speculation
-from qwen_jax.engine.tuned import Tuned
-from qwen_jax.engine.updates import Golden, check_golden, check_policy, golden_requests, replace_in_place, switch
-from qwen_jax.engine.weights import Weights
+from qwen_jax.engine.multihost.channel import Follower, Leader, connect
+from qwen_jax.engine.multihost.leader import Following, LeadingAdapters, LeadingWeights, check_same
+from qwen_jax.engine.runner.executable_cache import default_cache_dir
+from qwen_jax.engine.runner.model_runner import Runner
+from qwen_jax.engine.scheduling.buckets import DEFAULT_POLICY, Limits, SchedulePolicy, bucket_table
+from qwen_jax.engine.scheduling.decode_adaptation import Adaptation
+from qwen_jax.engine.scheduling.page_pool import PagePool
+from qwen_jax.engine.scheduling.scheduler import Scheduler
+from qwen_jax.engine.scheduling.speculation import DRAFT_MODEL, NGRAM, Speculation
+from qwen_jax.engine.weights.lora_table import AdapterTable
+from qwen_jax.engine.weights.weight_store import Weights
 from qwen_jax.errors import UserError
 from qwen_jax.model import empty
 from qwen_jax.parallel.plan import ParallelPlan
@@ -94,14 +102,14 @@ class Engine:
                  sparsity: Sparsity | Sequence[Sparsity | None] = DEFAULT_SPARSITY, batch_invariant: bool = False,
                  calibrated: Calibrated | None = None, load_policy: LoadPolicy | None = None,
                  tuned: Tuned | None = None, adapt: bool = False, warmup: bool = True, progress: bool = True) -> None:
-        source, dtype, defaults = settings.source_of(model, dtype)
+        source, dtype, defaults = engine_config.source_of(model, dtype)
         self.config = source.config
         self.tokenizer = tokenizer
         self.generation_config: GenerationDefaults = generation_config or defaults
         if batch_invariant:
             if limits is not None or speculation is not None:
                 raise UserError("batch_invariant decides the shapes: give neither limits nor speculation with it")
-            policy = settings.invariant_policy(policy, max_batch_size)
+            policy = engine_config.invariant_policy(policy, max_batch_size)
         if adapt and (dp_size > 1 or load_policy is not None):
             raise UserError("adapt=True is for one replica: give neither dp_size nor load_policy with it")
         self.tuned = tuned if limits is None and policy is DEFAULT_POLICY else None
@@ -109,26 +117,26 @@ class Engine:
             policy = self.tuned.policy
         if speculation is not None and draft_tokens is None:
             draft_tokens = limits.draft_tokens if limits else 8 if speculation == NGRAM else 4
-        self.limits = limits or settings.limits_for(self.config, max_batch_size, max_seq_len, policy, batch_invariant,
+        self.limits = limits or engine_config.limits_for(self.config, max_batch_size, max_seq_len, policy, batch_invariant,
                                                     draft_tokens or 0, self.tuned and self.tuned.grid)
         if (self.limits.draft_tokens or None) != draft_tokens or (draft_tokens is None) != (speculation is None):
             raise UserError(f"draft_tokens={draft_tokens} with limits for {self.limits.draft_tokens} and "
                             f"speculation={speculation!r}: these do not go together")
         vocab_limit = min(len(tokenizer), self.config.vocab_size) if tokenizer else self.config.vocab_size
-        self.precision = settings.precision_of(self.config, fp8_enabled, kv_cache_dtype, calibrated)
+        self.precision = engine_config.precision_of(self.config, fp8_enabled, kv_cache_dtype, calibrated)
         if fp8_enabled and not multiplies_fp8():
-            settings.say_without_fp8()
+            engine_config.say_without_fp8()
         eight_bit = self.precision.eight_bit
         table = bucket_table(self.limits, policy, "f32" if dtype == np.float32 else "bf16", eight_bit)
-        draft = settings.draft_of(speculation, self.config, vocab_limit, dtype)
-        self.sparsity = settings.sparsity_of(sparsity, self.config)
+        draft = engine_config.draft_of(speculation, self.config, vocab_limit, dtype)
+        self.sparsity = engine_config.sparsity_of(sparsity, self.config)
         directory = default_cache_dir() if cache_dir is ... else cache_dir and Path(cache_dir)
         self._blueprint = Blueprint(
             self.config, dtype, self.precision, calibrated and calibrated.ranges, table, self.limits, policy,
             self.sparsity, vocab_limit, kv_cache_bytes, prefix_cache, batch_invariant, draft and draft.config,
             directory or None, strict_compiles)
-        plan = settings.plan_of(self.config, tp_size, pp_size, dp_size, self.limits, dtype, self.precision)
-        settings.check_processes(plan, load_policy is not None)
+        plan = engine_config.plan_of(self.config, tp_size, pp_size, dp_size, self.limits, dtype, self.precision)
+        engine_config.check_processes(plan, load_policy is not None)
         self.deployment = Deployment(plan, self._blueprint)
         self._processes = connect()
         leader = self._processes if isinstance(self._processes, Leader) else None
@@ -137,7 +145,7 @@ class Engine:
         self.adapters = (partial(LeadingAdapters, leader) if leader else AdapterTable)(
             self.config, self.deployment.spread.parts, max_adapters, max_adapter_rank, dtype)
         self._arrivals = itertools.count()
-        free_bytes = settings.free_per_device(self.plan)
+        free_bytes = engine_config.free_per_device(self.plan)
         if self._processes:
             free_bytes = min(self._processes.agree("free_bytes", free_bytes))
         self.deployment.build(self.weights, self._draft, self.adapters, free_bytes, self._arrivals, leader)
@@ -190,7 +198,7 @@ class Engine:
         if "sparsity" not in options and (stored := read_sparsity(source.path, source.config)):
             options["sparsity"] = stored
         if "tuned" not in options:
-            options["tuned"] = settings.tuned_for(source.config, dtype, options)
+            options["tuned"] = engine_config.tuned_for(source.config, dtype, options)
         return cls(source, dtype=dtype, **options)
 
     @classmethod
@@ -206,8 +214,8 @@ class Engine:
         if folder and "calibrated" not in options:
             options["calibrated"] = read_calibrated(folder, config)
         if "tuned" not in options:
-            options["tuned"] = settings.tuned_for(config, dtype, options)
-        return cls(empty(config, settings.check_dtype(dtype)), dtype=dtype, warmup=False, **options)
+            options["tuned"] = engine_config.tuned_for(config, dtype, options)
+        return cls(empty(config, engine_config.check_dtype(dtype)), dtype=dtype, warmup=False, **options)
 
     @property
     def plan(self) -> ParallelPlan:
@@ -270,7 +278,7 @@ class Engine:
             raise UserError("an engine of several processes keeps its plan: it cannot prepare or go to another")
         if plan not in self._prepared:
             deployment = Deployment(plan, self._blueprint)
-            free = settings.free_per_device(plan, beside=deployment.bytes_per_device)
+            free = engine_config.free_per_device(plan, beside=deployment.bytes_per_device)
             deployment.build(self.weights, self._draft, self.adapters, free, self._arrivals)
             self._prepared[plan] = deployment
         for deployment in self._prepared.values():

@@ -7,10 +7,10 @@ import numpy as np
 from qwen_kernels.sparse_attention import Sparsity
 
 from qwen_jax.errors import UserError
-from qwen_jax.evaluation.sparse_fidelity import Fidelity, fidelity
 from qwen_jax.evaluation.longcontext.samples import draw
 from qwen_jax.evaluation.longcontext.suite import RETRIEVAL
 from qwen_jax.evaluation.longcontext.tasks import Document
+from qwen_jax.evaluation.sparse_fidelity import Fidelity, fidelity
 from qwen_jax.model import Qwen2
 
 MOST_DENSE = 0.2  # of all KV heads

@@ -16,14 +16,14 @@ from fastapi import APIRouter, FastAPI
 from prometheus_client.registry import Collector
 
 from qwen_jax.errors import UserError
-from qwen_jax.serving.admin import create_admin_app
-from qwen_jax.serving.app import create_app
-from qwen_jax.serving.limits import MOST_HEADER_BYTES
-from qwen_jax.serving.link import EngineLink, Link
-from qwen_jax.serving.observe import Observer, log_access
-from qwen_jax.serving.service import Service
-from qwen_jax.serving.tracing import tracer
-from qwen_jax.serving.web import Inner
+from qwen_jax.serving.http.admin_routes import create_admin_app
+from qwen_jax.serving.http.app import create_app
+from qwen_jax.serving.http.app_factory import Inner
+from qwen_jax.serving.http.limits import MOST_HEADER_BYTES
+from qwen_jax.serving.http.request_log import Observer, log_access
+from qwen_jax.serving.http.service import Service
+from qwen_jax.serving.http.tracing import tracer
+from qwen_jax.serving.ipc.engine_client import EngineLink, Link
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, fields, replace
 from statistics import geometric_mean
 from typing import Any
 
-from qwen_jax.engine.schedule import (
+from qwen_jax.engine.config.tuned import Tuned
+from qwen_jax.engine.scheduling.buckets import (
     DEFAULT_POLICY,
     FULL,
     PAGE,
@@ -19,11 +20,10 @@ from qwen_jax.engine.schedule import (
     SchedulePolicy,
     pages_for,
 )
-from qwen_jax.engine.tuned import Tuned
 from qwen_jax.errors import UserError
-from qwen_jax.tuning.step_costs import Cost
 from qwen_jax.tuning.engine_bench import Lab, plain
 from qwen_jax.tuning.scheduler_simulation import simulate
+from qwen_jax.tuning.step_costs import Cost
 from qwen_jax.tuning.workloads import Trace
 
 DECODE_ROWS = (2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)

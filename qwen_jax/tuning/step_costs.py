@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qwen_jax.engine.plan import StepPlan
-from qwen_jax.engine.schedule import Bucket
+from qwen_jax.engine.scheduling.buckets import Bucket
+from qwen_jax.engine.scheduling.step_plan import StepPlan
 
 
 @dataclass(frozen=True)

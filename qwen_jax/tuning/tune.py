@@ -10,12 +10,10 @@ from statistics import geometric_mean
 
 from tqdm import tqdm
 
-from qwen_jax.engine.schedule import DEFAULT_POLICY, FULL, PAGE, SPARSE, Bucket, default_grid
-from qwen_jax.engine.settings import platform
-from qwen_jax.engine.tuned import Tuned, write
-from qwen_jax.tuning.step_costs import Cost
+from qwen_jax.engine.config.engine_config import platform
+from qwen_jax.engine.config.tuned import Tuned, write
+from qwen_jax.engine.scheduling.buckets import DEFAULT_POLICY, FULL, PAGE, SPARSE, Bucket, default_grid
 from qwen_jax.tuning.engine_bench import Lab, host_seconds, plain
-from qwen_jax.tuning.successive_halving import Heats, race
 from qwen_jax.tuning.search import (
     CHUNK_PAGES,
     DECODE_ROWS,
@@ -27,6 +25,8 @@ from qwen_jax.tuning.search import (
     search,
     sparse_threshold,
 )
+from qwen_jax.tuning.step_costs import Cost
+from qwen_jax.tuning.successive_halving import Heats, race
 from qwen_jax.tuning.workloads import traces
 
 TRIALS = 200

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qwen_jax.engine.sampling_params import SamplingParams
+from qwen_jax.engine.api.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ import time
 import numpy as np
 from workload import say
 
-from qwen_jax.cluster.routing import RoundRobin, choose, least_loaded, random_choice, two_choices
-from qwen_jax.cluster.simulator import Result, ServiceTimes, imbalance, simulate
-from qwen_jax.cluster.traces import skewed_trace
+from qwen_jax.cluster.routing.policies import RoundRobin, choose, least_loaded, random_choice, two_choices
+from qwen_jax.cluster.simulation.simulator import Result, ServiceTimes, imbalance, simulate
+from qwen_jax.cluster.simulation.traces import skewed_trace
 
 OURS, MOVES = "ours", ", moves"
 MANY = 50  # replicas: above, a simulation takes ten seconds

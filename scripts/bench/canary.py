@@ -11,8 +11,8 @@ import sys
 
 from tqdm import tqdm
 
-from qwen_jax.cluster.canary import TAKEN_BACK
-from qwen_jax.cluster.canary_simulator import Version, simulate
+from qwen_jax.cluster.canary.policy import TAKEN_BACK
+from qwen_jax.cluster.simulation.canary import Version, simulate
 
 CASES = {"the same (A/A)": Version(), "accuracy 10 points lower": Version(disagreed=0.1),
          "5 points lower": Version(disagreed=0.05), "latencies x 3": Version(slower=3.0),

@@ -19,9 +19,9 @@ import numpy as np  # noqa: E402
 from workload import say  # noqa: E402
 
 from qwen_jax import Engine, SamplingParams  # noqa: E402
-from qwen_jax.engine.schedule import Limits  # noqa: E402
-from qwen_jax.evaluation.fraud.task import generate  # noqa: E402
+from qwen_jax.engine.scheduling.buckets import Limits  # noqa: E402
 from qwen_jax.evaluation.fraud.score import score  # noqa: E402
+from qwen_jax.evaluation.fraud.task import generate  # noqa: E402
 from qwen_jax.evaluation.fraud.text import format_messages  # noqa: E402
 from qwen_jax.evaluation.longcontext.suite import RETRIEVAL, found, samples_of  # noqa: E402
 

@@ -13,8 +13,8 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.pipeline import make_pipeline
 
-from qwen_jax.evaluation.fraud.task import generate
 from qwen_jax.evaluation.fraud.accounts import PATTERNS
+from qwen_jax.evaluation.fraud.task import generate
 
 TOKEN = re.compile(r"[A-Za-z]+|\d")  # words and single digits, as the model's tokenizer sees them
 

@@ -33,8 +33,8 @@ COLUMNS = ("offered/s", "served/s", "p50, ms", "p99, ms", "worst, ms", "failed",
 
 def worker() -> None:
     """In the place of the engine's process: the same, and a file of how many steps had how many rows."""
-    from qwen_jax.engine.figures import Figures
-    from qwen_jax.serving.worker import main as run
+    from qwen_jax.engine.core.counters import Figures
+    from qwen_jax.serving.engine_process.process import main as run
 
     rows, record = Counter(), Figures.record
 
@@ -76,9 +76,9 @@ def measure(server, rate: float, args: argparse.Namespace, rows: Path) -> dict[s
     import msgspec
     import uvloop
 
-    from qwen_jax.cluster.fraud_client import replay
     from qwen_jax.evaluation.fraud.replay import Day, asked
-    from qwen_jax.serving.bench_load import Load, arrivals
+    from qwen_jax.serving.load_test.raw_client import replay
+    from qwen_jax.serving.load_test.workload import Load, arrivals
 
     seed = args.seed + int(rate)
     lasting = args.seconds + args.warm

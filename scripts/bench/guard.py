@@ -21,7 +21,7 @@ from sparse_engine import decode_usage  # noqa: E402
 from workload import exactly, say, shape, token_ids  # noqa: E402
 
 from qwen_jax import Engine  # noqa: E402
-from qwen_jax.engine.schedule import Limits  # noqa: E402
+from qwen_jax.engine.scheduling.buckets import Limits  # noqa: E402
 from qwen_jax.model import init  # noqa: E402
 
 
@@ -50,8 +50,8 @@ def main() -> int:
                     recompute_shapes=(), decode_rows=(args.rows,))
     options = {"fp8_enabled": True, "limits": limits, "cache_dir": None, "progress": False}
     engines = {"guarded": Engine(model, **options)}
-    with (mock.patch("qwen_jax.engine.steps.Guard", NoGuard),
-          mock.patch("qwen_jax.engine.steps.damaged_weights", lambda model: 0)):
+    with (mock.patch("qwen_jax.engine.compiled.steps.Guard", NoGuard),
+          mock.patch("qwen_jax.engine.compiled.steps.damaged_weights", lambda model: 0)):
         engines["not guarded"] = Engine(model, **options)
     say("engines ready")
     times = {name: [] for name in engines}

@@ -9,10 +9,10 @@ import time
 import numpy as np
 
 from qwen_jax import SamplingParams
+from qwen_jax.engine.compiled.sampler import Sampled
+from qwen_jax.engine.compiled.steps import StepOutput
 from qwen_jax.engine.engine import Engine
-from qwen_jax.engine.sampler import Sampled
-from qwen_jax.engine.schedule import Limits
-from qwen_jax.engine.steps import StepOutput
+from qwen_jax.engine.scheduling.buckets import Limits
 
 MOST_MS = 0.6
 

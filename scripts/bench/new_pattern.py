@@ -20,8 +20,8 @@ import jax
 
 from qwen_jax.checkpoint import load_params, load_tokenizer, resolve
 from qwen_jax.checkpoint.adapters import load_adapter
-from qwen_jax.evaluation.fraud.task import Example, generate
 from qwen_jax.evaluation.fraud.score import answers_in_one_pass, score
+from qwen_jax.evaluation.fraud.task import Example, generate
 from qwen_jax.model import build
 from qwen_jax.model.lora import merge_adapter, num_parameters
 from qwen_jax.training.finetune import train

@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "cluster"
 import redis  # noqa: E402
 from redis_server import RedisServer  # noqa: E402
 
-from qwen_jax.cluster.redis_store import RedisStore  # noqa: E402
-from qwen_jax.cluster.response_cache import CacheStats, ResponseCache, key_of  # noqa: E402
+from qwen_jax.cluster.response_cache.cache import CacheStats, ResponseCache, key_of  # noqa: E402
+from qwen_jax.cluster.response_cache.redis_store import RedisStore  # noqa: E402
 
 KEYS = [key_of(kind="completion", model="m", weight_version=0, adapter=None, prompt=[number], options={}, tenant="")
         for number in range(1000)]

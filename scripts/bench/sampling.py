@@ -21,11 +21,11 @@ from flax import nnx
 from tqdm import tqdm
 
 from qwen_jax.config import ModelConfig
-from qwen_jax.engine.batch import padding_batch
-from qwen_jax.engine.sampler import IN_PROMPT, neutral_rows, pack_rows, sample
-from qwen_jax.engine.sampling_params import SamplingParams
-from qwen_jax.engine.schedule import FULL, Bucket
-from qwen_jax.engine.steps import Models, new_state, run_bucket
+from qwen_jax.engine.api.sampling_params import SamplingParams
+from qwen_jax.engine.compiled.sampler import IN_PROMPT, neutral_rows, pack_rows, sample
+from qwen_jax.engine.compiled.steps import Models, new_state, run_bucket
+from qwen_jax.engine.runner.padded_batch import padding_batch
+from qwen_jax.engine.scheduling.buckets import FULL, Bucket
 from qwen_jax.model.abstract import init
 
 BAR = 0.15

@@ -23,10 +23,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from workload import say  # noqa: E402
 
 from qwen_jax import Engine  # noqa: E402
-from qwen_jax.engine.adaptation import Adaptation, Choice  # noqa: E402
-from qwen_jax.engine.loop import DISPATCH_SECONDS  # noqa: E402
-from qwen_jax.tuning.workloads import LOADS, Load, Trace, of_load, trace  # noqa: E402
+from qwen_jax.engine.core.engine_core import DISPATCH_SECONDS  # noqa: E402
+from qwen_jax.engine.scheduling.decode_adaptation import Adaptation, Choice  # noqa: E402
 from qwen_jax.tuning.tune import SEEDS as TUNED_ON  # noqa: E402
+from qwen_jax.tuning.workloads import LOADS, Load, Trace, of_load, trace  # noqa: E402
 
 SEEDS = (101, 102, 103)
 assert not set(SEEDS) & set(TUNED_ON)

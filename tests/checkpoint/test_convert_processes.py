@@ -9,8 +9,7 @@ import pytest
 import torch
 from hf_folders import hf_model, rewrite, siblings
 
-from qwen_jax.checkpoint import convert, export, orbax_store, verify
-from qwen_jax.checkpoint import conversion_workers
+from qwen_jax.checkpoint import conversion_workers, convert, export, orbax_store, verify
 from qwen_jax.cli import main
 from qwen_jax.errors import UserError
 
@@ -96,7 +95,7 @@ def test_a_full_disk_and_an_interrupt_leave_nothing(folder, tmp_path, monkeypatc
         patch.setattr(conversion_workers._Worker, "ask", fill)
         convert(folder, tmp_path / "orbax", processes=2)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(workers, "wait", interrupt)
+        patch.setattr(conversion_workers, "wait", interrupt)
         convert(folder, tmp_path / "orbax", processes=2)
     assert len(started) == 4 and all(process.poll() is not None for process in started)
     assert siblings(tmp_path / "orbax") == ["hf"]

@@ -1,8 +1,8 @@
 """How many engines are wanted, by a clock of the test's own."""
 import pytest
 
-from qwen_jax.cluster.autoscaling import Autoscaler
-from qwen_jax.cluster.config import Autoscaling
+from qwen_jax.cluster.ray_serve.autoscaling import Autoscaler
+from qwen_jax.cluster.ray_serve.config import Autoscaling
 
 
 def scaler(**options):

@@ -12,11 +12,11 @@ from live import Live, quick_environment
 from random_adapter import save_random_adapter
 from served import PAGE_BYTES, SIZES
 
-from qwen_jax.cluster.balancer import Balancer
-from qwen_jax.cluster.devices import environments
-from qwen_jax.cluster.members import Asked, text_blocks
+from qwen_jax.cluster.routing.gpu_assignment import environments
+from qwen_jax.cluster.routing.load_balancer import Balancer
+from qwen_jax.cluster.routing.replica import Asked, text_blocks
 from qwen_jax.errors import UserError
-from qwen_jax.serving.link import Answer, EngineLink, pieces
+from qwen_jax.serving.ipc.engine_client import Answer, EngineLink, pieces
 
 # As `SIZES` has it: the same executables.
 ENGINE = {"dtype": "float32", "max_batch_size": 8, "max_seq_len": 1024, "max_adapters": 2,

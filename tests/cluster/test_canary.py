@@ -5,8 +5,8 @@ from random import Random
 
 import pytest
 
-from qwen_jax.cluster.canary import PROMOTED, RUNNING, TAKEN_BACK, Canary, CanaryOptions, Limit, SequentialTest
-from qwen_jax.cluster.canary_simulator import Version, simulate
+from qwen_jax.cluster.canary.policy import PROMOTED, RUNNING, TAKEN_BACK, Canary, CanaryOptions, Limit, SequentialTest
+from qwen_jax.cluster.simulation.canary import Version, simulate
 from qwen_jax.errors import UserError
 
 

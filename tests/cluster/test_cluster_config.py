@@ -8,7 +8,7 @@ import yaml
 
 from qwen_jax.cli import main
 from qwen_jax.cli_cluster import _url
-from qwen_jax.cluster.config import ClusterConfig, parse_config, read_config, serve_config
+from qwen_jax.cluster.ray_serve.config import ClusterConfig, parse_config, read_config, serve_config
 from qwen_jax.errors import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -12,13 +12,13 @@ from served import PAGE_BYTES, SIZES
 from test_trial import asked, until
 
 from qwen_jax.checkpoint.source import SHIPPED
-from qwen_jax.cluster.balancer import Balancer
-from qwen_jax.cluster.canary import PROMOTED, RUNNING, TAKEN_BACK, CanaryOptions
-from qwen_jax.cluster.fleet import begin_trial, end_trial, replace_all, resize
-from qwen_jax.cluster.trial import TrialLink
+from qwen_jax.cluster.canary.client import TrialLink
+from qwen_jax.cluster.canary.policy import PROMOTED, RUNNING, TAKEN_BACK, CanaryOptions
+from qwen_jax.cluster.routing.load_balancer import Balancer
+from qwen_jax.cluster.routing.replica_set import begin_trial, end_trial, replace_all, resize
 from qwen_jax.errors import UserError
-from qwen_jax.serving.errors import ApiError
-from qwen_jax.serving.link import EngineLink, pieces
+from qwen_jax.serving.ipc.engine_client import EngineLink, pieces
+from qwen_jax.serving.ipc.errors import ApiError
 
 # As `SIZES` has it: the same executables.
 ENGINE = {"dtype": "float32", "max_batch_size": 8, "max_seq_len": 1024, "max_adapters": 2,

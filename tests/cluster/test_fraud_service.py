@@ -10,8 +10,8 @@ from live import Live, free_port
 from random_adapter import save_random_adapter
 from served import SIZES
 
-from qwen_jax.cluster.fraud_client import replay
 from qwen_jax.evaluation.fraud.replay import Day, asked, screenings
+from qwen_jax.serving.load_test.raw_client import replay
 
 SCREEN, BATCH = "/fraud/screen", "/fraud/screen/batch"
 

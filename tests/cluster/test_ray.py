@@ -114,7 +114,7 @@ def test_a_killed_engine_takes_no_request_with_it(cluster):
     before = set(cluster.engines())
     with cluster.traffic() as told:
         time.sleep(0.5)
-        cluster.processes("qwen_jax.serving.worker")[0].send_signal(signal.SIGKILL)
+        cluster.processes("qwen_jax.serving.engine_process.process")[0].send_signal(signal.SIGKILL)
         while len(before & set(cluster.engines())) == 2:
             time.sleep(0.05)
         cluster.until(2)
@@ -123,7 +123,7 @@ def test_a_killed_engine_takes_no_request_with_it(cluster):
 
 def test_a_killed_actor_ends_its_engine_and_both_come_back(cluster):
     before = set(cluster.engines())
-    workers = cluster.processes("qwen_jax.serving.worker")
+    workers = cluster.processes("qwen_jax.serving.engine_process.process")
     with cluster.traffic() as told:
         cluster.processes("ray::Host")[0].send_signal(signal.SIGKILL)
         while len(before & set(cluster.engines())) == 2:
@@ -144,7 +144,7 @@ def test_other_engines_take_over_one_after_another(cluster):
     assert set(told) == cluster.right
     after = cluster.until(2)
     assert not before & set(after)
-    workers = cluster.processes("qwen_jax.serving.worker")
+    workers = cluster.processes("qwen_jax.serving.engine_process.process")
     assert [one.environ().get("OF_THE_SECOND_KIND") for one in workers] == ["yes"] * 2
     assert [one.pid for one in cluster.processes("ServeReplica:qwen-jax")] == [gateway]
     code, out, _ = cluster.asked("status")
@@ -168,9 +168,9 @@ def test_an_engine_of_two_processes(cluster):
     code, _, err = cluster.asked("up", wanted)
     assert code == 0, err
     before = cluster.until(1)
-    assert len(cluster.processes("qwen_jax.serving.worker")) == 2
+    assert len(cluster.processes("qwen_jax.serving.engine_process.process")) == 2
     assert {(number, cluster.text(number)) for number in range(3)} == cluster.right
-    cluster.processes("qwen_jax.serving.worker")[1].send_signal(signal.SIGKILL)
+    cluster.processes("qwen_jax.serving.engine_process.process")[1].send_signal(signal.SIGKILL)
     while set(cluster.engines()) == set(before):
         time.sleep(0.05)
     cluster.until(1)

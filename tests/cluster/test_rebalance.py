@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen_jax.cluster.rebalance import Move, rebalance_load
+from qwen_jax.cluster.routing.rebalance import Move, rebalance_load
 from qwen_jax.errors import UserError
 
 queues = st.lists(st.one_of(st.integers(0, 20), st.integers(0, 10_000)), max_size=40)

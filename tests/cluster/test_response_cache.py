@@ -12,9 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from redis_server import INSTALLED, RedisServer
 
-from qwen_jax.cluster import redis_store
-from qwen_jax.cluster.redis_store import RedisStore, pack, unpack
-from qwen_jax.cluster.response_cache import ENTRY_BYTES, LocalCache, ResponseCache, Unshared, cacheable, key_of
+from qwen_jax.cluster.response_cache.cache import (
+    ENTRY_BYTES,
+    LocalCache,
+    ResponseCache,
+    Unshared,
+    cacheable,
+    key_of,
+    redis_store,
+)
+from qwen_jax.cluster.response_cache.redis_store import RedisStore, pack, unpack
 from qwen_jax.errors import UserError
 
 REQUEST = dict(kind="completion", model="m", weight_version=1, adapter=["legal", 1], prompt=[1, 2, 3],

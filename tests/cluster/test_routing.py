@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from qwen_kernels.attention import PAGE
 
-from qwen_jax.cluster.routing import (
+from qwen_jax.cluster.routing.policies import (
     BLOCK,
     DECODE_TOKENS,
     PrefixIndex,

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_jax.cluster.routing import RoundRobin, choose, least_loaded, random_choice, two_choices
-from qwen_jax.cluster.simulated_replica import Job, Replica
-from qwen_jax.cluster.simulator import ServiceTimes, imbalance, simulate
-from qwen_jax.cluster.traces import CONTEXT, MOST_OUTPUT, Request, skewed_trace
+from qwen_jax.cluster.routing.policies import RoundRobin, choose, least_loaded, random_choice, two_choices
+from qwen_jax.cluster.simulation.replica import Job, Replica
+from qwen_jax.cluster.simulation.simulator import ServiceTimes, imbalance, simulate
+from qwen_jax.cluster.simulation.traces import CONTEXT, MOST_OUTPUT, Request, skewed_trace
 from qwen_jax.errors import UserError
 
 ONE_AT_A_TIME = ServiceTimes(base=0, per_prefill_token=1e-6, max_batch=1, chunk_tokens=1 << 40, kv_tokens=1 << 40)

@@ -7,7 +7,7 @@ import numpy as np
 
 from qwen_jax import Engine, SamplingParams
 from qwen_jax.config import PRESETS, ModelConfig
-from qwen_jax.engine.schedule import Limits
+from qwen_jax.engine.scheduling.buckets import Limits
 from qwen_jax.model import init
 
 SIZES = ("0.5b", "1.5b", "3b", "7b", "14b", "32b", "72b")

@@ -4,10 +4,18 @@ What a sequence "samples" is a hash of everything it can read through its pages,
 shared by two sequences changes the text; each request alone, without any scheduler, is the oracle.
 """
 
-from qwen_jax.engine.pages import NULL_PAGE, PAGE, PagePool, pages_for
-from qwen_jax.engine.schedule import FULL, RECOMPUTE, SPARSE, Limits, SchedulePolicy, attention_of, bucket_table
-from qwen_jax.engine.scheduler import Scheduler
-from qwen_jax.engine.sequence import Sequence, State
+from qwen_jax.engine.scheduling.buckets import (
+    FULL,
+    RECOMPUTE,
+    SPARSE,
+    Limits,
+    SchedulePolicy,
+    attention_of,
+    bucket_table,
+)
+from qwen_jax.engine.scheduling.page_pool import NULL_PAGE, PAGE, PagePool, pages_for
+from qwen_jax.engine.scheduling.scheduler import Scheduler
+from qwen_jax.engine.scheduling.sequence import Sequence, State
 
 POLICY = SchedulePolicy(sparse_above_tokens=150, recompute_above_rows=3)
 # Fewer decode rows than sequences: they must take turns.

@@ -133,7 +133,7 @@ def test_bad_requests_raise_where_they_are_made(check, request_, message):
 
 
 def test_an_error_in_one_request_is_that_request_s_alone(check, inner, monkeypatch):
-    from qwen_jax.engine.request import Request
+    from qwen_jax.engine.frontend.request import Request
 
     expected, add_tokens = inner.generate(PROMPTS[1], GREEDY)[0].token_ids, Request.add_tokens
 

@@ -6,7 +6,7 @@ import pytest
 from test_engine_adapters import CONFIG
 
 from qwen_jax import Engine, SamplingParams, UserError
-from qwen_jax.engine.schedule import Limits
+from qwen_jax.engine.scheduling.buckets import Limits
 from qwen_jax.model import init
 
 MODEL = init(dataclasses.replace(CONFIG, max_position_embeddings=1024), 0, "bfloat16")  # where rounding shows

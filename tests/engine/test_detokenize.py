@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from qwen_jax.engine.detokenize import Detokenizer
+from qwen_jax.engine.frontend.detokenizer import Detokenizer
 
 
 @pytest.fixture(scope="module")

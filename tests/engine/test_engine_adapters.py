@@ -7,7 +7,7 @@ from qwen_jax import SamplingParams
 from qwen_jax.checkpoint.adapters import load_adapter, save_adapter
 from qwen_jax.config import ModelConfig, Rope
 from qwen_jax.engine.engine import Engine
-from qwen_jax.engine.schedule import Limits
+from qwen_jax.engine.scheduling.buckets import Limits
 from qwen_jax.errors import UserError
 from qwen_jax.model import build, init, params_of
 from qwen_jax.model.lora import TARGETS, LoraConfig, init_adapter, merge_adapter

@@ -12,8 +12,8 @@ from qwen_kernels.attention import PAGE, causal_attention
 from qwen_jax import Engine, SamplingParams
 from qwen_jax.checkpoint import from_transformers
 from qwen_jax.checkpoint.adapters import save_adapter
-from qwen_jax.engine.executables import backend_compiles
-from qwen_jax.engine.schedule import EIGHT_BIT, Limits
+from qwen_jax.engine.runner.executable_cache import backend_compiles
+from qwen_jax.engine.scheduling.buckets import EIGHT_BIT, Limits
 from qwen_jax.errors import UserError
 from qwen_jax.evaluation.calibrate_precision import calibrate_eight_bit
 from qwen_jax.model import build, params_of

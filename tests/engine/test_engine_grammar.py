@@ -8,9 +8,9 @@ from test_engine_adapters import CONFIG
 
 from qwen_jax import Engine, SamplingParams, StructuredOutput, UserError
 from qwen_jax.checkpoint import load_tokenizer, resolve
-from qwen_jax.engine.grammar import Matcher
-from qwen_jax.engine.schedule import Limits
-from qwen_jax.engine.speculation import NGRAM
+from qwen_jax.engine.frontend.grammar import Matcher
+from qwen_jax.engine.scheduling.buckets import Limits
+from qwen_jax.engine.scheduling.speculation import NGRAM
 from qwen_jax.model import init
 
 SCHEMA = {"type": "object", "properties": {"verdict": {"enum": ["fraud", "legit"]}, "score": {"type": "integer"},

@@ -6,7 +6,7 @@ from oracle import random_qwen2
 from test_engine import hf_greedy
 
 from qwen_jax import Engine, SamplingParams
-from qwen_jax.engine.schedule import Limits
+from qwen_jax.engine.scheduling.buckets import Limits
 from qwen_jax.errors import UserError
 
 LIMITS = Limits(max_batch_size=4, max_seq_len=512, prefill_shapes=((4, 64), (1, 256)), recompute_shapes=(),

@@ -18,8 +18,8 @@ from test_engine_adapters import CONFIG, LIMITS
 
 from qwen_jax import Engine, SamplingParams, UserError
 from qwen_jax.checkpoint.adapters import load_adapter, save_adapter
-from qwen_jax.engine.sequence import State
-from qwen_jax.engine.speculation import NGRAM
+from qwen_jax.engine.scheduling.sequence import State
+from qwen_jax.engine.scheduling.speculation import NGRAM
 from qwen_jax.model import build, init, params_of
 from qwen_jax.model.lora import LoraConfig, init_adapter, merge_adapter
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from llguidance.hf import from_tokenizer
 
 from qwen_jax.checkpoint import load_tokenizer, resolve
-from qwen_jax.engine.grammar import GrammarCompiler, GrammarError, apply_mask
-from qwen_jax.engine.structured_output import StructuredOutput
+from qwen_jax.engine.api.structured_output import StructuredOutput
+from qwen_jax.engine.frontend.grammar import GrammarCompiler, GrammarError, apply_mask
 from qwen_jax.errors import UserError
 
 VOCAB = 970  # more than the tokenizer's 943 ids, and no multiple of 32

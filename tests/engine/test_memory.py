@@ -7,8 +7,8 @@ from oracle import random_qwen2
 
 from qwen_jax import Engine, ModelConfig
 from qwen_jax.cli import main
-from qwen_jax.engine.memory import kv_bytes_per_token, memory_report, weight_bytes
-from qwen_jax.engine.schedule import Limits
+from qwen_jax.engine.config.memory import kv_bytes_per_token, memory_report, weight_bytes
+from qwen_jax.engine.scheduling.buckets import Limits
 from qwen_jax.quantization import default_precision
 
 LIMITS = Limits(max_batch_size=2, max_seq_len=128, prefill_shapes=((1, 64),), recompute_shapes=(), decode_rows=(2,))

@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from qwen_jax.engine.pages import NULL_PAGE, PAGE, OutOfPages, PagePool, chain, pages_for
+from qwen_jax.engine.scheduling.page_pool import NULL_PAGE, PAGE, OutOfPages, PagePool, chain, pages_for
 
 CAPACITY = 12
 

@@ -16,8 +16,8 @@ from parallel_bench import (
 )
 
 from qwen_jax import Engine, SamplingParams
-from qwen_jax.engine.parts import OVERLAP_FROM
-from qwen_jax.engine.schedule import Limits, SchedulePolicy
+from qwen_jax.engine.scheduling.buckets import Limits, SchedulePolicy
+from qwen_jax.engine.weights.model_shard import OVERLAP_FROM
 from qwen_jax.errors import UserError
 from qwen_jax.model import abstract, init, params_of
 from qwen_jax.parallel.layout import contract
@@ -160,7 +160,7 @@ def test_large_prefills_in_two_halves(plan, scattered, more, monkeypatch):
     long = [rng.integers(0, 307, length).tolist() for length in (250, 70, 128, 640)]
     wanted = Engine(model, **options).generate(long, GREEDY)
     monkeypatch.setitem(OVERLAP_FROM, "cpu", 512)
-    monkeypatch.setattr("qwen_jax.engine.parts.SCATTER_FROM", 512 if scattered else 1 << 20)
+    monkeypatch.setattr("qwen_jax.engine.weights.model_shard.SCATTER_FROM", 512 if scattered else 1 << 20)
     found = Engine(model, **options, **plan).generate(long, GREEDY)
     if "kv_cache_dtype" in more:  # where a value is rounded the other way
         best = [[max(position.values()) for position in one.logprobs] for one in (*found, *wanted)]
@@ -248,7 +248,7 @@ def test_plans_that_cannot_be(options, message):
 def test_the_planner_chooses_the_degree(monkeypatch):
     engine = engine_of("7b", tp_size="auto", warmup=False)
     assert 1 <= engine.plan.tensor <= 8 and engine.plan.devices == engine.plan.tensor
-    monkeypatch.setattr("qwen_jax.engine.settings.free_memory", lambda: 1000)
+    monkeypatch.setattr("qwen_jax.engine.config.engine_config.free_memory", lambda: 1000)
     with pytest.raises(UserError, match="does not fit"):
         engine_of("7b", tp_size="auto", warmup=False)
 

@@ -8,11 +8,11 @@ from parallel_bench import LIMITS, engine_of, shrunk
 
 from qwen_jax import Engine
 from qwen_jax.config import PRESETS
-from qwen_jax.engine.deployment import Blueprint, Deployment
-from qwen_jax.engine.memory import weight_bytes
-from qwen_jax.engine.parts import OVERLAP_FROM
-from qwen_jax.engine.runner import Key
-from qwen_jax.engine.schedule import Limits
+from qwen_jax.engine.config.memory import weight_bytes
+from qwen_jax.engine.core.replica import Blueprint, Deployment
+from qwen_jax.engine.runner.model_runner import Key
+from qwen_jax.engine.scheduling.buckets import Limits
+from qwen_jax.engine.weights.model_shard import OVERLAP_FROM
 from qwen_jax.parallel.plan import make_plan
 
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "collective_permute", "collective_broadcast")
@@ -72,7 +72,7 @@ def test_a_small_prefill_has_those_and_the_logits_of_scored_prompts():
 
 def test_a_large_prefill_divides_the_tokens_between_products(monkeypatch):
     """Sequence parallelism: every sum is a reduce-scatter, and an all-gather before the next product."""
-    monkeypatch.setattr("qwen_jax.engine.parts.SCATTER_FROM", 128)
+    monkeypatch.setattr("qwen_jax.engine.weights.model_shard.SCATTER_FROM", 128)
     engine = engine_of("7b", tp_size=4, warmup=False)
     layers, hidden, vocab = engine.config.num_layers, engine.config.hidden_size, engine.plan.layout.vocab
     assert collectives(program(engine, "prefill")) == {
@@ -85,7 +85,7 @@ def test_a_large_prefill_divides_the_tokens_between_products(monkeypatch):
 
 
 def in_halves(monkeypatch, tensor) -> Engine:
-    monkeypatch.setattr("qwen_jax.engine.parts.SCATTER_FROM", 256)
+    monkeypatch.setattr("qwen_jax.engine.weights.model_shard.SCATTER_FROM", 256)
     monkeypatch.setitem(OVERLAP_FROM, "cpu", 256)
     return engine_of("7b", tp_size=tensor, limits=Limits(4, 256, ((1, 256),), (), (4,), 4), warmup=False)
 
@@ -171,8 +171,8 @@ def deployment(config, tensor, dtype="bfloat16") -> Deployment:
     """Nothing is allocated."""
     from qwen_kernels.sparse_attention import Sparsity
 
-    from qwen_jax.engine.schedule import DEFAULT_POLICY, bucket_table
-    from qwen_jax.engine.settings import precision_of
+    from qwen_jax.engine.config.engine_config import precision_of
+    from qwen_jax.engine.scheduling.buckets import DEFAULT_POLICY, bucket_table
 
     blueprint = Blueprint(config, dtype, precision_of(config, False, None), None, bucket_table(LIMITS), LIMITS,
                           DEFAULT_POLICY, (Sparsity(),) * config.num_layers, config.vocab_size)

@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from qwen_jax.engine import executables
-from qwen_jax.engine.executables import Executables
+from qwen_jax.engine.runner import executable_cache
+from qwen_jax.engine.runner.executable_cache import Executables
 
 
 @pytest.fixture(autouse=True)
 def environment_is_read_anew():
-    executables._environment.cache_clear()
+    executable_cache._environment.cache_clear()
     yield
-    executables._environment.cache_clear()
+    executable_cache._environment.cache_clear()
 
 
 def table(folder, identity="one"):
@@ -51,16 +51,16 @@ def test_a_program_is_found_again_and_by_nobody_else(tmp_path):
 def test_the_name_depends_on_flags(tmp_path, monkeypatch, name, value):
     before = table(tmp_path)._path("key")
     monkeypatch.setenv(name, value)
-    executables._environment.cache_clear()
+    executable_cache._environment.cache_clear()
     assert table(tmp_path)._path("key") != before
 
 
 @pytest.mark.parametrize("what", ["_cpu_flags", "_code_digest"])
 def test_the_name_depends_on_instruction_set_and_code(tmp_path, monkeypatch, what):
-    assert getattr(executables, what)()
+    assert getattr(executable_cache, what)()
     before = table(tmp_path)._path("key")
-    monkeypatch.setattr(executables, what, lambda: "another")
-    executables._environment.cache_clear()
+    monkeypatch.setattr(executable_cache, what, lambda: "another")
+    executable_cache._environment.cache_clear()
     assert table(tmp_path)._path("key") != before
 
 

@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_jax.engine import draw, sampler
-from qwen_jax.engine.sampler import IN_PROMPT, MAX_BIAS, neutral_rows, pack_rows
-from qwen_jax.engine.sampling_params import SamplingParams
+from qwen_jax.engine.api.sampling_params import SamplingParams
+from qwen_jax.engine.compiled import sampler, topk_topp
+from qwen_jax.engine.compiled.sampler import IN_PROMPT, MAX_BIAS, neutral_rows, pack_rows
 from qwen_jax.errors import UserError
 
 sample = jax.jit(sampler.sample)
-uniforms = jax.jit(draw.uniforms)
+uniforms = jax.jit(topk_topp.uniforms)
 
 ROWS, VOCAB = 32, 300  # more ids than the 64 candidates and than one block; not a multiple of the block
 CLOSE = 2e-5  # cumulative probabilities closer than this are the same to float32
@@ -127,7 +127,7 @@ def test_exactly_the_right_ids_are_kept_for_every_k_and_p(name, values):
     params = [SamplingParams(**{name: value}).resolved() for value in values]
     rows = pack_rows([(p, 0, ()) for p in params], len(params))
     weights = np.tile(np.exp(logits - logits.max()), (len(params), 1))
-    kept = np.asarray(jax.jit(draw._truncated)(weights, rows, np.ones(len(params), bool))) > 0
+    kept = np.asarray(jax.jit(topk_topp._truncated)(weights, rows, np.ones(len(params), bool))) > 0
     compared = 0
     for row, p in zip(kept, params, strict=True):
         expected = reference_probabilities(np.float64(logits), p, close=1e-6)
@@ -143,14 +143,14 @@ def test_ties_with_the_last_candidate_are_kept_and_the_next_smaller_float_is_not
     weights = np.float32([1.0] + [0.5] * 70 + [below] * 30 + [0.001] * 60)  # the 64 candidates end within the ties
     weights = np.random.default_rng(1).permutation(weights)[None]
     rows = pack_rows([(SamplingParams(**options).resolved(), 0, ())], 1)
-    kept = jax.jit(draw._truncated)(weights, rows, np.array([True])) > 0
+    kept = jax.jit(topk_topp._truncated)(weights, rows, np.array([True])) > 0
     np.testing.assert_array_equal(kept, weights >= 0.5)
 
 
 def test_the_most_likely_id_survives_an_exponential_that_rounds_below_one():
     rows = pack_rows([(SamplingParams(min_p=1.0).resolved(), 0, ())], 1)
     weights = np.float32([[0.2, np.nextafter(np.float32(1), np.float32(0)), 0.9]])
-    kept = jax.jit(draw._truncated)(weights, rows, np.array([True])) > 0
+    kept = jax.jit(topk_topp._truncated)(weights, rows, np.array([True])) > 0
     np.testing.assert_array_equal(kept, [[False, True, False]])
 
 
@@ -164,7 +164,7 @@ def test_wide_distributions_where_the_threshold_is_not_among_the_candidates(opti
     assert 64 < kept < 0.8 * vocab
     weights = np.exp(np.tile(logits, (2, 1)) - logits.max())
     rows = pack_rows([(params, 0, ())] * 2, 2)
-    out = np.asarray(jax.jit(draw._truncated)(weights, rows, jnp.array([True, False])))
+    out = np.asarray(jax.jit(topk_topp._truncated)(weights, rows, jnp.array([True, False])))
     assert abs(int((out[0] > 0).sum()) - kept) <= (1 if "top_p" in options else 0)  # top-p: float32 sums of 20,000
     np.testing.assert_array_equal(out[1], weights[1])  # a row that is not active is left alone
 
@@ -270,7 +270,7 @@ def test_a_threshold_does_not_move_while_a_neighbour_needs_more_passes():
     values = values.at[-1].set(0.5)  # all tie: its gap stays too wide for as many passes as there can be
 
     def thresholds(values, targets):
-        return draw._bisected(
+        return topk_topp._bisected(
             lambda t: jnp.sum(values >= t, axis=1), target=targets, total=jnp.full_like(targets, VOCAB),
             high=values.max(axis=1), at_most_one=lambda gap, _: gap <= 40, wanted=jnp.ones_like(targets, bool),
         )  # fmt: skip
@@ -362,14 +362,14 @@ def test_an_id_without_probability_is_never_returned(weights, u):
     weights = np.float32(weights)
     if not weights.any():
         return
-    token = int(jax.jit(draw.inverse_cdf)(weights[None], np.float32([u]))[0])
+    token = int(jax.jit(topk_topp.inverse_cdf)(weights[None], np.float32([u]))[0])
     assert weights[token] > 0
 
 
 def test_a_cumulative_sum_that_rounding_raised_at_an_empty_id_does_not_draw_it():
     """Sums made in parallel are not the running sum bit for bit, so they may rise where the weight is 0."""
     weights, cumulative = np.float32([[0.5, 0.0, 0.5]]), np.float32([[0.5, 0.5 + 2**-20, 1.0]])
-    assert int(draw._first_above(cumulative, weights, np.float32([0.5]))[0]) == 2
+    assert int(topk_topp._first_above(cumulative, weights, np.float32([0.5]))[0]) == 2
 
 
 def test_the_last_numbers_below_one_stay_inside_the_support():
@@ -379,7 +379,7 @@ def test_the_last_numbers_below_one_stay_inside_the_support():
     weights[:, 40:] = np.where(rng.random((64, 3960)) < 0.5, 0, weights[:, 40:])
     weights[:, 3001:] = 0
     for u in (1.0, 1 - 2**-24, 1 - 2**-23, 0.0):
-        tokens = np.asarray(jax.jit(draw.inverse_cdf)(weights, np.full(64, u, np.float32)))
+        tokens = np.asarray(jax.jit(topk_topp.inverse_cdf)(weights, np.full(64, u, np.float32)))
         assert (weights[np.arange(64), tokens] > 0).all()
 
 

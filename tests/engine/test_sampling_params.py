@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from qwen_jax.engine.sampling_params import NEUTRAL, SamplingParams
+from qwen_jax.engine.api.sampling_params import NEUTRAL, SamplingParams
 from qwen_jax.errors import UserError
 
 BAD = [

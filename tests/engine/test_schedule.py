@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_jax.engine.pages import PAGE
-from qwen_jax.engine.schedule import (
+from qwen_jax.engine.scheduling.buckets import (
     FULL,
     MAX_BUCKETS,
     RECOMPUTE,
@@ -23,6 +22,7 @@ from qwen_jax.engine.schedule import (
     dynamic_schedule,
     pick_prefill,
 )
+from qwen_jax.engine.scheduling.page_pool import PAGE
 from qwen_jax.errors import UserError
 
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 from scheduler_bench import LIMITS, Bench, alone
 
-from qwen_jax.engine.schedule import FULL, RECOMPUTE, SPARSE, SchedulePolicy, default_limits
-from qwen_jax.engine.scheduler import RANK_EVERY
-from qwen_jax.engine.sequence import Sequence, State
+from qwen_jax.engine.scheduling.buckets import FULL, RECOMPUTE, SPARSE, SchedulePolicy, default_limits
+from qwen_jax.engine.scheduling.scheduler import RANK_EVERY
+from qwen_jax.engine.scheduling.sequence import Sequence, State
 from qwen_jax.errors import UserError
 
 # --- what a step contains

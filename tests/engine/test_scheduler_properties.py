@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from scheduler_bench import LIMITS, Bench, alone
 
-from qwen_jax.engine.pages import pages_for
-from qwen_jax.engine.schedule import FULL, SPARSE, SchedulePolicy, default_limits
-from qwen_jax.engine.sequence import State
+from qwen_jax.engine.scheduling.buckets import FULL, SPARSE, SchedulePolicy, default_limits
+from qwen_jax.engine.scheduling.page_pool import pages_for
+from qwen_jax.engine.scheduling.sequence import State
 
 # Mostly short prompts with long answers: those outgrow the pool.
 prompt_lengths = st.one_of(st.integers(1, 70), st.integers(1, 299))

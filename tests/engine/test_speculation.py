@@ -9,10 +9,18 @@ from hypothesis import strategies as st
 from test_engine_adapters import CONFIG, LIMITS
 
 from qwen_jax import Engine, SamplingParams, UserError
-from qwen_jax.engine.plan import DRAWN, PlannedRow, StepPlan
-from qwen_jax.engine.schedule import FULL, Bucket
-from qwen_jax.engine.sequence import Sequence
-from qwen_jax.engine.speculation import ASSUMED_COST, DRAFT_MODEL, LOOKUPS, NGRAM, RETRY_TOKENS, NgramIndex, Speculation
+from qwen_jax.engine.scheduling.buckets import FULL, Bucket
+from qwen_jax.engine.scheduling.sequence import Sequence
+from qwen_jax.engine.scheduling.speculation import (
+    ASSUMED_COST,
+    DRAFT_MODEL,
+    LOOKUPS,
+    NGRAM,
+    RETRY_TOKENS,
+    NgramIndex,
+    Speculation,
+)
+from qwen_jax.engine.scheduling.step_plan import DRAWN, PlannedRow, StepPlan
 from qwen_jax.model import build, init, params_of
 
 SPECULATING = replace(LIMITS, draft_tokens=4)

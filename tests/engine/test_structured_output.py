@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from qwen_jax.engine.structured_output import StructuredOutput, from_guided, from_response_format
+from qwen_jax.engine.api.structured_output import StructuredOutput, from_guided, from_response_format
 from qwen_jax.errors import UserError
 
 SCHEMA = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from qwen_jax.engine.tool_calls import ParsedAnswer, ToolCall, ToolCallStream, new_call_id, parse_tool_calls
+from qwen_jax.serving.http.tool_calls import ParsedAnswer, ToolCall, ToolCallStream, new_call_id, parse_tool_calls
 
 WEATHER = '<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich"}}\n</tool_call>'
 CLOCK = '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'

@@ -13,12 +13,12 @@ from qwen_kernels.sparse_attention import Sparsity
 from qwen_jax import Engine
 from qwen_jax.checkpoint import from_transformers, read_sparsity, resolve, write_sparsity
 from qwen_jax.cli import main
-from qwen_jax.engine.schedule import Limits, SchedulePolicy
+from qwen_jax.engine.scheduling.buckets import Limits, SchedulePolicy
 from qwen_jax.errors import UserError
 from qwen_jax.evaluation import calibrate_sparsity
 from qwen_jax.evaluation.calibrate_sparsity import calibrate
-from qwen_jax.evaluation.sparse_fidelity import fidelity
 from qwen_jax.evaluation.compare_selectors import compare, picture
+from qwen_jax.evaluation.sparse_fidelity import fidelity
 from qwen_jax.model import build
 
 SPARSITY = Sparsity(budget=0.5)
@@ -59,8 +59,8 @@ def test_full_attention_is_faithful(model):
 @pytest.fixture
 def any_help(monkeypatch):
     """Everything is tried, and kept if it helps at all."""
-    monkeypatch.setattr(calibration, "WORTH", 1.0)
-    monkeypatch.setattr(calibration, "WORTH_TWICE", 1.0)
+    monkeypatch.setattr(calibrate_sparsity, "WORTH", 1.0)
+    monkeypatch.setattr(calibrate_sparsity, "WORTH_TWICE", 1.0)
     monkeypatch.setattr("qwen_jax.evaluation.sparse_recall.NEEDED", 0.0)  # random heads have no sharp attention
     jax.clear_caches()
     yield
@@ -68,8 +68,8 @@ def any_help(monkeypatch):
 
 
 def test_the_head_that_matters_most_is_left_dense(model, any_help, monkeypatch):
-    monkeypatch.setattr(calibration, "MOST_DENSE", 0.25)  # one of four
-    monkeypatch.setattr(calibration, "MOST_BUDGET", 1)
+    monkeypatch.setattr(calibrate_sparsity, "MOST_DENSE", 0.25)  # one of four
+    monkeypatch.setattr(calibrate_sparsity, "MOST_BUDGET", 1)
     found = calibrate(model, [TEXT], SPARSITY)
     alone = {}
     for layer, head in np.ndindex(2, 2):
@@ -81,8 +81,8 @@ def test_the_head_that_matters_most_is_left_dense(model, any_help, monkeypatch):
 
 
 def test_layers_that_need_it_attend_to_more(model, any_help, monkeypatch):
-    monkeypatch.setattr(calibration, "MOST_DENSE", 0)
-    monkeypatch.setattr(calibration, "MOST_BUDGET", 2)
+    monkeypatch.setattr(calibrate_sparsity, "MOST_DENSE", 0)
+    monkeypatch.setattr(calibrate_sparsity, "MOST_BUDGET", 2)
     tried = {}
 
     def divergence_of(model, text, layers):
@@ -90,7 +90,7 @@ def test_layers_that_need_it_attend_to_more(model, any_help, monkeypatch):
         tried[tuple(layer.budget for layer in layers)] = measured.divergence
         return measured
 
-    monkeypatch.setattr(calibration, "fidelity", divergence_of)
+    monkeypatch.setattr(calibrate_sparsity, "fidelity", divergence_of)
     found = calibrate(model, [TEXT], SPARSITY)
     once = min([(1.0, 0.5), (0.5, 1.0)], key=tried.get)
     assert tried[once] < tried[0.5, 0.5] and tried[1.0, 1.0] < tried[once]

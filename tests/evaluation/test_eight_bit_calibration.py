@@ -58,7 +58,7 @@ def test_what_loses_little_becomes_eight_bit(calibrated, monkeypatch):
     assert all(result.layer_divergence > result.pages_divergence)
     # Two thirds of what all layers cost: not all of them, and those that cost least.
     pages = result.pages_divergence
-    monkeypatch.setattr(eight_bit, "MOST", pages + 0.66 * float(sum(result.layer_divergence - pages)))
+    monkeypatch.setattr(calibrate_precision, "MOST", pages + 0.66 * float(sum(result.layer_divergence - pages)))
     fewer = calibrate_eight_bit(build(config, params), TEXTS)
     weights = fewer.found.precision.weights
     assert 0 < sum(weights) < 3 and fewer.divergence <= calibrate_precision.MOST

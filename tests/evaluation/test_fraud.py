@@ -8,9 +8,9 @@ import re
 import pytest
 
 from qwen_jax.errors import UserError
-from qwen_jax.evaluation.fraud.task import conversations, generate, write_jsonl
 from qwen_jax.evaluation.fraud.accounts import PATTERNS, draw_account, draw_transaction
 from qwen_jax.evaluation.fraud.names import Deck, split_of
+from qwen_jax.evaluation.fraud.task import conversations, generate, write_jsonl
 from qwen_jax.evaluation.fraud.text import format_messages
 
 PAYMENT = re.compile(r"([A-Z][a-z]{2}) (\w+) (\d+)(?: (approved|declined))? (\w+)(?: (settled|disputed))?"

@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 
 from qwen_jax.errors import UserError
-from qwen_jax.evaluation.fraud.task import generate
 from qwen_jax.evaluation.fraud.accounts import PATTERNS
 from qwen_jax.evaluation.fraud.score import answers_in_one_pass, score
+from qwen_jax.evaluation.fraud.task import generate
 from qwen_jax.training.tokenizer import train_tokenizer
 
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from qwen_jax import Engine
 from qwen_jax.config import PRESETS
-from qwen_jax.engine.runner import Key
-from qwen_jax.engine.schedule import Limits
+from qwen_jax.engine.runner.model_runner import Key
+from qwen_jax.engine.scheduling.buckets import Limits
 from qwen_jax.model import empty
 from qwen_jax.parallel.hardware import HARDWARE
 from qwen_jax.parallel.planner import memory_of

@@ -10,9 +10,10 @@ import pytest
 from memory_bench import Case, compare
 
 from qwen_jax.config import PRESETS
-from qwen_jax.engine import parts, steps
-from qwen_jax.engine.deployment import Blueprint, Deployment
-from qwen_jax.engine.schedule import DEFAULT_POLICY, Limits, bucket_table
+from qwen_jax.engine.compiled import steps
+from qwen_jax.engine.core.replica import Blueprint, Deployment
+from qwen_jax.engine.scheduling.buckets import DEFAULT_POLICY, Limits, bucket_table
+from qwen_jax.engine.weights import model_shard
 from qwen_jax.errors import UserError
 from qwen_jax.model import abstract, partition
 from qwen_jax.parallel import roofline
@@ -158,7 +159,7 @@ def test_memory_is_what_the_engines_programs_take(case):
 def test_steps_are_the_engines():
     assert (roofline.SPARSE_ABOVE, roofline.SCATTER_FROM, roofline.OVERLAP_FROM, roofline.SAMPLED_ROWS,
             roofline.SCORED_TOKENS, roofline.HALF_MULTIPLE) == (
-        DEFAULT_POLICY.sparse_above_tokens, parts.SCATTER_FROM, parts.OVERLAP_FROM["gpu"], steps.SAMPLED_ROWS,
+        DEFAULT_POLICY.sparse_above_tokens, model_shard.SCATTER_FROM, model_shard.OVERLAP_FROM["gpu"], steps.SAMPLED_ROWS,
         steps.SCORED_TOKENS, partition.HALF_MULTIPLE)
 
 

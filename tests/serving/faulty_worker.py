@@ -2,9 +2,9 @@
 
 import time
 
-from qwen_jax.engine.loop import Loop
-from qwen_jax.engine.request import Request
-from qwen_jax.serving import worker
+from qwen_jax.engine.core.engine_core import Loop
+from qwen_jax.engine.frontend.request import Request
+from qwen_jax.serving.engine_process import process
 
 DEVICE, TEXT, FREEZE = [13, 13], [14, 14], [15, 15]
 
@@ -26,4 +26,4 @@ def add_tokens(self, *arguments, add=Request.add_tokens):
 
 if __name__ == "__main__":
     Loop.step, Request.add_tokens = step, add_tokens
-    worker.main()
+    process.main()

@@ -5,7 +5,7 @@ import socket
 import sys
 import threading
 
-from qwen_jax.serving.wire import Piece, frame, read_frame
+from qwen_jax.serving.ipc.messages import Piece, frame, read_frame
 
 
 def main() -> None:

@@ -12,9 +12,9 @@ from aiohttp.test_utils import TestServer, unused_port
 from live import HERE, Live
 
 from qwen_jax.errors import UserError
-from qwen_jax.serving.bench import Outcome, run
-from qwen_jax.serving.bench_load import Load, arrivals, inputs, parse_rates
-from qwen_jax.serving.bench_report import as_text, check_picture, parse_slo, picture, summarize
+from qwen_jax.serving.load_test.client import Outcome, run
+from qwen_jax.serving.load_test.report import as_text, check_picture, parse_slo, picture, summarize
+from qwen_jax.serving.load_test.workload import Load, arrivals, inputs, parse_rates
 
 SLACK = 0.03  # seconds that a busy machine may add
 

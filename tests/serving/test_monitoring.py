@@ -148,7 +148,7 @@ def test_nvml_is_read_where_there_is_one(monkeypatch):
     import sys
     from types import SimpleNamespace
 
-    from qwen_jax.serving.metrics import _utilization
+    from qwen_jax.serving.engine_process.engine_metrics import _utilization
 
     library = SimpleNamespace(nvmlInit=lambda: None, nvmlDeviceGetHandleByIndex=lambda index: index,
                               nvmlDeviceGetUtilizationRates=lambda handle: SimpleNamespace(gpu=40 + handle))

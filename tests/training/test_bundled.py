@@ -9,8 +9,8 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwen_jax import load_model
-from qwen_jax.evaluation.fraud.task import generate
 from qwen_jax.evaluation.fraud.score import answers_in_one_pass, score
+from qwen_jax.evaluation.fraud.task import generate
 from qwen_jax.evaluation.fraud.text import format_messages
 
 FOLDER = Path(__file__).resolve().parents[2] / "qwen_jax" / "bundled"

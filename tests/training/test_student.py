@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 from qwen_jax import load_model
 from qwen_jax.checkpoint import resolve
 from qwen_jax.config import ModelConfig, Rope
-from qwen_jax.evaluation.fraud.task import generate
 from qwen_jax.evaluation.fraud.score import answers_in_one_pass, score
+from qwen_jax.evaluation.fraud.task import generate
 from qwen_jax.model import build, init, params_of
 from qwen_jax.training.initial import prepare_for_retrieval
 from qwen_jax.training.recipe import load_recipe

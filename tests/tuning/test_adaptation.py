@@ -3,10 +3,10 @@
 import pytest
 
 from qwen_jax import Engine, SamplingParams
-from qwen_jax.engine.adaptation import Adaptation, Choice
-from qwen_jax.engine.plan import PlannedRow, StepPlan
-from qwen_jax.engine.schedule import FULL, Bucket
-from qwen_jax.engine.sequence import Sequence
+from qwen_jax.engine.scheduling.buckets import FULL, Bucket
+from qwen_jax.engine.scheduling.decode_adaptation import Adaptation, Choice
+from qwen_jax.engine.scheduling.sequence import Sequence
+from qwen_jax.engine.scheduling.step_plan import PlannedRow, StepPlan
 from qwen_jax.errors import UserError
 
 ROWS = (2, 8, 16, 32, 64)

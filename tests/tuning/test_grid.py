@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from qwen_kernels.attention import PAGE, paged_attention, xla
 
-from qwen_jax.engine.schedule import (
+from qwen_jax.engine.scheduling.buckets import (
     DEFAULT_POLICY,
     FULL,
     SPARSE,

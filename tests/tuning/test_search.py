@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from qwen_jax.engine.schedule import DEFAULT_POLICY, FULL, SPARSE, bucket_table, default_grid, default_limits
-from qwen_jax.engine.tuned import Tuned
-from qwen_jax.tuning.step_costs import Cost
+from qwen_jax.engine.config.tuned import Tuned
+from qwen_jax.engine.scheduling.buckets import DEFAULT_POLICY, FULL, SPARSE, bucket_table, default_grid, default_limits
 from qwen_jax.tuning.engine_bench import plain
-from qwen_jax.tuning.successive_halving import MOST_ROUNDS, race
-from qwen_jax.tuning.search import Space, best_tile, score, search, simplified, sparse_threshold
 from qwen_jax.tuning.scheduler_simulation import simulate
+from qwen_jax.tuning.search import Space, best_tile, score, search, simplified, sparse_threshold
+from qwen_jax.tuning.step_costs import Cost
+from qwen_jax.tuning.successive_halving import MOST_ROUNDS, race
 from qwen_jax.tuning.workloads import LOADS, Trace, trace, traces
 
 pytest.importorskip("optuna")

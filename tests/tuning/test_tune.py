@@ -8,13 +8,13 @@ import pytest
 
 from qwen_jax import Engine
 from qwen_jax.cli import main
-from qwen_jax.engine.schedule import DEFAULT_POLICY
-from qwen_jax.engine.tuned import Tuned
-from qwen_jax.tuning.step_costs import Cost
+from qwen_jax.engine.config.tuned import Tuned
+from qwen_jax.engine.scheduling.buckets import DEFAULT_POLICY
 from qwen_jax.tuning.engine_bench import Lab, host_seconds
 from qwen_jax.tuning.scheduler_simulation import simulate
-from qwen_jax.tuning.workloads import LOADS, Trace
+from qwen_jax.tuning.step_costs import Cost
 from qwen_jax.tuning.tune import Tuner, ratios
+from qwen_jax.tuning.workloads import LOADS, Trace
 
 pytest.importorskip("optuna")
 SIZES = {"dtype": "float32", "max_batch_size": 8, "max_seq_len": 256, "progress": False}

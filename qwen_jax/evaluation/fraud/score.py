@@ -6,8 +6,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from qwen_jax.errors import UserError
-from qwen_jax.evaluation.fraud.task import Example
 from qwen_jax.evaluation.fraud.accounts import PATTERNS
+from qwen_jax.evaluation.fraud.task import Example
 from qwen_jax.evaluation.fraud.text import format_messages
 
 

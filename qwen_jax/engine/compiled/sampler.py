@@ -1,0 +1,192 @@
+"""Sampling inside the executable: every option, one compiled program, and the vocabulary is never sorted.
+
+Order (Hugging Face's): repetition, presence and frequency penalties, bias; temperature; top-k; top-p on what top-k
+left; min-p (vLLM takes min-p before top-k and top-p); then one draw. What nobody in the batch uses is skipped at run
+time by ``lax.cond`` or a loop of zero passes; nothing is recompiled. A neighbour's options cannot change a row's token.
+
+Non-finite logits do not fail: the row gets some id below ``vocab_limit``, and finding the fault is the caller's.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from qwen_jax.engine.api.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
+from qwen_jax.engine.compiled.topk_topp import draw, max_and_argmax, top_k
+from qwen_jax.engine.frontend.grammar import apply_mask
+from qwen_jax.errors import UserError
+
+MAX_BIAS = MAX_LOGIT_BIAS + 20  # a full logit_bias, 16 stop ids and 4 end-of-sequence ids
+IN_PROMPT = 1 << 30  # bit 30 of a count; the bits below it say how often the token was generated
+GREEDY_BELOW = 1e-5  # temperatures below this are greedy: logits divided by less overflow float32 (vLLM's bound)
+
+
+class SamplingRows(NamedTuple):
+    """Options of the R rows of one step. See ``SamplingParams`` for meanings; everything is set here."""
+
+    temperature: jax.Array  # f32[R]; 0 is greedy
+    top_k: jax.Array  # i32[R]; <= 0 is off
+    top_p: jax.Array  # f32[R]; 1 is off
+    min_p: jax.Array  # f32[R]; 0 is off
+    repetition_penalty: jax.Array  # f32[R]; 1 is off
+    presence_penalty: jax.Array  # f32[R]
+    frequency_penalty: jax.Array  # f32[R]
+    seed: jax.Array  # u32[R]
+    step: jax.Array  # i32[R]: index of the token being generated; the random number depends on (seed, step) only
+    logprobs: jax.Array  # i32[R]; -1 is none
+    bias_ids: jax.Array  # i32[R, MAX_BIAS]; -1 is empty
+    bias_values: jax.Array  # f32[R, MAX_BIAS]; -inf bans the id
+
+
+class Sampled(NamedTuple):
+    """One step's result. Rows that asked for no log-probabilities get 0, ids -1 and -inf in the last three."""
+
+    tokens: jax.Array  # i32[R]
+    logprobs: jax.Array  # f32[R], of the chosen token: log-softmax of the logits as the model gave them
+    top_ids: jax.Array  # i32[R, 20], most likely first; -1 where the vocabulary has fewer
+    top_logprobs: jax.Array  # f32[R, 20]
+
+
+def neutral_rows(num_rows: int) -> SamplingRows:
+    """Greedy rows with every option off, as numpy arrays: what padding rows get."""
+    return pack_rows((), num_rows)
+
+
+def pack_rows(requests: Sequence[tuple[SamplingParams, int, Sequence[int]]], num_rows: int) -> SamplingRows:
+    """Rows of a step, as numpy arrays; rows beyond ``len(requests)`` are neutral. Host side, tens of microseconds.
+
+    Args:
+      requests: (resolved params with a seed, index of the token being generated, ids banned at this step) of each row.
+        The caller bans end-of-sequence and stop ids below ``min_tokens``.
+      num_rows: R.
+
+    Raises:
+      UserError: more banned ids than fit beside the row's ``logit_bias``.
+    """
+    count = len(requests)
+    floats = np.zeros((num_rows, 6), np.float32) + np.float32([0, 1, 0, 1, 0, 0])
+    integers = np.zeros((num_rows, 3), np.int64) + [0, 0, -1]
+    step = np.zeros(num_rows, np.int32)
+    if count:
+        floats[:count] = [params.scalars[0] for params, _, _ in requests]
+        integers[:count] = [params.scalars[1] for params, _, _ in requests]
+        step[:count] = [step for _, step, _ in requests]
+    bias_ids = np.full((num_rows, MAX_BIAS), -1, np.int32)
+    bias_values = np.zeros((num_rows, MAX_BIAS), np.float32)
+    for row, (params, _, banned) in enumerate(requests):
+        if params.logit_bias or len(banned):
+            ids, values = params.bias
+            start, end = len(ids), len(ids) + len(banned)
+            if end > MAX_BIAS:
+                raise UserError(f"logit_bias and the ids banned below min_tokens are {end}; at most {MAX_BIAS} fit")
+            bias_ids[row, :start], bias_ids[row, start:end] = ids, banned
+            bias_values[row, :start], bias_values[row, start:end] = values, -np.inf
+    temperature, top_p, min_p, repetition, presence, frequency = np.ascontiguousarray(floats.T)
+    return SamplingRows(
+        temperature=temperature, top_k=integers[:, 0].astype(np.int32), top_p=top_p, min_p=min_p,
+        repetition_penalty=repetition, presence_penalty=presence, frequency_penalty=frequency,
+        seed=integers[:, 1].astype(np.uint32), step=step, logprobs=integers[:, 2].astype(np.int32),
+        bias_ids=bias_ids, bias_values=bias_values,
+    )  # fmt: skip
+
+
+def clear_counts(counts, slots, first) -> jax.Array:
+    """Forgets what other sequences left: counts i32[S, V], slots i32[R], first bool[R]."""
+    return counts.at[jnp.where(first, slots, counts.shape[0])].set(0, mode="drop")
+
+
+def count_prompt(counts, slots, tokens, valid, is_output) -> jax.Array:
+    """Enters a prefill chunk into ``token_counts``.
+
+    Args:
+      counts: i32[S, V].
+      slots: i32[R], the row's place in counts.
+      tokens, valid, is_output: i32/bool[R, T]; is_output marks tokens that were generated before (a request prefilled
+        again after preemption). Invalid positions are ignored.
+    """
+    nowhere = counts.shape[0]
+    prompt_slot = jnp.where(valid & ~is_output, slots[:, None], nowhere)
+    output_slot = jnp.where(valid & is_output, slots[:, None], nowhere)
+    # max, because a token that occurs twice must not add its bit twice; there is no scatter-or.
+    with_bit = counts[slots[:, None], tokens] | IN_PROMPT
+    counts = counts.at[prompt_slot, tokens].max(with_bit, mode="drop")
+    return counts.at[output_slot, tokens].add(1, mode="drop")
+
+
+def count_output(counts, slots, tokens, valid) -> jax.Array:
+    """Enters one generated token per row: counts i32[S, V], slots and tokens i32[R], valid bool[R]."""
+    return counts.at[jnp.where(valid, slots, counts.shape[0]), tokens].add(1, mode="drop")
+
+
+def sample(logits, rows: SamplingRows, counts, slots, vocab_limit, allowed=None) -> Sampled:
+    """Draws one token per row.
+
+    Args:
+      logits: f32[R, V].
+      rows: options of the rows.
+      counts: i32[S, V] token counts; read only if a row has a penalty.
+      slots: i32[R], each row's place in counts (any valid one for padding).
+      vocab_limit: i32 scalar; ids at or above it do not exist, neither as tokens nor in log-probabilities.
+      allowed: masks as ``grammar.apply_mask`` takes them; None allows everything.
+    """
+    logits = jnp.where(jnp.arange(logits.shape[1]) < vocab_limit, logits.astype(jnp.float32), -jnp.inf)
+    scores = _penalised(logits, rows, counts, slots)
+    if allowed is not None:
+        scores = lax.cond(jnp.any(allowed != -1), lambda x: apply_mask(x, allowed), lambda x: x, scores)
+    greedy = rows.temperature < GREEDY_BELOW
+    top, best = max_and_argmax(scores)
+    tokens = lax.cond(
+        jnp.all(greedy),
+        lambda: best,
+        lambda: jnp.where(greedy, best, jnp.minimum(draw(scores, top, rows, ~greedy), vocab_limit - 1)),
+    )
+    asked = rows.logprobs >= 0
+    size = len(asked)
+    none = (jnp.zeros(size), jnp.full((size, MAX_LOGPROBS), -1, jnp.int32), jnp.full((size, MAX_LOGPROBS), -jnp.inf))
+
+    def some():
+        found = top_logprobs(logits, tokens, vocab_limit)
+        return tuple(jnp.where(asked.reshape(-1, *[1] * (x.ndim - 1)), x, y) for x, y in zip(found, none, strict=True))
+
+    return Sampled(tokens, *lax.cond(jnp.any(asked), some, lambda: none))
+
+
+def top_logprobs(logits, tokens, vocab_limit) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Log-softmax over ids below vocab_limit: (of ``tokens`` f32[R], ids i32[R, 20], log-probabilities f32[R, 20]).
+
+    Args: logits f32[R, V]; tokens i32[R]; vocab_limit i32 scalar. Prompt log-probabilities use this too.
+    """
+    logits = jnp.where(jnp.arange(logits.shape[1]) < vocab_limit, logits, -jnp.inf)
+    norm = jax.nn.logsumexp(logits, axis=1, keepdims=True)
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1) - norm
+    size = min(MAX_LOGPROBS, logits.shape[1])
+    values, ids = top_k(logits, size)
+    pad = ((0, 0), (0, MAX_LOGPROBS - size))
+    values = jnp.pad(values - norm, pad, constant_values=-jnp.inf)
+    ids = jnp.pad(ids, pad, constant_values=-1)
+    return chosen[:, 0], jnp.where(values > -jnp.inf, ids, -1), values
+
+
+def _penalised(logits, rows, counts, slots):
+    """Logits after penalties and bias. A neutral row comes out bit for bit as it went in."""
+
+    def penalties(scores):
+        seen = counts[slots]
+        generated = (seen & (IN_PROMPT - 1)).astype(jnp.float32)
+        factor = rows.repetition_penalty[:, None]
+        repeated = jnp.where(scores > 0, scores / factor, scores * factor)
+        scores = jnp.where(seen != 0, repeated, scores)
+        scores -= rows.frequency_penalty[:, None] * generated
+        return scores - rows.presence_penalty[:, None] * (generated > 0)
+
+    def bias(scores):
+        ids = jnp.where(rows.bias_ids < 0, scores.shape[1], rows.bias_ids)
+        return scores.at[jnp.arange(len(ids))[:, None], ids].add(rows.bias_values, mode="drop")
+
+    penalised = (rows.repetition_penalty != 1) | (rows.presence_penalty != 0) | (rows.frequency_penalty != 0)
+    scores = lax.cond(jnp.any(penalised), penalties, lambda x: x, logits)
+    return lax.cond(jnp.any(rows.bias_ids >= 0), bias, lambda x: x, scores)

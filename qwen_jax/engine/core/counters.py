@@ -1,0 +1,91 @@
+"""What an engine has done, counted step by step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from qwen_jax.config import ModelConfig
+from qwen_jax.engine.compiled.steps import StepOutput
+from qwen_jax.engine.scheduling.buckets import SPARSE, Bucket
+from qwen_jax.engine.scheduling.step_plan import StepPlan
+from qwen_jax.parallel.roofline import parameter_count
+
+
+@dataclass
+class Usage:
+    """What one bucket did."""
+
+    steps: int = 0
+    rows: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Figures:
+    """Counters since the engine was made. Seconds are of wall time.
+
+    Attributes:
+      device_seconds: from a step's start until its result was there. host_seconds: beside that, what the device waits
+        for while there is work.
+      computed_tokens: positions that went through the network. attended_tokens: how many positions these attended to,
+        summed up, as full attention has it. read_tokens: of how many positions keys and values were read from memory.
+      weight_reads: how often a step had to read all weights.
+      attended_pages: in steps of the sparse schedule; visible_pages: what full attention would have read there.
+      finished: requests, by finish_reason; schedules: by schedule; trips: rows that left the range, by layer.
+    """
+
+    usage: dict[Bucket, Usage]
+    device_seconds: float = 0.0
+    host_seconds: float = 0.0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    computed_tokens: int = 0
+    attended_tokens: int = 0
+    read_tokens: int = 0
+    weight_reads: int = 0
+    attended_pages: int = 0
+    visible_pages: int = 0
+    finished: Counter[str] = field(default_factory=Counter)
+    schedules: Counter[str] = field(default_factory=Counter)
+    trips: Counter[int] = field(default_factory=Counter)
+
+    def record(self, plan: StepPlan, output: StepOutput, device: float, host: float) -> None:
+        """A step that has ended; seconds on the device and beside it."""
+        bucket, rows, usage = plan.bucket, plan.rows, self.usage[plan.bucket]
+        decode = bucket.phase == "decode"
+        sampled = int(output.counts[: len(rows)][output.trips[: len(rows)] == 0].sum())
+        one_by_one = decode and bucket.tokens == 1
+        self.weight_reads += max(row.count for row in rows) if one_by_one else -(-len(rows) // bucket.micro_rows)
+        for row in rows:
+            attended = row.count * row.start + row.count * (row.count + 1) // 2
+            self.computed_tokens += row.count
+            self.attended_tokens += attended
+            self.read_tokens += attended if one_by_one else row.start + row.count
+        usage.steps += 1
+        usage.rows += len(rows)
+        usage.tokens += sampled if decode else sum(row.count for row in rows)
+        usage.seconds += device
+        self.device_seconds += device
+        self.host_seconds += host
+        self.generated_tokens += sampled
+        if bucket.schedule == SPARSE:
+            attended, everything = output.pages[: len(rows)].sum(axis=0, dtype=np.int64)
+            self.attended_pages += int(attended)
+            self.visible_pages += int(everything)
+
+    def model_flops(self, config: ModelConfig) -> int:
+        """Operations that the answers needed: two for each weight and token, and attention's. Padding and what was
+        computed twice for memory's sake do not count (model FLOPs, as in PaLM, Chowdhery et al. 2022, appendix B)."""
+        tables = (2 - config.tie_word_embeddings) * config.vocab_size * config.hidden_size
+        products = 2 * (parameter_count(config) - tables) * self.computed_tokens
+        head = 2 * config.vocab_size * config.hidden_size * self.generated_tokens
+        attention = 4 * config.num_layers * config.num_heads * config.head_dim * self.attended_tokens
+        return products + head + attention
+
+    def bytes_read(self, weight_bytes: int, kv_bytes_per_token: float) -> int:
+        """Weights and the cached keys and values that steps had to read from memory."""
+        return int(self.weight_reads * weight_bytes + self.read_tokens * kv_bytes_per_token)

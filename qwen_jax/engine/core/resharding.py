@@ -1,0 +1,116 @@
+"""From one plan to another between two steps, with requests in flight."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import NamedTuple
+
+from qwen_jax.engine.core.engine_core import Loop
+from qwen_jax.engine.core.replica import Deployment, Replica
+from qwen_jax.engine.runner import kv_transfer
+from qwen_jax.engine.runner.executable_cache import planned
+from qwen_jax.engine.scheduling.page_pool import pages_for
+from qwen_jax.engine.scheduling.sequence import Sequence, State
+from qwen_jax.engine.weights.weight_store import Weights
+
+
+def prepare(deployment: Deployment, progress: bool) -> None:
+    """Compiles all that running by this plan, and moving to and from it, needs."""
+    for runner in deployment.runners:
+        if not runner.ready:
+            runner.compile(progress)
+        with planned():
+            if not runner.movers:
+                runner.movers = [kv_transfer.Mover(stage) for stage in runner.stages]
+
+
+def move(loop: Loop, before: Deployment, after: Deployment, draft: Weights | None) -> None:
+    """Weights, adapters, requests and what they have computed, from one plan's devices to another's.
+
+    Both have been prepared. When it fails in between, the loop has stopped.
+    """
+    loop.settle()
+    for replica in before.replicas:
+        for seq in (*replica.scheduler.running, *replica.scheduler.waiting):
+            after.replicas[0].scheduler.check(seq)  # while nothing has changed
+    try:
+        taken = [_take(replica) for replica in before.replicas]
+        for runner in before.runners:
+            runner.pause()
+        loop.weights.rearrange(after.spread)
+        if draft is not None:
+            draft.rearrange(after.draft_spread)
+        loop.adapters.rearrange(after.spread.parts)
+        for runner in after.runners:
+            runner.resume()
+        loop.replicas, loop.homes = after.replicas, _put(taken, after.replicas)
+    except BaseException as error:
+        loop.failure = error
+        raise
+
+
+class Taken(NamedTuple):
+    """A replica's sequences.
+
+    Attributes:
+      going_on: those whose contents are kept; waiting: the others.
+      pages: of each of the first, where its pages are among those in ``contents``, and how many it had beyond these.
+    """
+
+    going_on: list[Sequence]
+    waiting: list[Sequence]
+    pages: list[tuple[list[int], int]]
+    contents: kv_transfer.Contents
+
+
+def _take(replica: Replica) -> Taken:
+    scheduler = replica.scheduler
+    going_on = [seq for seq in scheduler.running if not seq.wide and seq.num_computed]
+    filled = [seq.pages[:pages_for(seq.num_computed)] for seq in going_on]
+    ids = sorted({page for pages in filled for page in pages})
+    place = {page: at for at, page in enumerate(ids)}
+    taken = Taken(going_on, [seq for seq in (*scheduler.running, *scheduler.waiting) if seq not in going_on],
+                  [([place[page] for page in pages], len(seq.pages) - len(pages))
+                   for seq, pages in zip(going_on, filled, strict=True)],
+                  kv_transfer.read(replica.runner, ids, [seq.slot for seq in going_on]))
+    for seq in taken.waiting:
+        if seq.state is State.RUNNING:
+            scheduler.lose_pages(seq)
+    for seq in (*going_on, *taken.waiting):
+        scheduler.withdraw(seq)
+    scheduler.pool.forget_all()
+    return taken
+
+
+def _put(taken: list[Taken], replicas: list[Replica]) -> dict[int | str, Replica]:
+    """The sequences into these replicas, the first by rank first; returns where each is now."""
+    homes: dict[int | str, Replica] = {}
+    new_page: dict[tuple[int, int, int], int] = {}  # of a replica, for an old replica's page
+    slots: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)  # of both, pairs of index and new slot
+    everyone = [(seq, index, source, one) for source, one in enumerate(taken) for index, seq in enumerate(one.going_on)]
+    for seq, index, source, one in sorted(everyone, key=lambda item: (item[0].priority, item[0].arrival)):
+        places, more = one.pages[index]
+        for target in sorted(range(len(replicas)), key=lambda at: replicas[at].scheduler.num_sequences):
+            scheduler = replicas[target].scheduler
+            missing = [place for place in places if (target, source, place) not in new_page]
+            if scheduler.free_slots and scheduler.pool.can_allocate(len(missing) + more):
+                break
+        else:
+            scheduler.lose_pages(seq)
+            one.waiting.append(seq)
+            continue
+        scheduler.pool.share([new_page[target, source, place] for place in places if place not in missing])
+        fresh = scheduler.pool.allocate(len(missing) + more)
+        new_page.update({(target, source, place): page for place, page in zip(missing, fresh, strict=False)})
+        scheduler.adopt(seq, [new_page[target, source, place] for place in places] + fresh[len(missing):])
+        slots[target, source].append((index, seq.slot))
+        homes[seq.request_id] = replicas[target]
+    for target, source in sorted(slots):
+        pages = [(place, page) for (to, by, place), page in new_page.items() if (to, by) == (target, source)]
+        kv_transfer.write(replicas[target].runner, [page for _, page in pages], [slot for _, slot in slots[target, source]],
+                     taken[source].contents.of([place for place, _ in pages],
+                                               [index for index, _ in slots[target, source]]))
+    for seq in sorted((seq for one in taken for seq in one.waiting), key=lambda seq: (seq.priority, seq.arrival)):
+        homes[seq.request_id] = min(replicas, key=lambda replica: replica.scheduler.num_sequences)
+        homes[seq.request_id].scheduler.add(seq)
+    return homes
