@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from qwen_jax.engine.api.sampling_params import SamplingParams
     from qwen_jax.engine.async_engine import AsyncEngine
     from qwen_jax.engine.engine import DeepSeekEngine, Engine
-    from qwen_jax.engine.multihost.channel import join
-    from qwen_jax.engine.scheduling.buckets import dynamic_schedule
+    from qwen_jax.engine.multihost.rendezvous import join
+    from qwen_jax.engine.scheduling.schedule_policy import dynamic_schedule
     from qwen_jax.errors import UserError
 
 # Where each public name lives. Resolved on first use, so that `qwen-jax --help` does not import JAX.

@@ -161,7 +161,7 @@ def _attention(args: argparse.Namespace) -> dict:
     from qwen_kernels.sparse_attention import SELECTORS, Sparsity
 
     from qwen_jax.checkpoint import read_sparsity, resolve
-    from qwen_jax.engine.scheduling.buckets import SchedulePolicy
+    from qwen_jax.engine.scheduling.schedule_policy import SchedulePolicy
 
     if args.selector not in ("dense", *SELECTORS):
         raise UserError(f"--selector is one of dense, {', '.join(SELECTORS)}, not {args.selector}")

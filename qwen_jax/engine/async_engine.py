@@ -13,13 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qwen_jax.engine.api.outputs import Delta, EngineStats, RequestOutput
+from qwen_jax.engine.api.outputs import Delta, RequestOutput
 from qwen_jax.engine.api.sampling_params import SamplingParams
+from qwen_jax.engine.api.stats import EngineStats
 from qwen_jax.engine.core.weight_update import Golden, check_golden, check_policy, golden_requests, switch
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.frontend.input_processor import Messages, Prompt
 from qwen_jax.engine.frontend.request import Request
-from qwen_jax.engine.scheduling.buckets import check_positive
+from qwen_jax.engine.scheduling.schedule_policy import check_positive
 from qwen_jax.errors import UserError
 
 

@@ -12,14 +12,17 @@ import numpy as np
 from qwen_kernels.sparse_attention import Sparsity
 
 from qwen_jax.config import GenerationDefaults
-from qwen_jax.engine.api.outputs import BucketStats, Delta, EngineStats, RequestOutput, Score, unit
+from qwen_jax.engine.api.outputs import Delta, RequestOutput, Score, unit
 from qwen_jax.engine.api.sampling_params import SamplingParams
+from qwen_jax.engine.api.stats import BucketStats, EngineStats
 from qwen_jax.engine.config import engine_config
+from qwen_jax.engine.config.cache_dir import default_cache_dir
 from qwen_jax.engine.config.memory import kv_bytes_per_token, weight_bytes_per_step
 from qwen_jax.engine.config.tuned import Tuned
 from qwen_jax.engine.core import resharding
 from qwen_jax.engine.core.engine_core import DISPATCH_SECONDS, Loop
 from qwen_jax.engine.core.replica import Blueprint, Deployment
+from qwen_jax.engine.core.resharding import LoadPolicy
 from qwen_jax.engine.core.weight_update import (
     Golden,
     check_golden,
@@ -30,14 +33,14 @@ from qwen_jax.engine.core.weight_update import (
 )
 from qwen_jax.engine.frontend.input_processor import EMBEDDING, FIRST_TOKEN, Intake, Messages, Prompt, is_single
 from qwen_jax.engine.frontend.request import Request
-from qwen_jax.engine.load_policy import LoadPolicy
 from qwen_jax.engine.multihost.channel import Follower, Leader, connect
-from qwen_jax.engine.multihost.leader import Following, LeadingAdapters, LeadingWeights, check_same
-from qwen_jax.engine.runner.executable_cache import default_cache_dir
+from qwen_jax.engine.multihost.follower import Following
+from qwen_jax.engine.multihost.leader import LeadingAdapters, LeadingWeights, check_same
 from qwen_jax.engine.runner.model_runner import Runner
-from qwen_jax.engine.scheduling.buckets import DEFAULT_POLICY, Limits, SchedulePolicy, bucket_table
+from qwen_jax.engine.scheduling.buckets import Limits, bucket_table
 from qwen_jax.engine.scheduling.decode_adaptation import Adaptation
 from qwen_jax.engine.scheduling.page_pool import PagePool
+from qwen_jax.engine.scheduling.schedule_policy import DEFAULT_POLICY, SchedulePolicy
 from qwen_jax.engine.scheduling.scheduler import Scheduler
 from qwen_jax.engine.scheduling.speculation import DRAFT_MODEL, NGRAM, Speculation
 from qwen_jax.engine.weights.lora_table import AdapterTable

@@ -10,15 +10,16 @@ from collections.abc import Iterable
 from dataclasses import asdict, replace
 from typing import Any
 
-from qwen_jax.engine.config.engine_config import platform
+from qwen_jax.engine.compiled.compile_counter import planned
+from qwen_jax.engine.config.memory import platform
 from qwen_jax.engine.config.tuned import Tuned, jax_version, path_of, subject, write_json
 from qwen_jax.engine.core.counters import Usage
 from qwen_jax.engine.engine import Engine
-from qwen_jax.engine.runner.executable_cache import planned
 from qwen_jax.engine.runner.model_runner import Key
 from qwen_jax.engine.runner.padded_batch import dry_run_batch
-from qwen_jax.engine.scheduling.buckets import SPARSE, Bucket, Limits, bucket_table, default_limits
+from qwen_jax.engine.scheduling.buckets import Bucket, Limits, bucket_table, default_limits
 from qwen_jax.engine.scheduling.page_pool import PagePool
+from qwen_jax.engine.scheduling.schedule_policy import SPARSE
 from qwen_jax.engine.scheduling.scheduler import Scheduler
 from qwen_jax.tuning.step_costs import Cost
 from qwen_jax.tuning.workloads import Trace

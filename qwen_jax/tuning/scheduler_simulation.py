@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from qwen_jax.engine.core.engine_core import DISPATCH_SECONDS
-from qwen_jax.engine.scheduling.buckets import Bucket, Limits, SchedulePolicy
+from qwen_jax.engine.scheduling.buckets import Bucket, Limits
 from qwen_jax.engine.scheduling.page_pool import PagePool
+from qwen_jax.engine.scheduling.schedule_policy import SchedulePolicy
 from qwen_jax.engine.scheduling.scheduler import Scheduler
 from qwen_jax.engine.scheduling.sequence import Sequence
 from qwen_jax.tuning.step_costs import Cost, seconds_of

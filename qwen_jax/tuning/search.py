@@ -9,17 +9,8 @@ from statistics import geometric_mean
 from typing import Any
 
 from qwen_jax.engine.config.tuned import Tuned
-from qwen_jax.engine.scheduling.buckets import (
-    DEFAULT_POLICY,
-    FULL,
-    PAGE,
-    RECOMPUTE,
-    SPARSE,
-    Bucket,
-    Grid,
-    SchedulePolicy,
-    pages_for,
-)
+from qwen_jax.engine.scheduling.buckets import PAGE, Bucket, Grid, pages_for
+from qwen_jax.engine.scheduling.schedule_policy import DEFAULT_POLICY, FULL, RECOMPUTE, SPARSE, SchedulePolicy
 from qwen_jax.errors import UserError
 from qwen_jax.tuning.engine_bench import Lab, plain
 from qwen_jax.tuning.scheduler_simulation import simulate

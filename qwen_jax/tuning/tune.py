@@ -10,9 +10,10 @@ from statistics import geometric_mean
 
 from tqdm import tqdm
 
-from qwen_jax.engine.config.engine_config import platform
+from qwen_jax.engine.config.memory import platform
 from qwen_jax.engine.config.tuned import Tuned, write
-from qwen_jax.engine.scheduling.buckets import DEFAULT_POLICY, FULL, PAGE, SPARSE, Bucket, default_grid
+from qwen_jax.engine.scheduling.buckets import PAGE, Bucket, default_grid
+from qwen_jax.engine.scheduling.schedule_policy import DEFAULT_POLICY, FULL, SPARSE
 from qwen_jax.tuning.engine_bench import Lab, host_seconds, plain
 from qwen_jax.tuning.search import (
     CHUNK_PAGES,

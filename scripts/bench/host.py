@@ -10,7 +10,7 @@ import numpy as np
 
 from qwen_jax import SamplingParams
 from qwen_jax.engine.compiled.sampler import Sampled
-from qwen_jax.engine.compiled.steps import StepOutput
+from qwen_jax.engine.compiled.state import StepOutput
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.scheduling.buckets import Limits
 

@@ -17,9 +17,11 @@ import numpy as np  # noqa: E402
 from flax import nnx  # noqa: E402
 
 from qwen_jax import ModelConfig  # noqa: E402
-from qwen_jax.engine.compiled.steps import Models, new_state, run_bucket  # noqa: E402
+from qwen_jax.engine.compiled.state import Models, new_state
+from qwen_jax.engine.compiled.steps import run_bucket
 from qwen_jax.engine.runner.padded_batch import dry_run_batch  # noqa: E402
-from qwen_jax.engine.scheduling.buckets import FULL, RECOMPUTE, Bucket  # noqa: E402
+from qwen_jax.engine.scheduling.buckets import Bucket
+from qwen_jax.engine.scheduling.schedule_policy import FULL, RECOMPUTE
 from qwen_jax.model import Qwen2  # noqa: E402
 
 ROWS, PAGES = 128, 4

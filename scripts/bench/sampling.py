@@ -22,10 +22,12 @@ from tqdm import tqdm
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.api.sampling_params import SamplingParams
-from qwen_jax.engine.compiled.sampler import IN_PROMPT, neutral_rows, pack_rows, sample
-from qwen_jax.engine.compiled.steps import Models, new_state, run_bucket
-from qwen_jax.engine.runner.padded_batch import padding_batch
-from qwen_jax.engine.scheduling.buckets import FULL, Bucket
+from qwen_jax.engine.compiled.sampler import IN_PROMPT, sample
+from qwen_jax.engine.compiled.state import Models, new_state
+from qwen_jax.engine.compiled.steps import run_bucket
+from qwen_jax.engine.runner.padded_batch import neutral_rows, pack_rows, padding_batch
+from qwen_jax.engine.scheduling.buckets import Bucket
+from qwen_jax.engine.scheduling.schedule_policy import FULL
 from qwen_jax.model.abstract import init
 
 BAR = 0.15

@@ -27,7 +27,7 @@ from workload import say  # noqa: E402
 
 from qwen_jax import Engine, SamplingParams, StructuredOutput  # noqa: E402
 from qwen_jax.checkpoint import read_sparsity, resolve  # noqa: E402
-from qwen_jax.engine.scheduling.buckets import SchedulePolicy  # noqa: E402
+from qwen_jax.engine.scheduling.schedule_policy import SchedulePolicy
 from qwen_jax.evaluation.longcontext.samples import draw  # noqa: E402
 from qwen_jax.evaluation.longcontext.suite import RETRIEVAL, Sample, found, samples_of  # noqa: E402
 from qwen_jax.evaluation.longcontext.tasks import Document  # noqa: E402

@@ -21,7 +21,8 @@ from qwen_kernels.attention import PAGE  # noqa: E402
 from workload import exactly, say, seconds, shape, token_ids  # noqa: E402
 
 from qwen_jax import Engine  # noqa: E402
-from qwen_jax.engine.scheduling.buckets import Limits, SchedulePolicy  # noqa: E402
+from qwen_jax.engine.scheduling.buckets import Limits
+from qwen_jax.engine.scheduling.schedule_policy import SchedulePolicy
 from qwen_jax.model import init  # noqa: E402
 
 ROWS, ANSWER = 8, 17

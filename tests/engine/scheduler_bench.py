@@ -4,16 +4,9 @@ What a sequence "samples" is a hash of everything it can read through its pages,
 shared by two sequences changes the text; each request alone, without any scheduler, is the oracle.
 """
 
-from qwen_jax.engine.scheduling.buckets import (
-    FULL,
-    RECOMPUTE,
-    SPARSE,
-    Limits,
-    SchedulePolicy,
-    attention_of,
-    bucket_table,
-)
+from qwen_jax.engine.scheduling.buckets import Limits, bucket_table
 from qwen_jax.engine.scheduling.page_pool import NULL_PAGE, PAGE, PagePool, pages_for
+from qwen_jax.engine.scheduling.schedule_policy import FULL, RECOMPUTE, SPARSE, SchedulePolicy, attention_of
 from qwen_jax.engine.scheduling.scheduler import Scheduler
 from qwen_jax.engine.scheduling.sequence import Sequence, State
 

@@ -8,7 +8,7 @@ import torch
 from oracle import hf_logits, random_qwen2
 
 from qwen_jax import DeepSeekEngine, Engine, SamplingParams, UserError, load_model
-from qwen_jax.engine.runner.executable_cache import backend_compiles
+from qwen_jax.engine.compiled.compile_counter import backend_compiles
 from qwen_jax.engine.scheduling.buckets import Limits
 
 GREEDY = SamplingParams(max_tokens=64, temperature=0.0)

@@ -12,7 +12,7 @@ from qwen_kernels.attention import PAGE, causal_attention
 from qwen_jax import Engine, SamplingParams
 from qwen_jax.checkpoint import from_transformers
 from qwen_jax.checkpoint.adapters import save_adapter
-from qwen_jax.engine.runner.executable_cache import backend_compiles
+from qwen_jax.engine.compiled.compile_counter import backend_compiles
 from qwen_jax.engine.scheduling.buckets import EIGHT_BIT, Limits
 from qwen_jax.errors import UserError
 from qwen_jax.evaluation.calibrate_precision import calibrate_eight_bit

@@ -17,7 +17,8 @@ from llguidance.hf import from_tokenizer
 
 from qwen_jax.checkpoint import load_tokenizer, resolve
 from qwen_jax.engine.api.structured_output import StructuredOutput
-from qwen_jax.engine.frontend.grammar import GrammarCompiler, GrammarError, apply_mask
+from qwen_jax.engine.compiled.sampler import apply_mask
+from qwen_jax.engine.frontend.grammar import GrammarCompiler, GrammarError
 from qwen_jax.errors import UserError
 
 VOCAB = 970  # more than the tokenizer's 943 ids, and no multiple of 32

@@ -17,7 +17,7 @@ from parallel_bench import LIMITS, shrunk
 from qwen_jax import Engine, UserError, join
 from qwen_jax.checkpoint import save_hf
 from qwen_jax.checkpoint.adapters import save_adapter
-from qwen_jax.engine.multihost.channel import devices_of_task, from_environment
+from qwen_jax.engine.multihost.rendezvous import devices_of_task, from_environment
 from qwen_jax.model import init
 from qwen_jax.model.lora import LoraConfig, init_adapter
 

@@ -3,7 +3,7 @@
 import pytest
 
 from qwen_jax.config import PRESETS
-from qwen_jax.engine.load_policy import LoadPolicy
+from qwen_jax.engine.core.resharding import LoadPolicy
 from qwen_jax.errors import UserError
 from qwen_jax.parallel.plan import make_plan
 

@@ -16,7 +16,8 @@ from parallel_bench import (
 )
 
 from qwen_jax import Engine, SamplingParams
-from qwen_jax.engine.scheduling.buckets import Limits, SchedulePolicy
+from qwen_jax.engine.scheduling.buckets import Limits
+from qwen_jax.engine.scheduling.schedule_policy import SchedulePolicy
 from qwen_jax.engine.weights.model_shard import OVERLAP_FROM
 from qwen_jax.errors import UserError
 from qwen_jax.model import abstract, init, params_of
@@ -248,7 +249,7 @@ def test_plans_that_cannot_be(options, message):
 def test_the_planner_chooses_the_degree(monkeypatch):
     engine = engine_of("7b", tp_size="auto", warmup=False)
     assert 1 <= engine.plan.tensor <= 8 and engine.plan.devices == engine.plan.tensor
-    monkeypatch.setattr("qwen_jax.engine.config.engine_config.free_memory", lambda: 1000)
+    monkeypatch.setattr("qwen_jax.engine.config.memory.free_memory", lambda: 1000)
     with pytest.raises(UserError, match="does not fit"):
         engine_of("7b", tp_size="auto", warmup=False)
 

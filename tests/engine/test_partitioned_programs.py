@@ -172,7 +172,8 @@ def deployment(config, tensor, dtype="bfloat16") -> Deployment:
     from qwen_kernels.sparse_attention import Sparsity
 
     from qwen_jax.engine.config.engine_config import precision_of
-    from qwen_jax.engine.scheduling.buckets import DEFAULT_POLICY, bucket_table
+    from qwen_jax.engine.scheduling.buckets import bucket_table
+    from qwen_jax.engine.scheduling.schedule_policy import DEFAULT_POLICY
 
     blueprint = Blueprint(config, dtype, precision_of(config, False, None), None, bucket_table(LIMITS), LIMITS,
                           DEFAULT_POLICY, (Sparsity(),) * config.num_layers, config.vocab_size)

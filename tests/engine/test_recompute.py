@@ -10,9 +10,11 @@ from oracle import random_qwen2
 
 from qwen_jax import Engine, SamplingParams
 from qwen_jax.config import ModelConfig
-from qwen_jax.engine.compiled.steps import Models, new_state, run_bucket
+from qwen_jax.engine.compiled.state import Models, new_state
+from qwen_jax.engine.compiled.steps import run_bucket
 from qwen_jax.engine.runner.padded_batch import dry_run_batch
-from qwen_jax.engine.scheduling.buckets import FULL, RECOMPUTE, Bucket, Limits, SchedulePolicy
+from qwen_jax.engine.scheduling.buckets import Bucket, Limits
+from qwen_jax.engine.scheduling.schedule_policy import FULL, RECOMPUTE, SchedulePolicy
 from qwen_jax.model import Qwen2
 
 PAGES = 4

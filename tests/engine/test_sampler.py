@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from qwen_jax.engine.api.sampling_params import SamplingParams
 from qwen_jax.engine.compiled import sampler, topk_topp
-from qwen_jax.engine.compiled.sampler import IN_PROMPT, MAX_BIAS, neutral_rows, pack_rows
+from qwen_jax.engine.compiled.sampler import IN_PROMPT, MAX_BIAS
+from qwen_jax.engine.runner.padded_batch import neutral_rows, pack_rows
 from qwen_jax.errors import UserError
 
 sample = jax.jit(sampler.sample)

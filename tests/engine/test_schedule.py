@@ -8,21 +8,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_jax.engine.scheduling.buckets import (
-    FULL,
     MAX_BUCKETS,
-    RECOMPUTE,
-    SPARSE,
     STEP_OVERHEAD_TOKENS,
     Bucket,
     Limits,
-    SchedulePolicy,
-    attention_of,
     bucket_table,
     default_limits,
-    dynamic_schedule,
     pick_prefill,
 )
 from qwen_jax.engine.scheduling.page_pool import PAGE
+from qwen_jax.engine.scheduling.schedule_policy import (
+    FULL,
+    RECOMPUTE,
+    SPARSE,
+    SchedulePolicy,
+    attention_of,
+    dynamic_schedule,
+)
 from qwen_jax.errors import UserError
 
 

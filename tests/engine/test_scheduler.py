@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 from scheduler_bench import LIMITS, Bench, alone
 
-from qwen_jax.engine.scheduling.buckets import FULL, RECOMPUTE, SPARSE, SchedulePolicy, default_limits
+from qwen_jax.engine.scheduling.buckets import default_limits
+from qwen_jax.engine.scheduling.schedule_policy import FULL, RECOMPUTE, SPARSE, SchedulePolicy
 from qwen_jax.engine.scheduling.scheduler import RANK_EVERY
 from qwen_jax.engine.scheduling.sequence import Sequence, State
 from qwen_jax.errors import UserError

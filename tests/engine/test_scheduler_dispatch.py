@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 from scheduler_bench import LIMITS, Bench, alone
 
-from qwen_jax.engine.scheduling.buckets import Limits, SchedulePolicy, default_limits
+from qwen_jax.engine.scheduling.buckets import Limits, default_limits
+from qwen_jax.engine.scheduling.schedule_policy import SchedulePolicy
 from qwen_jax.engine.scheduling.sequence import State
 
 # --- several tokens per dispatch

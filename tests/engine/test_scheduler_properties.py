@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from scheduler_bench import LIMITS, Bench, alone
 
-from qwen_jax.engine.scheduling.buckets import FULL, SPARSE, SchedulePolicy, default_limits
+from qwen_jax.engine.scheduling.buckets import default_limits
 from qwen_jax.engine.scheduling.page_pool import pages_for
+from qwen_jax.engine.scheduling.schedule_policy import FULL, SPARSE, SchedulePolicy
 from qwen_jax.engine.scheduling.sequence import State
 
 # Mostly short prompts with long answers: those outgrow the pool.

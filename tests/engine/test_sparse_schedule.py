@@ -10,7 +10,8 @@ from qwen_kernels.sparse_attention import Sparsity, new_summaries, sparse_attent
 
 from qwen_jax import Engine, SamplingParams
 from qwen_jax.checkpoint import from_transformers
-from qwen_jax.engine.scheduling.buckets import Limits, SchedulePolicy
+from qwen_jax.engine.scheduling.buckets import Limits
+from qwen_jax.engine.scheduling.schedule_policy import SchedulePolicy
 from qwen_jax.engine.scheduling.speculation import Speculation
 from qwen_jax.errors import UserError
 from qwen_jax.model import build

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from test_engine_adapters import CONFIG, LIMITS
 
 from qwen_jax import Engine, SamplingParams, UserError
-from qwen_jax.engine.scheduling.buckets import FULL, Bucket
+from qwen_jax.engine.scheduling.buckets import Bucket
+from qwen_jax.engine.scheduling.schedule_policy import FULL
 from qwen_jax.engine.scheduling.sequence import Sequence
 from qwen_jax.engine.scheduling.speculation import (
     ASSUMED_COST,

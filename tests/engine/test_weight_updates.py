@@ -128,7 +128,7 @@ def test_options_that_make_no_sense(engine, folders, options, message):
 
 
 def test_too_little_memory_is_said_before_anything_is_read(engine, folders, monkeypatch):
-    monkeypatch.setattr("qwen_jax.engine.config.engine_config.free_memory", lambda: 10)
+    monkeypatch.setattr("qwen_jax.engine.config.memory.free_memory", lambda: 10)
     with pytest.raises(UserError, match="10 are free"):
         engine.update_weights(folders / "nowhere")
 
@@ -184,7 +184,7 @@ def test_restart_begins_again_except_what_is_being_read(engine, folders):
 
 @pytest.mark.parametrize("policy, versions", [("finish_old", [0, 0, 0, 0, 1, 1]), ("restart", [1] * 6)])
 def test_in_place_no_second_copy_exists(engine, folders, answers, policy, versions, monkeypatch):
-    monkeypatch.setattr("qwen_jax.engine.config.engine_config.free_memory", lambda: 10)
+    monkeypatch.setattr("qwen_jax.engine.config.memory.free_memory", lambda: 10)
     requests = begun(engine)
     assert engine.update_weights(folders / "converted", policy=policy, in_place=True) == 1
     assert engine.runner.weights.versions == [1]

@@ -13,7 +13,8 @@ from qwen_kernels.sparse_attention import Sparsity
 from qwen_jax import Engine
 from qwen_jax.checkpoint import from_transformers, read_sparsity, resolve, write_sparsity
 from qwen_jax.cli import main
-from qwen_jax.engine.scheduling.buckets import Limits, SchedulePolicy
+from qwen_jax.engine.scheduling.buckets import Limits
+from qwen_jax.engine.scheduling.schedule_policy import SchedulePolicy
 from qwen_jax.errors import UserError
 from qwen_jax.evaluation import calibrate_sparsity
 from qwen_jax.evaluation.calibrate_sparsity import calibrate

@@ -12,7 +12,8 @@ from memory_bench import Case, compare
 from qwen_jax.config import PRESETS
 from qwen_jax.engine.compiled import steps
 from qwen_jax.engine.core.replica import Blueprint, Deployment
-from qwen_jax.engine.scheduling.buckets import DEFAULT_POLICY, Limits, bucket_table
+from qwen_jax.engine.scheduling.buckets import Limits, bucket_table
+from qwen_jax.engine.scheduling.schedule_policy import DEFAULT_POLICY
 from qwen_jax.engine.weights import model_shard
 from qwen_jax.errors import UserError
 from qwen_jax.model import abstract, partition

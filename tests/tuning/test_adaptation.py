@@ -3,8 +3,9 @@
 import pytest
 
 from qwen_jax import Engine, SamplingParams
-from qwen_jax.engine.scheduling.buckets import FULL, Bucket
+from qwen_jax.engine.scheduling.buckets import Bucket
 from qwen_jax.engine.scheduling.decode_adaptation import Adaptation, Choice
+from qwen_jax.engine.scheduling.schedule_policy import FULL
 from qwen_jax.engine.scheduling.sequence import Sequence
 from qwen_jax.engine.scheduling.step_plan import PlannedRow, StepPlan
 from qwen_jax.errors import UserError

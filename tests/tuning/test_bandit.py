@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_jax.engine.bandit import CREDIT, Bandit
+from qwen_jax.engine.scheduling.decode_adaptation import CREDIT, Bandit
 
 SHIFT = [[1, .7, .6, 1.2, 1.5, 1.8], [1, 1.6, 1.3, .7, .9, 1.5]]  # costs of six choices, before and after
 

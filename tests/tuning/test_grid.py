@@ -8,16 +8,9 @@ import numpy as np
 import pytest
 from qwen_kernels.attention import PAGE, paged_attention, xla
 
-from qwen_jax.engine.scheduling.buckets import (
-    DEFAULT_POLICY,
-    FULL,
-    SPARSE,
-    bucket_table,
-    default_grid,
-    default_limits,
-    pick_prefill,
-)
-from qwen_jax.engine.tiles import attention_tiles
+from qwen_jax.engine.runner.executable_cache import attention_tiles
+from qwen_jax.engine.scheduling.buckets import bucket_table, default_grid, default_limits, pick_prefill
+from qwen_jax.engine.scheduling.schedule_policy import DEFAULT_POLICY, FULL, SPARSE
 
 GRID = replace(default_grid("cpu"), decode_rows=(2, 12), decode_steps=16, prefill_chunk_pages=1, decode_chunk_pages=2,
                step_overhead_tokens=256)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import pytest
 
 from qwen_jax.engine.config.tuned import Tuned
-from qwen_jax.engine.scheduling.buckets import DEFAULT_POLICY, FULL, SPARSE, bucket_table, default_grid, default_limits
+from qwen_jax.engine.scheduling.buckets import bucket_table, default_grid, default_limits
+from qwen_jax.engine.scheduling.schedule_policy import DEFAULT_POLICY, FULL, SPARSE
 from qwen_jax.tuning.engine_bench import plain
 from qwen_jax.tuning.scheduler_simulation import simulate
 from qwen_jax.tuning.search import Space, best_tile, score, search, simplified, sparse_threshold

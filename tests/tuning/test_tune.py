@@ -9,7 +9,7 @@ import pytest
 from qwen_jax import Engine
 from qwen_jax.cli import main
 from qwen_jax.engine.config.tuned import Tuned
-from qwen_jax.engine.scheduling.buckets import DEFAULT_POLICY
+from qwen_jax.engine.scheduling.schedule_policy import DEFAULT_POLICY
 from qwen_jax.tuning.engine_bench import Lab, host_seconds
 from qwen_jax.tuning.scheduler_simulation import simulate
 from qwen_jax.tuning.step_costs import Cost

@@ -9,7 +9,8 @@ from qwen_jax import Engine
 from qwen_jax.checkpoint import resolve
 from qwen_jax.engine.config import tuned as files
 from qwen_jax.engine.config.tuned import Tuned
-from qwen_jax.engine.scheduling.buckets import DEFAULT_POLICY, Grid, SchedulePolicy, default_grid
+from qwen_jax.engine.scheduling.buckets import Grid, default_grid
+from qwen_jax.engine.scheduling.schedule_policy import DEFAULT_POLICY, SchedulePolicy
 from qwen_jax.errors import UserError
 
 GRID = Grid(prefill_shapes=((1, 64), (2, 64)), sparse_prefill_shapes=((1, 64),), recompute_shapes=((64, 8),),

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from qwen_jax.engine.scheduling.buckets import check_positive
+from qwen_jax.engine.scheduling.schedule_policy import check_positive
 from qwen_jax.errors import UserError
 
 

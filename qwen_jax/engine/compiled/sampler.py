@@ -7,18 +7,14 @@ time by ``lax.cond`` or a loop of zero passes; nothing is recompiled. A neighbou
 Non-finite logits do not fail: the row gets some id below ``vocab_limit``, and finding the fault is the caller's.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from qwen_jax.engine.api.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
+from qwen_jax.engine.api.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS
 from qwen_jax.engine.compiled.topk_topp import draw, max_and_argmax, top_k
-from qwen_jax.engine.frontend.grammar import apply_mask
-from qwen_jax.errors import UserError
 
 MAX_BIAS = MAX_LOGIT_BIAS + 20  # a full logit_bias, 16 stop ids and 4 end-of-sequence ids
 IN_PROMPT = 1 << 30  # bit 30 of a count; the bits below it say how often the token was generated
@@ -49,49 +45,6 @@ class Sampled(NamedTuple):
     logprobs: jax.Array  # f32[R], of the chosen token: log-softmax of the logits as the model gave them
     top_ids: jax.Array  # i32[R, 20], most likely first; -1 where the vocabulary has fewer
     top_logprobs: jax.Array  # f32[R, 20]
-
-
-def neutral_rows(num_rows: int) -> SamplingRows:
-    """Greedy rows with every option off, as numpy arrays: what padding rows get."""
-    return pack_rows((), num_rows)
-
-
-def pack_rows(requests: Sequence[tuple[SamplingParams, int, Sequence[int]]], num_rows: int) -> SamplingRows:
-    """Rows of a step, as numpy arrays; rows beyond ``len(requests)`` are neutral. Host side, tens of microseconds.
-
-    Args:
-      requests: (resolved params with a seed, index of the token being generated, ids banned at this step) of each row.
-        The caller bans end-of-sequence and stop ids below ``min_tokens``.
-      num_rows: R.
-
-    Raises:
-      UserError: more banned ids than fit beside the row's ``logit_bias``.
-    """
-    count = len(requests)
-    floats = np.zeros((num_rows, 6), np.float32) + np.float32([0, 1, 0, 1, 0, 0])
-    integers = np.zeros((num_rows, 3), np.int64) + [0, 0, -1]
-    step = np.zeros(num_rows, np.int32)
-    if count:
-        floats[:count] = [params.scalars[0] for params, _, _ in requests]
-        integers[:count] = [params.scalars[1] for params, _, _ in requests]
-        step[:count] = [step for _, step, _ in requests]
-    bias_ids = np.full((num_rows, MAX_BIAS), -1, np.int32)
-    bias_values = np.zeros((num_rows, MAX_BIAS), np.float32)
-    for row, (params, _, banned) in enumerate(requests):
-        if params.logit_bias or len(banned):
-            ids, values = params.bias
-            start, end = len(ids), len(ids) + len(banned)
-            if end > MAX_BIAS:
-                raise UserError(f"logit_bias and the ids banned below min_tokens are {end}; at most {MAX_BIAS} fit")
-            bias_ids[row, :start], bias_ids[row, start:end] = ids, banned
-            bias_values[row, :start], bias_values[row, start:end] = values, -np.inf
-    temperature, top_p, min_p, repetition, presence, frequency = np.ascontiguousarray(floats.T)
-    return SamplingRows(
-        temperature=temperature, top_k=integers[:, 0].astype(np.int32), top_p=top_p, min_p=min_p,
-        repetition_penalty=repetition, presence_penalty=presence, frequency_penalty=frequency,
-        seed=integers[:, 1].astype(np.uint32), step=step, logprobs=integers[:, 2].astype(np.int32),
-        bias_ids=bias_ids, bias_values=bias_values,
-    )  # fmt: skip
 
 
 def clear_counts(counts, slots, first) -> jax.Array:
@@ -190,3 +143,9 @@ def _penalised(logits, rows, counts, slots):
     penalised = (rows.repetition_penalty != 1) | (rows.presence_penalty != 0) | (rows.frequency_penalty != 0)
     scores = lax.cond(jnp.any(penalised), penalties, lambda x: x, logits)
     return lax.cond(jnp.any(rows.bias_ids >= 0), bias, lambda x: x, scores)
+
+
+def apply_mask(scores: jax.Array, mask: jax.Array) -> jax.Array:
+    """Scores f32[R, V] with -inf where the mask, int32 or uint32 [R, W], has no bit. Other values are untouched."""
+    bits = (mask[:, :, None] >> jnp.arange(32, dtype=mask.dtype)) & 1
+    return jnp.where(bits.reshape(len(mask), -1)[:, : scores.shape[1]] != 0, scores, -jnp.inf)

@@ -4,31 +4,20 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
-from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from qwen_kernels.attention import PAGE
-from qwen_kernels.sparse_attention import Sparsity, nodes_per_page
+from qwen_kernels.sparse_attention import Sparsity
 
 from qwen_jax.config import GenerationDefaults, ModelConfig
 from qwen_jax.engine.config import tuned
+from qwen_jax.engine.config.memory import free_memory, platform
 from qwen_jax.engine.config.tuned import Tuned
-from qwen_jax.engine.scheduling.buckets import (
-    DECODE_STEPS,
-    Grid,
-    Limits,
-    SchedulePolicy,
-    check_positive,
-    default_limits,
-    invariant_limits,
-)
-from qwen_jax.engine.scheduling.page_pool import pages_for
+from qwen_jax.engine.scheduling.buckets import DECODE_STEPS, Grid, Limits, default_limits, invariant_limits
+from qwen_jax.engine.scheduling.schedule_policy import SchedulePolicy, check_positive
 from qwen_jax.errors import UserError
 from qwen_jax.model import Qwen2, build, params_of
 from qwen_jax.parallel.hardware import hardware_of
@@ -42,9 +31,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_SEQ_LEN = 4096
-# Shares of free memory for the KV cache: a GPU is ours alone, a CPU's memory is not.
-_KV_SHARE = {"gpu": 0.8, "tpu": 0.8, "cpu": 0.25}
-_KV_MOST_ON_CPU = 2 << 30
 # On a CPU a token of a larger model takes so long that a dispatch costs nothing beside it; a loop costs a tenth.
 _ONE_TOKEN_ABOVE = 100_000_000
 
@@ -152,12 +138,6 @@ def tuned_for(config: ModelConfig, dtype: Any, options: dict[str, Any]) -> Tuned
     return tuned.find(config, dtype or config.dtype, options.get("fp8_enabled", False))
 
 
-def platform() -> str:
-    """"cpu", "gpu" or "tpu"."""
-    name = jax.default_backend()
-    return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
-
-
 @functools.cache
 def say_without_fp8() -> None:
     """Says once that 8-bit weights make nothing faster on this device."""
@@ -176,17 +156,6 @@ def precision_of(config: ModelConfig, fp8_enabled: bool, kv_cache_dtype: str | N
         found = calibrated.precision
         return replace(found, kv_cache=found.kv_cache if auto else precision.kv_cache)
     return precision
-
-
-def page_bytes(config: ModelConfig, dtype: Any, sparse_width: int = 0, kv_cache: Sequence[str | None] = ()) -> int:
-    """Bytes of one page in every layer: keys and values of ``PAGE`` tokens, and what sparse attention selects by.
-
-    sparse_width: pages of a row, 0 without sparse attention. kv_cache: of each layer, its 8-bit type, or None.
-    """
-    wide = jnp.dtype(dtype).itemsize
-    nodes = 2 * nodes_per_page(sparse_width) * wide if sparse_width else 0
-    elements = sum(2 * PAGE * (1 if kind else wide) + nodes for kind in kv_cache or (None,) * config.num_layers)
-    return elements * config.num_kv_heads * config.head_dim
 
 
 def sparsity_of(option: Any, config: ModelConfig) -> tuple[Sparsity | None, ...]:
@@ -208,67 +177,7 @@ def draft_of(speculation: Any, config: ModelConfig, vocab_limit: int, dtype: Any
     return draft
 
 
-def num_pages(config: ModelConfig, draft: ModelConfig | None, limits: Limits, dtype: Any, kv_cache_bytes: int | None,
-              sparse: bool, precision: Precision, free_bytes: int) -> int:
-    """Pages of a replica's pool, the null page included. A page spans the layers of both models.
-
-    config, draft: one device's part of them. kv_cache_bytes: of each device; they hold the pages of `wide_pages` too.
-    By default a share of ``free_bytes``, what it has beside the weights.
-    """
-    one = page_bytes(config, dtype, pages_for(limits.max_seq_len) if sparse else 0, precision.kv_cache)
-    one += page_bytes(draft, dtype) if draft else 0
-    most = limits.max_batch_size * pages_for(limits.max_seq_len)
-    reserved = wide_pages(limits, precision) * page_bytes(config, dtype)
-    if kv_cache_bytes is None:
-        kv_cache_bytes = max(int(free_bytes * _KV_SHARE[platform()]), pages_for(limits.max_seq_len) * one)
-        if platform() == "cpu":
-            kv_cache_bytes = min(kv_cache_bytes, max(_KV_MOST_ON_CPU, pages_for(limits.max_seq_len) * one))
-    pages = min(most, (kv_cache_bytes - reserved) // one)
-    if pages < 1:
-        beside = f" beside {reserved} bytes of 16-bit pages for what 8 bits cannot compute" if reserved else ""
-        raise UserError(f"kv_cache_bytes={kv_cache_bytes} does not hold one page of {one} bytes{beside}: raise it")
-    return pages + 1
-
-
-def wide_pages(limits: Limits, precision: Precision) -> int:
-    """Pages for requests that 8 bits cannot compute, the null page included: one of the longest. 0 without 8 bits."""
-    return pages_for(limits.max_seq_len) + 1 if precision.eight_bit else 0
-
-
-def free_memory() -> int:
-    """Bytes that the first device can still give."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats["bytes_in_use"]
-    try:
-        with open("/proc/meminfo") as file:  # what the page cache would give back counts as free
-            return next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def free_per_device(plan: ParallelPlan, beside: int | None = None) -> int:
-    """Bytes that each device of a plan can still give; ``beside`` so many bytes of weights, if these are not there yet
-    and nothing else is. The devices of a CPU share its memory."""
-    stats = jax.local_devices()[0].memory_stats()
-    if beside is not None and stats and "bytes_limit" in stats:
-        return stats["bytes_limit"] - beside
-    return free_memory() // (plan.devices if platform() == "cpu" else 1)
-
-
 def differences(config: ModelConfig, other: ModelConfig) -> list[str]:
     """What makes another model's weights unfit for programs compiled for `config`, as field names."""
     harmless = ("dtype", "bos_token_id", "eos_token_id", "max_position_embeddings", "dual_chunk_attention")
     return [name for name in vars(config) if name not in harmless and getattr(config, name) != getattr(other, name)]
-
-
-def check_token_ids(tokens: Sequence[int], vocab_size: int) -> list[int]:
-    """``tokens`` as a list of int; UserError for what is not a token id."""
-    checked = []
-    for token in tokens:
-        if isinstance(token, bool) or not isinstance(token, int | np.integer):
-            raise UserError(f"a prompt is a text or a list of token ids; it contains {token!r}")
-        if not 0 <= token < vocab_size:
-            raise UserError(f"token id {token} is not in the vocabulary (0..{vocab_size - 1})")
-        checked.append(int(token))
-    return checked

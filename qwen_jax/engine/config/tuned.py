@@ -17,15 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.config import ModelConfig
-from qwen_jax.engine.runner.executable_cache import default_cache_dir
-from qwen_jax.engine.scheduling.buckets import (
-    DEFAULT_POLICY,
-    Grid,
-    Limits,
-    SchedulePolicy,
-    bucket_table,
-    default_limits,
-)
+from qwen_jax.engine.config.cache_dir import default_cache_dir
+from qwen_jax.engine.scheduling.buckets import Grid, Limits, bucket_table, default_limits
+from qwen_jax.engine.scheduling.schedule_policy import DEFAULT_POLICY, SchedulePolicy
 from qwen_jax.errors import UserError
 
 logger = logging.getLogger(__name__)

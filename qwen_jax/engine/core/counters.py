@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from qwen_jax.config import ModelConfig
-from qwen_jax.engine.compiled.steps import StepOutput
-from qwen_jax.engine.scheduling.buckets import SPARSE, Bucket
+from qwen_jax.engine.compiled.state import StepOutput
+from qwen_jax.engine.scheduling.buckets import Bucket
+from qwen_jax.engine.scheduling.schedule_policy import SPARSE
 from qwen_jax.engine.scheduling.step_plan import StepPlan
 from qwen_jax.parallel.roofline import parameter_count
 

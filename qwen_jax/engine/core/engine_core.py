@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Sized
 
-from qwen_jax.engine.compiled.steps import StepOutput
+from qwen_jax.engine.compiled.state import StepOutput
 from qwen_jax.engine.core.counters import Figures, Usage
+from qwen_jax.engine.core.input_batch import build_batch
 from qwen_jax.engine.core.replica import Replica
 from qwen_jax.engine.frontend.request import Request
-from qwen_jax.engine.runner.padded_batch import build_batch
-from qwen_jax.engine.scheduling.buckets import SPARSE
 from qwen_jax.engine.scheduling.decode_adaptation import Adaptation
+from qwen_jax.engine.scheduling.schedule_policy import SPARSE
 from qwen_jax.engine.scheduling.scheduler import Scheduler
 from qwen_jax.engine.scheduling.sequence import MOST, Sequence, State
 from qwen_jax.engine.scheduling.speculation import Speculation

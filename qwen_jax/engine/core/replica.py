@@ -13,15 +13,16 @@ import jax
 from qwen_kernels.sparse_attention import Sparsity
 
 from qwen_jax.config import ModelConfig
-from qwen_jax.engine.compiled.steps import StepOutput
+from qwen_jax.engine.compiled.state import StepOutput
 from qwen_jax.engine.config import engine_config
 from qwen_jax.engine.multihost.channel import Leader
 from qwen_jax.engine.multihost.leader import LeadingRunner
 from qwen_jax.engine.runner.model_runner import Runner
 from qwen_jax.engine.runner.pipeline_runner import Pipeline
 from qwen_jax.engine.runner.stage import Held, Sizes
-from qwen_jax.engine.scheduling.buckets import SPARSE, Bucket, Limits, SchedulePolicy
+from qwen_jax.engine.scheduling.buckets import Bucket, Limits
 from qwen_jax.engine.scheduling.page_pool import PagePool
+from qwen_jax.engine.scheduling.schedule_policy import SPARSE, SchedulePolicy
 from qwen_jax.engine.scheduling.scheduler import Scheduler
 from qwen_jax.engine.scheduling.step_plan import StepPlan
 from qwen_jax.engine.weights.lora_table import AdapterTable

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from qwen_jax.engine.compiled.compile_counter import planned
 from qwen_jax.engine.core.engine_core import Loop
 from qwen_jax.engine.core.replica import Deployment, Replica
 from qwen_jax.engine.runner import kv_transfer
-from qwen_jax.engine.runner.executable_cache import planned
 from qwen_jax.engine.scheduling.page_pool import pages_for
 from qwen_jax.engine.scheduling.sequence import Sequence, State
 from qwen_jax.engine.weights.weight_store import Weights
+from qwen_jax.errors import UserError
+from qwen_jax.parallel.plan import ParallelPlan
 
 
 def prepare(deployment: Deployment, progress: bool) -> None:
@@ -114,3 +117,49 @@ def _put(taken: list[Taken], replicas: list[Replica]) -> dict[int | str, Replica
         homes[seq.request_id] = min(replicas, key=lambda replica: replica.scheduler.num_sequences)
         homes[seq.request_id].scheduler.add(seq)
     return homes
+
+
+@dataclass
+class LoadPolicy:
+    """Two plans, and the load that each is for.
+
+    Few requests are answered soonest when all devices work on each of them (tensor parallelism); many are answered
+    fastest together when the devices work on different ones (replicas). A plan is left only when the load has been the
+    other's for a while, and between the two loads nothing changes: moving costs as much as some steps.
+
+    Attributes:
+      latency, throughput: the plans.
+      low: requests, waiting and running, up to which ``latency`` is the better one; high: from which ``throughput`` is.
+      hold_seconds: for how long the load must have been so.
+
+    Raises UserError for loads that leave no distance, and for a negative time.
+    """
+
+    latency: ParallelPlan
+    throughput: ParallelPlan
+    low: int
+    high: int
+    hold_seconds: float = 5.0
+    _since: float | None = field(default=None, init=False, repr=False)  # the load has been for the other plan
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low < self.high:
+            raise UserError(f"low={self.low} and high={self.high}: low must be smaller, or the plans would alternate")
+        if self.hold_seconds < 0:
+            raise UserError(f"hold_seconds must not be negative, and is {self.hold_seconds}")
+
+    def decide(self, plan: ParallelPlan, load: int, now: float) -> ParallelPlan | None:
+        """The plan to go to, or None to stay, with ``load`` requests at the time ``now`` in seconds. To be asked often:
+        a load that nobody asked about was not seen."""
+        if plan == self.throughput:
+            other, wanted = self.latency, load <= self.low
+        else:
+            other, wanted = self.throughput, load >= self.high
+        if not wanted:
+            self._since = None
+            return None
+        self._since = now if self._since is None else self._since
+        if now - self._since < self.hold_seconds:
+            return None
+        self._since = None
+        return other

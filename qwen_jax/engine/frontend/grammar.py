@@ -10,8 +10,6 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
@@ -145,12 +143,6 @@ class Matcher:
     def _check(self) -> None:
         if self._inner.is_error():
             raise GrammarError(f"the grammar cannot be followed further: {_reason(self._inner.get_error())}")
-
-
-def apply_mask(scores: jax.Array, mask: jax.Array) -> jax.Array:
-    """Scores f32[R, V] with -inf where the mask, int32 or uint32 [R, W], has no bit. Other values are untouched."""
-    bits = (mask[:, :, None] >> jnp.arange(32, dtype=mask.dtype)) & 1
-    return jnp.where(bits.reshape(len(mask), -1)[:, : scores.shape[1]] != 0, scores, -jnp.inf)
 
 
 def _definition(spec: StructuredOutput) -> str:

@@ -13,7 +13,6 @@ import numpy as np
 
 from qwen_jax.config import GenerationDefaults
 from qwen_jax.engine.api.sampling_params import MAX_LOGPROBS, SamplingParams
-from qwen_jax.engine.config import engine_config
 from qwen_jax.engine.frontend.grammar import GrammarCompiler
 from qwen_jax.engine.frontend.request import Request
 from qwen_jax.engine.scheduling.scheduler import Scheduler
@@ -52,7 +51,7 @@ class Intake:
         if not isinstance(prompt, str):
             if len(prompt) and isinstance(prompt[0], Mapping):
                 return self.conversation(prompt)
-            return engine_config.check_token_ids(prompt, self.vocab_limit)
+            return check_token_ids(prompt, self.vocab_limit)
         if self._tokenizer is None:
             raise UserError("this engine has no tokenizer: give token ids, or a checkpoint with tokenizer.json")
         return self._tokenizer.encode(prompt, add_special_tokens=False)
@@ -108,3 +107,15 @@ class Intake:
 def is_single(prompts: Any) -> bool:
     """Whether this is one prompt, and not several."""
     return isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(p, int | np.integer) for p in prompts))
+
+
+def check_token_ids(tokens: Sequence[int], vocab_size: int) -> list[int]:
+    """``tokens`` as a list of int; UserError for what is not a token id."""
+    checked = []
+    for token in tokens:
+        if isinstance(token, bool) or not isinstance(token, int | np.integer):
+            raise UserError(f"a prompt is a text or a list of token ids; it contains {token!r}")
+        if not 0 <= token < vocab_size:
+            raise UserError(f"token id {token} is not in the vocabulary (0..{vocab_size - 1})")
+        checked.append(int(token))
+    return checked

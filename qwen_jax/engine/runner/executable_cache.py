@@ -9,8 +9,9 @@ import os
 import pickle
 import platform
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,41 +22,9 @@ import jax
 import jaxlib
 import qwen_kernels
 from jax.experimental import serialize_executable
+from qwen_kernels.attention import xla
 
 log = logging.getLogger(__name__)
-
-_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
-_backend_compiles = 0
-_warmup_compiles = 0
-
-
-def _count(event: str, duration: float, **_) -> None:
-    global _backend_compiles
-    _backend_compiles += event == _COMPILE_EVENT
-
-
-jax.monitoring.register_event_duration_secs_listener(_count)
-
-
-def backend_compiles() -> int:
-    """XLA compilations in this process so far, whoever caused them."""
-    return _backend_compiles
-
-
-def unplanned_compiles() -> int:
-    """XLA compilations in this process so far that were not part of an engine's warm-up."""
-    return _backend_compiles - _warmup_compiles
-
-
-@contextmanager
-def planned():
-    """Compilations inside are a warm-up's."""
-    global _warmup_compiles
-    before = _backend_compiles
-    try:
-        yield
-    finally:
-        _warmup_compiles += _backend_compiles - before
 
 
 @dataclass
@@ -134,12 +103,6 @@ class Executables:
         return self._cache_dir / f"{hashlib.sha256(text.encode()).hexdigest()}.exe"
 
 
-def default_cache_dir() -> Path:
-    """``$QWEN_JAX_CACHE``, else ``~/.cache/qwen-jax``; the programs are in ``executables`` below it."""
-    root = os.environ.get("QWEN_JAX_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "qwen-jax") / "executables"
-
-
 def _is_private(folder: Path) -> bool:
     """Whether nobody but this user can have put a program there: loading one runs its code."""
     try:
@@ -215,3 +178,20 @@ def _code_digest() -> str:
                  *sorted(kernels.rglob("*.py"))]:
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+_lock = threading.Lock()  # programs are lowered on several threads, and the kernel's numbers are its module's
+
+
+
+@contextmanager
+def attention_tiles(pages: int) -> Iterator[None]:
+    """Lower inside with chunks of ``pages``, a positive number; with 0 the kernel decides, as elsewhere."""
+    with _lock:
+        kept = xla.CHUNK_PAGES, xla.DECODE_CHUNK_PAGES
+        try:
+            if pages:
+                xla.CHUNK_PAGES = xla.DECODE_CHUNK_PAGES = pages
+            yield
+        finally:
+            xla.CHUNK_PAGES, xla.DECODE_CHUNK_PAGES = kept

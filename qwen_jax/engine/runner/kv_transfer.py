@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_jax.engine.compiled.steps import EngineState
+from qwen_jax.engine.compiled.state import EngineState
 from qwen_jax.engine.runner.model_runner import Runner
 from qwen_jax.engine.runner.stage import Stage
 from qwen_jax.parallel.layout import Layout, contract, expand

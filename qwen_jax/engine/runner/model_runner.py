@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import jax
 from tqdm import tqdm
 
-from qwen_jax.engine.compiled.steps import EngineState, StepBatch, StepOutput, run_bucket
-from qwen_jax.engine.runner.executable_cache import Executables, Program, planned, unplanned_compiles
+from qwen_jax.engine.compiled.compile_counter import planned, unplanned_compiles
+from qwen_jax.engine.compiled.state import EngineState, StepBatch, StepOutput
+from qwen_jax.engine.compiled.steps import run_bucket
+from qwen_jax.engine.runner.executable_cache import Executables, Program, attention_tiles
 from qwen_jax.engine.runner.padded_batch import dry_run_batch
 from qwen_jax.engine.runner.stage import Held, Sizes, Stage
 from qwen_jax.engine.scheduling.buckets import Bucket
-from qwen_jax.engine.tiles import attention_tiles
 from qwen_jax.engine.weights.lora_table import AdapterTable
 from qwen_jax.errors import UserError
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
 from qwen_kernels.attention import PAGE
 
-from qwen_jax.engine.compiled.sampler import SamplingRows, neutral_rows, pack_rows
-from qwen_jax.engine.compiled.steps import StepBatch
-from qwen_jax.engine.frontend.request import Request
+from qwen_jax.engine.api.sampling_params import SamplingParams
+from qwen_jax.engine.compiled.lora_rows import NO_ADAPTER
+from qwen_jax.engine.compiled.sampler import MAX_BIAS, SamplingRows
+from qwen_jax.engine.compiled.state import StepBatch
 from qwen_jax.engine.scheduling.buckets import Bucket
-from qwen_jax.engine.scheduling.sequence import Sequence
-from qwen_jax.engine.scheduling.step_plan import PlannedRow, StepPlan
-from qwen_jax.engine.weights.lora_table import NO_ADAPTER
+from qwen_jax.errors import UserError
 
 
 @cache
@@ -53,41 +52,45 @@ def dry_run_batch(bucket: Bucket, slots: int, vocab_size: int, rows: int = 1) ->
     return batch
 
 
-def build_batch(plan: StepPlan, requests: Mapping[int | str, Request], slots: int, vocab_size: int) -> StepBatch:
-    """The arrays of ``plan``; ``requests`` by id."""
-    bucket = plan.bucket
-    rows = [(planned, planned.seq, requests[planned.seq.request_id]) for planned in plan.rows]
-    options = [(request.params, len(seq.output), request.banned_now) for _, seq, request in rows]
-    batch = padding_batch(bucket, slots, vocab_size, pack_rows(options, bucket.rows))
-    fields = np.array([(planned.start, planned.start + planned.count, seq.slot, planned.samples, planned.count,
-                        len(seq.prompt), request.adapter) for planned, seq, request in rows], np.int32).T
-    named = batch.start, batch.length, batch.slots, batch.samples, batch.counts, batch.prompt_length, batch.adapters
-    for array, values in zip(named, fields, strict=True):
-        array[: len(rows)] = values
-    for row, (_, seq, _) in enumerate(rows):
-        batch.page_table[row, : len(seq.pages)] = seq.pages
-    if bucket.phase == "prefill":
-        _fill_prefill(batch, rows)
-    else:
-        batch.tokens[: len(rows), 0] = [seq.last_token for _, seq, _ in rows]
-        for row, (planned, _, _) in enumerate(rows):
-            if planned.drafts:
-                batch.tokens[row, 1 : len(planned.drafts) + 1] = planned.drafts
-    masks = [(row, request.allowed) for row, (planned, _, request) in enumerate(rows)
-             if planned.samples and request.allowed is not None]
-    if masks:
-        batch = batch._replace(allowed=np.array(batch.allowed))
-        for row, mask in masks:
-            batch.allowed[row] = mask
-    return batch
+def neutral_rows(num_rows: int) -> SamplingRows:
+    """Greedy rows with every option off, as numpy arrays: what padding rows get."""
+    return pack_rows((), num_rows)
 
 
-def _fill_prefill(batch: StepBatch, rows: list[tuple[PlannedRow, Sequence, Request]]) -> None:
-    for row, (planned, seq, request) in enumerate(rows):
-        tokens, end = seq.tokens, planned.start + planned.count
-        batch.tokens[row, : planned.count] = tokens[planned.start : end]
-        batch.first[row] = planned.start == seq.num_reused
-        if batch.first[row]:
-            batch.reused[row, : planned.start] = tokens[: planned.start]
-        if request.score_from is not None:
-            batch.targets[row, : planned.count] = [request.target_at(p) for p in range(planned.start, end)]
+
+def pack_rows(requests: Sequence[tuple[SamplingParams, int, Sequence[int]]], num_rows: int) -> SamplingRows:
+    """Rows of a step, as numpy arrays; rows beyond ``len(requests)`` are neutral. Host side, tens of microseconds.
+
+    Args:
+      requests: (resolved params with a seed, index of the token being generated, ids banned at this step) of each row.
+        The caller bans end-of-sequence and stop ids below ``min_tokens``.
+      num_rows: R.
+
+    Raises:
+      UserError: more banned ids than fit beside the row's ``logit_bias``.
+    """
+    count = len(requests)
+    floats = np.zeros((num_rows, 6), np.float32) + np.float32([0, 1, 0, 1, 0, 0])
+    integers = np.zeros((num_rows, 3), np.int64) + [0, 0, -1]
+    step = np.zeros(num_rows, np.int32)
+    if count:
+        floats[:count] = [params.scalars[0] for params, _, _ in requests]
+        integers[:count] = [params.scalars[1] for params, _, _ in requests]
+        step[:count] = [step for _, step, _ in requests]
+    bias_ids = np.full((num_rows, MAX_BIAS), -1, np.int32)
+    bias_values = np.zeros((num_rows, MAX_BIAS), np.float32)
+    for row, (params, _, banned) in enumerate(requests):
+        if params.logit_bias or len(banned):
+            ids, values = params.bias
+            start, end = len(ids), len(ids) + len(banned)
+            if end > MAX_BIAS:
+                raise UserError(f"logit_bias and the ids banned below min_tokens are {end}; at most {MAX_BIAS} fit")
+            bias_ids[row, :start], bias_ids[row, start:end] = ids, banned
+            bias_values[row, :start], bias_values[row, start:end] = values, -np.inf
+    temperature, top_p, min_p, repetition, presence, frequency = np.ascontiguousarray(floats.T)
+    return SamplingRows(
+        temperature=temperature, top_k=integers[:, 0].astype(np.int32), top_p=top_p, min_p=min_p,
+        repetition_penalty=repetition, presence_penalty=presence, frequency_penalty=frequency,
+        seed=integers[:, 1].astype(np.uint32), step=step, logprobs=integers[:, 2].astype(np.int32),
+        bias_ids=bias_ids, bias_values=bias_values,
+    )  # fmt: skip

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_jax.engine.compiled.steps import Passed, StepBatch, StepOutput, run_stage
+from qwen_jax.engine.compiled.state import Passed, StepBatch, StepOutput
+from qwen_jax.engine.compiled.steps import run_stage
 from qwen_jax.engine.runner.model_runner import Key, Runner
 from qwen_jax.engine.runner.padded_batch import dry_run_batch, everything
 from qwen_jax.engine.scheduling.buckets import Bucket

@@ -13,9 +13,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from qwen_kernels.attention import EightBit
 from qwen_kernels.sparse_attention import Sparsity
 
-from qwen_jax.engine.compiled.steps import EngineState, Models, StepBatch, new_state
+from qwen_jax.engine.compiled.state import EngineState, Models, StepBatch, new_state
 from qwen_jax.engine.runner.padded_batch import everything
-from qwen_jax.engine.scheduling.buckets import SPARSE, Bucket
+from qwen_jax.engine.scheduling.buckets import Bucket
+from qwen_jax.engine.scheduling.schedule_policy import SPARSE
 from qwen_jax.engine.weights.lora_table import AdapterTable
 from qwen_jax.engine.weights.model_shard import Part, put_global
 from qwen_jax.engine.weights.weight_sharding import Spread

@@ -18,18 +18,16 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Sized
 from operator import attrgetter
 
-from qwen_jax.engine.scheduling.buckets import (
+from qwen_jax.engine.scheduling.buckets import Bucket, Limits, pick_prefill
+from qwen_jax.engine.scheduling.page_pool import PAGE, PagePool, pages_for
+from qwen_jax.engine.scheduling.schedule_policy import (
     DEFAULT_POLICY,
     FULL,
     SPARSE,
-    Bucket,
-    Limits,
     SchedulePolicy,
     attention_of,
     dynamic_schedule,
-    pick_prefill,
 )
-from qwen_jax.engine.scheduling.page_pool import PAGE, PagePool, pages_for
 from qwen_jax.engine.scheduling.sequence import MOST, Sequence, State
 from qwen_jax.engine.scheduling.step_plan import PlannedRow, StepPlan
 from qwen_jax.errors import UserError

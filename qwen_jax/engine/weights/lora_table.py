@@ -5,27 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax.config import ModelConfig
-from qwen_jax.engine.runner.executable_cache import planned
+from qwen_jax.engine.compiled.compile_counter import planned
+from qwen_jax.engine.compiled.lora_rows import NO_ADAPTER, Adapters
 from qwen_jax.engine.weights.model_shard import Part, put_global
 from qwen_jax.errors import UserError
-from qwen_jax.model.lora import TARGETS, adapt_site, split_axes, target_sizes
+from qwen_jax.model.lora import TARGETS, split_axes, target_sizes
 from qwen_jax.parallel.layout import expand, expanded_shape
-
-NO_ADAPTER = 0  # the slot whose values stay zero
-
-
-class Adapters(NamedTuple):
-    """What a step is given. Slot 0 is no adapter."""
-
-    layers: tuple[dict[str, jax.Array], ...]  # per layer: {target}.a [S, r, I], {target}.b [S, O, r]
-    scale: jax.Array  # f32[S]
 
 
 class AdapterTable:
@@ -170,14 +162,3 @@ class AdapterTable:
             return part.moved(jax.ShapeDtypeStruct((*before, size, *after), values.dtype), flat)
         held = expand(values.reshape(*before, *sizes, *after), axes, part.layout)
         return part.moved(held.reshape(*before, -1, *after), flat)
-
-
-def adapt_rows(config: ModelConfig, adapters: Adapters, slots: jax.Array):
-    """``adapt`` for ``Qwen2.hidden``: row b with the adapter in slot ``slots[b]`` (i32[R])."""
-    scale = adapters.scale[slots]
-    rows = [{name: values[slots] for name, values in layer.items()} for layer in adapters.layers]
-
-    def adapt(layer: int, site: str, x: jax.Array, y: jax.Array) -> jax.Array:
-        return adapt_site(config, rows[layer], scale, site, x, y)
-
-    return adapt

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from qwen_jax.engine.compiled.compile_counter import planned
 from qwen_jax.engine.config import engine_config
-from qwen_jax.engine.runner.executable_cache import planned
 from qwen_jax.engine.weights.weight_sharding import Spread, Version
 from qwen_jax.errors import UserError
 from qwen_jax.model import Qwen2, params_of

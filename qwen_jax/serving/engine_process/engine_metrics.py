@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import CollectorRegistry, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 from qwen_kernels.attention import PAGE
 
-from qwen_jax.engine.api.outputs import EngineStats
+from qwen_jax.engine.api.stats import EngineStats
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.frontend.request import Request
 from qwen_jax.errors import UserError
 from qwen_jax.parallel.hardware import hardware_of
-from qwen_jax.serving.http.request_log import Exchange
+from qwen_jax.serving.http.http_metrics import PREFIX, SECONDS
 
 disable_created_metrics()  # a gauge beside each counter, which nobody reads
-PREFIX = "qwen_jax_"
-# From a stub's latencies to those of a long prompt on a CPU.
-SECONDS = (.001, .0025, .005, .01, .025, .05, .075, .1, .15, .2, .3, .5, .75, 1, 2.5, 5, 10, 25, 60, 150)
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
 
 
@@ -171,29 +167,3 @@ def _utilization(device: jax.Device) -> float | None:
         return pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
     except Exception:  # no library, no driver, no permission: a metric less
         return None
-
-
-class HttpMetrics:
-    """Requests by route and status, counted by `Observed`."""
-
-    def __init__(self, collectors: Sequence[Collector] = ()) -> None:
-        self._registry = CollectorRegistry()
-        for collector in collectors:
-            self._registry.register(collector)
-        self._requests = Counter(PREFIX + "http_requests", "Answered, by route and status.", ["route", "status"],
-                                 registry=self._registry)
-        self._seconds = Histogram(PREFIX + "http_request_duration_seconds", "Until the last byte was sent.", ["route"],
-                                  buckets=SECONDS, registry=self._registry)
-        self._open = Gauge(PREFIX + "http_requests_open", "That the engine has, counted before they are tokenised.",
-                           registry=self._registry)
-        self._up = Gauge(PREFIX + "engine_up", "1 while the engine makes steps or has no work.",
-                         registry=self._registry)
-
-    def answered(self, exchange: Exchange) -> None:
-        self._requests.labels(exchange.route, str(exchange.status)).inc()
-        self._seconds.labels(exchange.route).observe(exchange.seconds)
-
-    def text(self, requests: int, up: bool) -> bytes:
-        self._open.set(requests)
-        self._up.set(up)
-        return generate_latest(self._registry)

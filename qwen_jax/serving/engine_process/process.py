@@ -23,7 +23,7 @@ from qwen_jax.engine.api.structured_output import StructuredOutput
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.frontend.input_processor import EMBEDDING
 from qwen_jax.engine.frontend.request import Request
-from qwen_jax.engine.multihost.channel import join
+from qwen_jax.engine.multihost.rendezvous import join
 from qwen_jax.errors import UserError
 from qwen_jax.serving.engine_process.calls import Operations, sentence_of
 from qwen_jax.serving.engine_process.engine_metrics import EngineMetrics

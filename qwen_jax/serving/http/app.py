@@ -9,8 +9,8 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import Response
 from prometheus_client.registry import Collector
 
-from qwen_jax.serving.engine_process.engine_metrics import HttpMetrics
 from qwen_jax.serving.http.app_factory import Inner, new_app
+from qwen_jax.serving.http.http_metrics import HttpMetrics
 from qwen_jax.serving.http.monitoring_routes import monitoring_routes
 from qwen_jax.serving.http.openai_objects import Reply
 from qwen_jax.serving.http.protocol import (

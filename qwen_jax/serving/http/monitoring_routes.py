@@ -10,7 +10,7 @@ from fastapi import APIRouter
 from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
-from qwen_jax.serving.engine_process.engine_metrics import HttpMetrics
+from qwen_jax.serving.http.http_metrics import HttpMetrics
 from qwen_jax.serving.http.service import Service
 from qwen_jax.serving.ipc.errors import ApiError
 
