@@ -39,14 +39,14 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class Standing(_Part):
+class ItemStatus(_Part):
     """``standing``: what became of it, in the upstream system's word, such as active or lost."""
 
     name: Name
     standing: Word
 
 
-Pair = Annotated[list[Standing], Field(min_length=2, max_length=2)]
+Pair = Annotated[list[ItemStatus], Field(min_length=2, max_length=2)]
 
 
 class PastPayment(_Part):
@@ -89,7 +89,7 @@ class NewPayment(_Part):
     category: Annotated[Name, Field(description=f"such as {', '.join(CATEGORIES[:3])}")]
 
 
-class Asked(Body):
+class ScreeningRequest(Body):
     """``model``: the server's by default, or a loaded adapter."""
 
     model: StrictStr | None = None
@@ -98,7 +98,7 @@ class Asked(Body):
     stream: Literal[False] = False
 
 
-class ScreenRequest(Asked):
+class ScreenRequest(ScreeningRequest):
     account: AccountProfile
     payment: NewPayment
 
@@ -108,7 +108,7 @@ class Screened(_Part):
     payment: NewPayment
 
 
-class ScreenBatchRequest(Asked):
+class ScreenBatchRequest(ScreeningRequest):
     screenings: Annotated[list[Screened], Field(min_length=1, max_length=MOST_AT_ONCE)]
 
 
@@ -132,7 +132,7 @@ def fraud_routes(service: Service) -> APIRouter:
         verdicts = await _answered(body, request, [one.model_dump() for one in body.screenings])
         return _json({"screenings": verdicts}, verdicts)
 
-    async def _answered(body: Asked, request: Request, asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    async def _answered(body: ScreeningRequest, request: Request, asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
         service.check_open()
         body.check_fields()
         user = (body.model_extra or {}).get("user")
@@ -148,7 +148,7 @@ def fraud_routes(service: Service) -> APIRouter:
     return routes
 
 
-async def _verdict(service: Service, body: Asked, user: str, asked: dict[str, Any]) -> dict[str, Any]:
+async def _verdict(service: Service, body: ScreeningRequest, user: str, asked: dict[str, Any]) -> dict[str, Any]:
     """user: all of whose requests get the same version where one is on trial."""
     prompt = prompt_of(asked)
     # No await until the request is on its way: the trial decides likewise.

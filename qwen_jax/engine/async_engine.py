@@ -101,7 +101,7 @@ class AsyncEngine:
         other requests, and the switch is made between two steps."""
         check_policy(policy)
         engine = self._engine
-        tried = golden_requests(engine.intake, golden)
+        tried = golden_requests(engine.input_processor, golden)
         async with self._updating:
             add = partial(engine.weights.add, await asyncio.to_thread(engine.weights.load, source))
             version = await self._on_engine(add)
@@ -113,7 +113,7 @@ class AsyncEngine:
             except BaseException:
                 await asyncio.shield(self._on_engine(lambda: engine.weights.forget(version)))
                 raise
-            await self._on_engine(lambda: switch(engine.loop, version, policy))
+            await self._on_engine(lambda: switch(engine.core, version, policy))
         return version
 
     async def rollback(self) -> int:
@@ -155,8 +155,8 @@ class AsyncEngine:
         deadline = None if timeout is None else time.monotonic() + timeout
         self._accept()
         try:
-            request, = await asyncio.to_thread(self._engine.intake.requests, prompt, params, None, adapter, priority,
-                                               deadline)
+            request, = await asyncio.to_thread(self._engine.input_processor.requests, prompt, params, None,
+                                               adapter, priority, deadline)
             request.streams = streams
             async with aclosing(self._listen(_Listener(request))) as deltas:
                 async for delta in deltas:
@@ -177,7 +177,7 @@ class AsyncEngine:
                 if item.finish_reason:
                     return
         finally:
-            self._post(lambda: self._engine.loop.abort(listener.request.sequence.request_id))
+            self._post(lambda: self._engine.core.abort(listener.request.sequence.request_id))
 
     async def _finish(self, listener: _Listener) -> None:
         async with aclosing(self._listen(listener)) as deltas:
@@ -215,7 +215,7 @@ class AsyncEngine:
     # --- on the engine's thread
 
     def _add(self, listener: _Listener) -> None:
-        self._engine.loop.submit([listener.request], listener.version)
+        self._engine.core.submit([listener.request], listener.version)
         self._listeners[listener.request.sequence.request_id] = listener
 
     def _run(self) -> None:
@@ -223,7 +223,7 @@ class AsyncEngine:
             while self._work():
                 pass
             for number in self._listeners:
-                self._engine.loop.abort(number)
+                self._engine.core.abort(number)
             failure: BaseException = EngineDead("the engine was closed")
         except BaseException as error:  # a step failed: the device's state is gone, and with it what was running
             failure = error
@@ -251,7 +251,7 @@ class AsyncEngine:
                 future.set_result(call())
             except Exception as error:
                 future.set_exception(error)
-        self._engine.loop.step()
+        self._engine.core.step()
         self._publish()
         return True
 

@@ -20,7 +20,7 @@ from qwen_jax.engine.config.cache_dir import default_cache_dir
 from qwen_jax.engine.config.memory import kv_bytes_per_token, weight_bytes_per_step
 from qwen_jax.engine.config.tuned import Tuned
 from qwen_jax.engine.core import resharding
-from qwen_jax.engine.core.engine_core import DISPATCH_SECONDS, Loop
+from qwen_jax.engine.core.engine_core import DISPATCH_SECONDS, EngineCore
 from qwen_jax.engine.core.replica import Blueprint, Deployment
 from qwen_jax.engine.core.resharding import LoadPolicy
 from qwen_jax.engine.core.weight_update import (
@@ -31,11 +31,11 @@ from qwen_jax.engine.core.weight_update import (
     replace_in_place,
     switch,
 )
-from qwen_jax.engine.frontend.input_processor import EMBEDDING, FIRST_TOKEN, Intake, Messages, Prompt, is_single
+from qwen_jax.engine.frontend.input_processor import EMBEDDING, FIRST_TOKEN, InputProcessor, Messages, Prompt, is_single
 from qwen_jax.engine.frontend.request import Request
 from qwen_jax.engine.multihost.channel import Follower, Leader, connect
-from qwen_jax.engine.multihost.follower import Following
-from qwen_jax.engine.multihost.leader import LeadingAdapters, LeadingWeights, check_same
+from qwen_jax.engine.multihost.follower import FollowerLoop
+from qwen_jax.engine.multihost.leader import LeaderAdapters, LeaderWeights, check_same
 from qwen_jax.engine.runner.model_runner import Runner
 from qwen_jax.engine.scheduling.buckets import Limits, bucket_table
 from qwen_jax.engine.scheduling.decode_adaptation import Adaptation
@@ -44,7 +44,7 @@ from qwen_jax.engine.scheduling.schedule_policy import DEFAULT_POLICY, ScheduleP
 from qwen_jax.engine.scheduling.scheduler import Scheduler
 from qwen_jax.engine.scheduling.speculation import DRAFT_MODEL, NGRAM, Speculation
 from qwen_jax.engine.weights.lora_table import AdapterTable
-from qwen_jax.engine.weights.weight_store import Weights
+from qwen_jax.engine.weights.weight_store import VersionedWeights
 from qwen_jax.errors import UserError
 from qwen_jax.model import empty
 from qwen_jax.parallel.plan import ParallelPlan
@@ -143,34 +143,34 @@ class Engine:
         self.deployment = Deployment(plan, self._blueprint)
         self._processes = connect()
         leader = self._processes if isinstance(self._processes, Leader) else None
-        self.weights = (partial(LeadingWeights, leader) if leader else Weights)(source, self.deployment.spread)
-        self._draft = draft and Weights(draft, self.deployment.draft_spread)
-        self.adapters = (partial(LeadingAdapters, leader) if leader else AdapterTable)(
-            self.config, self.deployment.spread.parts, max_adapters, max_adapter_rank, dtype)
+        self.weights = (partial(LeaderWeights, leader) if leader else VersionedWeights)(source, self.deployment.sharding)
+        self._draft = draft and VersionedWeights(draft, self.deployment.draft_sharding)
+        self.adapters = (partial(LeaderAdapters, leader) if leader else AdapterTable)(
+            self.config, self.deployment.sharding.parts, max_adapters, max_adapter_rank, dtype)
         self._arrivals = itertools.count()
         free_bytes = engine_config.free_per_device(self.plan)
         if self._processes:
             free_bytes = min(self._processes.agree("free_bytes", free_bytes))
         self.deployment.build(self.weights, self._draft, self.adapters, free_bytes, self._arrivals, leader)
         self._prepared = {self.plan: self.deployment}
-        self.intake = Intake(tokenizer, self.generation_config, vocab_limit, self.config.vocab_size, self.scheduler,
+        self.input_processor = InputProcessor(tokenizer, self.generation_config, vocab_limit, self.config.vocab_size, self.scheduler,
                              self.adapters)
         kind = DRAFT_MODEL if draft else speculation
-        self.loop = Loop(self.deployment.replicas, self.weights, self.adapters,
+        self.core = EngineCore(self.deployment.replicas, self.weights, self.adapters,
                          kind and Speculation(kind, self.limits.draft_tokens),
                          Adaptation.of(self.limits, DISPATCH_SECONDS) if adapt else None)
-        self._following: Following | None = None
+        self._following: FollowerLoop | None = None
         if self._processes:
             check_same(self._processes, self.runner)
         if isinstance(self._processes, Follower):
-            self._following = Following(self._processes, self.runner, self.weights, self.adapters)
-            self.loop.refuses = Following.REFUSAL
+            self._following = FollowerLoop(self._processes, self.runner, self.weights, self.adapters)
+            self.core.refuses = FollowerLoop.REFUSAL
         self._progress = progress
         self._load_policy = load_policy
         if load_policy:
             if self.plan not in (load_policy.latency, load_policy.throughput):
                 raise UserError(f"the engine begins with {self.plan}, which is neither of its load_policy's plans")
-            self.loop.before_step = self._follow_load
+            self.core.before_step = self._follow_load
         if warmup:
             self.warmup()
 
@@ -266,11 +266,11 @@ class Engine:
         process ends, and where there is one process, this has nothing to do."""
         if isinstance(self._processes, Leader):
             self._processes.close()
-            self.loop.refuses = "the engine is closed"
+            self.core.refuses = "the engine is closed"
 
     def _only_here(self) -> None:
-        if self.loop.refuses:
-            raise UserError(self.loop.refuses)
+        if self.core.refuses:
+            raise UserError(self.core.refuses)
 
     # --- plans
 
@@ -296,13 +296,13 @@ class Engine:
         if plan == self.plan:
             return
         self.prepare_plan(plan)
-        resharding.move(self.loop, self.deployment, self._prepared[plan], self._draft)
+        resharding.move(self.core, self.deployment, self._prepared[plan], self._draft)
         self.deployment = self._prepared[plan]
-        self.intake.scheduler = self.scheduler
+        self.input_processor.scheduler = self.scheduler
 
     def _follow_load(self) -> None:
         load = sum(replica.scheduler.num_sequences for replica in self.deployment.replicas)
-        if target := self._load_policy.decide(self.plan, load, self.loop.clock()):
+        if target := self._load_policy.decide(self.plan, load, self.core.clock()):
             self.reshard(target)
 
     # --- requests
@@ -334,15 +334,15 @@ class Engine:
         if len(names) != len(prompts):
             raise UserError(f"{len(names)} adapters for {len(prompts)} prompts: give one, or one for each prompt")
         requests = [r for prompt, one, name in zip(prompts, each, names, strict=True)
-                    for r in self.intake.requests(prompt, one, adapter=name)]
-        self.loop.complete(requests)
+                    for r in self.input_processor.requests(prompt, one, adapter=name)]
+        self.core.complete(requests)
         return [request.output for request in requests]
 
     def chat(self, messages: Messages | Sequence[Messages], params: SamplingParams | None = None,
              adapter: str | Sequence[str | None] | None = None) -> list[RequestOutput]:
         """Answer a conversation, or each of several, through the checkpoint's chat template."""
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
-        return self.generate([self.intake.tokens(conversation) for conversation in conversations], params, adapter)
+        return self.generate([self.input_processor.tokens(conversation) for conversation in conversations], params, adapter)
 
     def stream(self, prompt: Prompt | Messages, params: SamplingParams | None = None,
                adapter: str | None = None) -> Iterator[Delta]:
@@ -350,20 +350,20 @@ class Engine:
         params = params or SamplingParams()
         if params.n != 1:
             raise UserError(f"stream gives one answer: n must be 1, not {params.n}")
-        return self._stream(self.intake.requests(prompt, params, adapter=adapter)[0])
+        return self._stream(self.input_processor.requests(prompt, params, adapter=adapter)[0])
 
     def _stream(self, request: Request) -> Iterator[Delta]:
         request.streams = True
-        self.loop.submit([request])
+        self.core.submit([request])
         try:
             while True:
                 while request.deltas:
                     yield request.deltas.popleft()
                 if request.closed:
                     return
-                self.loop.step()
+                self.core.step()
         finally:
-            self.loop.abort(request.sequence.request_id)
+            self.core.abort(request.sequence.request_id)
 
     def classify(self, prompts: Prompt | Sequence[Prompt], labels: Sequence[str | Sequence[int]],
                  adapter: str | None = None) -> np.ndarray:
@@ -374,8 +374,8 @@ class Engine:
         """
         if len(labels) < 2:
             raise UserError("classify needs at least two labels")
-        prompts = [self.intake.tokens(prompt) for prompt in ([prompts] if is_single(prompts) else prompts)]
-        endings = [self.intake.tokens(label) for label in labels]
+        prompts = [self.input_processor.tokens(prompt) for prompt in ([prompts] if is_single(prompts) else prompts)]
+        endings = [self.input_processor.tokens(label) for label in labels]
         logits = np.full((len(prompts), len(labels)), np.nan)
         if all(len(ending) == 1 for ending in endings):
             for row, output in enumerate(self.generate(prompts, FIRST_TOKEN, adapter)):
@@ -397,12 +397,12 @@ class Engine:
             raise UserError(f"{len(prompts)} prompts and {len(continuations)} continuations: give one for each")
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1)
         requests = []
-        for prompt, continuation in zip(map(self.intake.tokens, prompts), map(self.intake.tokens, continuations),
+        for prompt, continuation in zip(map(self.input_processor.tokens, prompts), map(self.input_processor.tokens, continuations),
                                         strict=True):
             if not prompt or not continuation:
                 raise UserError("a score needs at least one token of prompt and one of continuation")
-            requests += self.intake.requests([*prompt, *continuation], params, len(prompt), adapter)
-        self.loop.complete(requests)
+            requests += self.input_processor.requests([*prompt, *continuation], params, len(prompt), adapter)
+        self.core.complete(requests)
         return [Score.of(request.output, request.score_from) for request in requests]
 
     def embed(self, prompts: Prompt | Sequence[Prompt], pooling: str = "mean", normalize: bool = True,
@@ -411,8 +411,8 @@ class Engine:
         the "last". normalize: to length 1. A prompt may have ``max_seq_len`` - 1 tokens."""
         prompts = [prompts] if is_single(prompts) else list(prompts)
         requests = [request for prompt in prompts
-                    for request in self.intake.requests(prompt, EMBEDDING, adapter=adapter, pooling=pooling)]
-        self.loop.complete(requests)
+                    for request in self.input_processor.requests(prompt, EMBEDDING, adapter=adapter, pooling=pooling)]
+        self.core.complete(requests)
         for request in requests:
             if request.output.error:
                 raise RuntimeError(f"an embedding could not be computed: {request.output.error}")
@@ -450,32 +450,32 @@ class Engine:
                 raise UserError("in_place=True is not for several processes, of which one could fail half-way")
             if golden is not None or not isinstance(source, str | Path):
                 raise UserError("in_place=True takes a checkpoint's folder and no golden prompts")
-            return replace_in_place(self.loop, source, policy)
-        weights, tried = self.weights, golden_requests(self.intake, golden)
+            return replace_in_place(self.core, source, policy)
+        weights, tried = self.weights, golden_requests(self.input_processor, golden)
         version = weights.add(weights.load(source))
         try:
-            self.loop.complete([request for request, _ in tried], version)
+            self.core.complete([request for request, _ in tried], version)
             check_golden(tried)
         except BaseException:
             weights.forget(version)
             raise
-        switch(self.loop, version, policy)
+        switch(self.core, version, policy)
         return version
 
     def rollback(self) -> int:
         """Back to the weights before the last update, as with "finish_old"; returns their version's number."""
         self._only_here()
         version = self.weights.other()
-        switch(self.loop, version, "finish_old")
+        switch(self.core, version, "finish_old")
         return version
 
     # --- figures
 
     def stats(self) -> EngineStats:
         """Counters since the engine was made."""
-        figures, runner, runners = self.loop.figures, self.runner, self.deployment.runners
+        figures, runner, runners = self.core.counters, self.runner, self.deployment.runners
         schedulers = [replica.scheduler for one in self._prepared.values() for replica in one.replicas]
-        speculation, spread = self.loop.speculation, self.deployment.spread
+        speculation, sharding = self.core.speculation, self.deployment.sharding
         buckets = []
         for bucket, usage in figures.usage.items() if runner.ready else ():
             programs = runner.programs(bucket)
@@ -502,11 +502,11 @@ class Engine:
             guard_trips=dict(sorted(figures.trips.items())), schedules=dict(figures.schedules),
             unused_slots=sum(one.unused_slots for one in schedulers),
             model_flops=figures.model_flops(self.config),
-            bytes_read=figures.bytes_read(weight_bytes_per_step(self.config, spread.specs, self.precision),
-                                          kv_bytes_per_token(self.config, spread.dtype, self.precision)),
+            bytes_read=figures.bytes_read(weight_bytes_per_step(self.config, sharding.specs, self.precision),
+                                          kv_bytes_per_token(self.config, sharding.dtype, self.precision)),
             device_seconds=figures.device_seconds, host_seconds=figures.host_seconds, buckets=tuple(buckets),
             tuned=str(self.tuned.path or "as given") if self.tuned else None,
-            adaptation=self.loop.adaptation.report() if self.loop.adaptation else {},
+            adaptation=self.core.adaptation.report() if self.core.adaptation else {},
         )
 
 

@@ -102,7 +102,7 @@ class Lab:
     def _time(self, bucket: Bucket) -> Cost:
         decode = bucket.phase == "decode"
         self.prepare([program(bucket)])
-        short = self.engine.loop.replicas[0].scheduler.policy.sparse_above_tokens if bucket.schedule == SPARSE else (
+        short = self.engine.core.replicas[0].scheduler.policy.sparse_above_tokens if bucket.schedule == SPARSE else (
             64 if decode else 0)
         long = self.max_seq_len - max(bucket.tokens, FURTHER)
         short = max(0, min(short, long))
@@ -155,12 +155,12 @@ class Lab:
         table = tuple(map(program, self.table(tuned)))  # the limits say how many tokens a dispatch takes
         self.prepare(table)
         for bucket in table:
-            engine.loop.figures.usage.setdefault(bucket, Usage())
+            engine.core.counters.usage.setdefault(bucket, Usage())
             engine.runner.prepare_seconds.setdefault(bucket, 0.0)
-        replica = engine.loop.replicas[0]
+        replica = engine.core.replicas[0]
         kept, replica.step_seconds = replica.scheduler, None
         wide = kept.wide_pool and PagePool(kept.wide_pool.num_pages)
-        replica.scheduler = engine.intake.scheduler = Scheduler(
+        replica.scheduler = engine.input_processor.scheduler = Scheduler(
             table, limits, PagePool(self.num_pages), tuned.policy, False, dense_tail=kept.dense_tail, wide_pool=wide)
         self._salt += 1
         prompts, params = trace.requests(engine.config.vocab_size, self._salt)
@@ -169,7 +169,7 @@ class Lab:
             engine.generate(prompts, params)
             return time.perf_counter() - began
         finally:
-            replica.scheduler = engine.intake.scheduler = kept
+            replica.scheduler = engine.input_processor.scheduler = kept
 
 
 def plain(bucket: Bucket) -> Bucket:
@@ -184,7 +184,7 @@ def program(bucket: Bucket) -> Bucket:
 
 def host_seconds(lab: Lab, tuned: Tuned, trace: Trace) -> float:
     """Of the host, per step, in a trace."""
-    figures = lab.engine.loop.figures
+    figures = lab.engine.core.counters
 
     def sums() -> tuple[float, int]:
         return figures.host_seconds, sum(usage.steps for usage in figures.usage.values())

@@ -33,10 +33,10 @@ COLUMNS = ("offered/s", "served/s", "p50, ms", "p99, ms", "worst, ms", "failed",
 
 def worker() -> None:
     """In the place of the engine's process: the same, and a file of how many steps had how many rows."""
-    from qwen_jax.engine.core.counters import Figures
+    from qwen_jax.engine.core.counters import Counters
     from qwen_jax.serving.engine_process.process import main as run
 
-    rows, record = Counter(), Figures.record
+    rows, record = Counter(), Counters.record
 
     def counted(self, plan, *others) -> None:
         record(self, plan, *others)
@@ -50,7 +50,7 @@ def worker() -> None:
             path.with_suffix(".part").write_text(json.dumps(dict(rows)))
             path.with_suffix(".part").replace(path)
 
-    Figures.record = counted
+    Counters.record = counted
     threading.Thread(target=tell, daemon=True).start()
     run()
 

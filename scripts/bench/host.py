@@ -37,14 +37,14 @@ def main() -> None:
 
     runner.start = stub
     params = SamplingParams(max_tokens=4000, temperature=0.7, top_p=0.9, ignore_eos=True)
-    requests = [engine.intake.requests(rng.integers(0, 1000, 40).tolist(), params)[0] for _ in range(args.rows)]
-    engine.loop.submit(requests)
+    requests = [engine.input_processor.requests(rng.integers(0, 1000, 40).tolist(), params)[0] for _ in range(args.rows)]
+    engine.core.submit(requests)
     while not all(request.sequence.output for request in requests):
-        engine.loop.step()
+        engine.core.step()
     times = []
     for _ in range(min(args.steps, 3900)):
         began = time.perf_counter()
-        engine.loop.step()
+        engine.core.step()
         times.append((time.perf_counter() - began) * 1e3)
     ms = statistics.median(times)
     print(f"{args.rows} rows: {ms:.2f} ms a step (median of {len(times)}; 90 %: {np.quantile(times, .9):.2f}); "

@@ -104,9 +104,9 @@ def bandit(args: argparse.Namespace) -> None:
         order = list(every) if round_ % 2 == 0 else list(every)[::-1]
         for name in order if round_ >= 0 else order[-1:]:
             kind = Fixed if every[name] else Adaptation
-            engine.loop.adaptation = kind.of(limits, DISPATCH_SECONDS)
+            engine.core.adaptation = kind.of(limits, DISPATCH_SECONDS)
             if every[name]:
-                engine.loop.adaptation.fixed = every[name]
+                engine.core.adaptation.fixed = every[name]
             before = decode_steps(engine)
             took = sum(seconds(engine, of_load(str(index), load, 7 + index, limits.max_seq_len), 100 * round_ + index
                                + 1000) for index, load in enumerate(SHIFTS))
@@ -127,7 +127,7 @@ def bandit(args: argparse.Namespace) -> None:
 
 
 def decode_steps(engine: Engine) -> int:
-    return sum(usage.steps for bucket, usage in engine.loop.figures.usage.items() if bucket.phase == "decode")
+    return sum(usage.steps for bucket, usage in engine.core.counters.usage.items() if bucket.phase == "decode")
 
 
 if __name__ == "__main__":

@@ -79,8 +79,8 @@ def test_leaving_a_stream_and_cancelling_a_task_free_the_pages(check):
 
 
 def test_a_deadline_ends_an_answer_wherever_it_is(check, inner, monkeypatch):
-    step = inner.loop.step
-    monkeypatch.setattr(inner.loop, "step", lambda: (time.sleep(0.05), step())[1])
+    step = inner.core.step
+    monkeypatch.setattr(inner.core, "step", lambda: (time.sleep(0.05), step())[1])
 
     async def work(engine):
         others = [asyncio.create_task(engine.generate(prompt, LONG)) for prompt in PROMPTS[:4]]

@@ -180,12 +180,12 @@ def test_closing_a_stream_gives_its_pages_back(engine, prompts):
 def test_an_interrupted_call_leaves_nothing_behind(engine, prompts, monkeypatch):
     steps = iter(range(3))
 
-    def interrupted(real=engine.loop.step):
+    def interrupted(real=engine.core.step):
         if next(steps, None) is None:
             raise KeyboardInterrupt
         return real()
 
-    monkeypatch.setattr(engine.loop, "step", interrupted)
+    monkeypatch.setattr(engine.core, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         engine.generate(prompts[:3], GREEDY)
     monkeypatch.undo()
@@ -258,7 +258,7 @@ def test_vocabulary_ends_at_the_tokenizer(hf, prompts):
             return ""
 
     engine = Engine(hf, tokenizer=Tokenizer(), limits=LIMITS, progress=False)
-    assert engine.intake.vocab_limit == 200
+    assert engine.input_processor.vocab_limit == 200
     prompt = [token % 200 for token in prompts[2]]
     free = hf_greedy(hf, prompt, 30)
     assert max(free) >= 200, "the case must want a padding id"

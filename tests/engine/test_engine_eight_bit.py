@@ -54,7 +54,7 @@ def answers(engine):
 
 def test_what_is_stored(engine):
     weights = engine.runner.weights
-    model = build(engine.config, weights.spread.by_name(weights[0])[0])
+    model = build(engine.config, weights.sharding.by_name(weights[0])[0])
     kinds = {path: isinstance(value, FP8Tensor) for path, value in params_of(model).items()}
     for layer in range(4):
         for name in ("attention.wqkv", "attention.wo", "mlp.gate_up", "mlp.down"):
@@ -144,7 +144,7 @@ def in_8_bits(fragile):
 
 def poison(engine, prompt, page, layer):
     """Writes NaN into a page that the prefix cache holds for a prompt, and returns its id."""
-    sequence = engine.intake.requests(prompt, GREEDY)[0].sequence
+    sequence = engine.input_processor.requests(prompt, GREEDY)[0].sequence
     sequence.salt = repr((0, engine.runner.adapters.identity(0), "full_attention")).encode()
     found = engine.pool.match(sequence.page_keys(len(prompt) // PAGE))
     state = engine.runner.state
@@ -231,10 +231,10 @@ def test_an_answer_goes_on_where_it_tripped(fragile, exact, in_16_bits):
 
 
 def _continued(engine, prompt, said, params):
-    request, = engine.intake.requests(prompt, params)
+    request, = engine.input_processor.requests(prompt, params)
     request.sequence.output.extend(said)
     request.sequence.prefill_end = request.sequence.num_tokens
-    engine.loop.complete([request])
+    engine.core.complete([request])
     return request.sequence.output[len(said):]
 
 

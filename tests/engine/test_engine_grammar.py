@@ -103,11 +103,11 @@ def test_a_grammar_that_fails_midway_ends_that_request_alone(engine, monkeypatch
 
 
 def test_a_restarted_answer_begins_its_grammar_again(engine):
-    request, = engine.intake.requests("x", JSON)
-    engine.loop.submit([request])
+    request, = engine.input_processor.requests("x", JSON)
+    engine.core.submit([request])
     while len(request.sequence.output) < 5:
-        engine.loop.step()
-    engine.loop.restart([request], engine.weight_version)
+        engine.core.step()
+    engine.core.restart([request], engine.weight_version)
     while not request.closed:
-        engine.loop.step()
+        engine.core.step()
     assert json.loads(request.output.text)

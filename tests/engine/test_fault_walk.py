@@ -75,8 +75,8 @@ class Walk(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.engine, self.loop, self.now = world.engine, world.engine.loop, 0.0
-        self.loop.clock = lambda: self.now
+        self.engine, self.core, self.now = world.engine, world.engine.core, 0.0
+        self.core.clock = lambda: self.now
         self.requests = []  # (request, prompt's place, adapter)
 
     @rule(place=st.integers(0, len(PROMPTS) - 1), most=st.integers(1, MOST), priority=st.integers(-1, 1),
@@ -84,10 +84,10 @@ class Walk(RuleBasedStateMachine):
     def add(self, place, most, priority, patience, adapted, streams):
         adapter = "a" if adapted and "a" in self.engine.adapters.names else None
         deadline = None if patience is None else self.now + patience
-        request, = self.engine.intake.requests(PROMPTS[place], SamplingParams(max_tokens=most, temperature=0.0), None,
+        request, = self.engine.input_processor.requests(PROMPTS[place], SamplingParams(max_tokens=most, temperature=0.0), None,
                                                adapter, priority, deadline)
         request.streams = streams
-        self.loop.submit([request])
+        self.core.submit([request])
         self.requests.append((request, place, adapter))
 
     @rule(bad=st.sampled_from(BAD))
@@ -98,7 +98,7 @@ class Walk(RuleBasedStateMachine):
     @rule(count=st.integers(1, 60))
     def run(self, count):
         for _ in range(count):
-            world.steps += self.loop.step()
+            world.steps += self.core.step()
             self.now += 0.1
 
     @rule(index=st.integers(0, 1000))
@@ -107,7 +107,7 @@ class Walk(RuleBasedStateMachine):
             return
         request, _, _ = self.requests[index % len(self.requests)]
         was_open = request.sequence.state is not State.FINISHED
-        assert self.loop.abort(request.sequence.request_id) <= was_open
+        assert self.core.abort(request.sequence.request_id) <= was_open
         assert not request.sequence.pages
         world.seen["aborted"] += was_open
 
@@ -142,7 +142,7 @@ class Walk(RuleBasedStateMachine):
         scheduler, pool = self.engine.scheduler, self.engine.pool
         held = {page for sequence in scheduler.running for page in sequence.pages}
         assert pool.capacity - pool.num_free == len(held)
-        assert set(self.engine.runner.weights.versions) >= self.loop.versions_in_use()
+        assert set(self.engine.runner.weights.versions) >= self.core.versions_in_use()
         for request, place, adapter in self.requests:
             sequence = request.sequence
             expected = world.answers[place, world.model_of[sequence.version], adapter][:sequence.max_new_tokens]
@@ -153,10 +153,10 @@ class Walk(RuleBasedStateMachine):
                 assert request.output.finish_reason == "abort" or request.output.token_ids == expected
                 world.seen["expired"] += sequence.deadline is not None and request.output.finish_reason == "abort"
         self.requests = [one for one in self.requests if not one[0].closed]
-        world.seen["versions at once"] = max(world.seen["versions at once"], len(self.loop.versions_in_use()))
+        world.seen["versions at once"] = max(world.seen["versions at once"], len(self.core.versions_in_use()))
 
     def teardown(self):
-        while self.loop.step():
+        while self.core.step():
             world.steps += 1
         self.nothing_is_lost_and_every_answer_is_its_own()
         stats = self.engine.stats()

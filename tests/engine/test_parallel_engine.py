@@ -40,7 +40,7 @@ def test_the_same_answers_as_one_device(size, tensor, stages, data):
 
 def test_parameters_come_back_as_they_were():
     engine = engine_of("0.5b", tp_size=6, warmup=False)
-    own, = engine.weights.spread.by_name(engine.weights[0])
+    own, = engine.weights.sharding.by_name(engine.weights[0])
     layout = engine.plan.layout
     assert layout.copies == 3
     given = params_of(model_of("0.5b"))
@@ -214,22 +214,22 @@ def test_a_pipeline_idles_no_longer_than_it_takes_to_fill():
 
 def test_replicas_share_the_work_and_nobody_waits_beside_an_idle_one():
     engine = engine_of("7b", dp_size=2)
-    engine.loop.submit([r for prompt in prompts(8) for r in engine.intake.requests(prompt, GREEDY)])
+    engine.core.submit([r for prompt in prompts(8) for r in engine.input_processor.requests(prompt, GREEDY)])
     loads = [replica.scheduler.num_sequences for replica in engine.deployment.replicas]
     assert loads == [4, 4]
     for sequence in list(engine.deployment.replicas[1].scheduler.waiting):
-        engine.loop.abort(sequence.request_id)
-    engine.loop.submit([r for prompt in prompts(9, seed=1) for r in engine.intake.requests(prompt, GREEDY)])
+        engine.core.abort(sequence.request_id)
+    engine.core.submit([r for prompt in prompts(9, seed=1) for r in engine.input_processor.requests(prompt, GREEDY)])
     schedulers = [replica.scheduler for replica in engine.deployment.replicas]
     for sequence in [*schedulers[1].waiting][1:]:  # all that wait are the first one's
-        engine.loop.abort(sequence.request_id)
+        engine.core.abort(sequence.request_id)
     waited, ran = len(schedulers[0].waiting), [0, 0]
     for index, replica in enumerate(engine.deployment.replicas):
         def adding(sequence, add=replica.scheduler.add, index=index):
             ran[index] += 1
             add(sequence)
         replica.scheduler.add = adding
-    while engine.loop.step():
+    while engine.core.step():
         pass
     assert waited == 7 and ran[0] == 0 and ran[1] >= 1, "the second replica has taken some over"
     assert engine.stats().pages_used == 0 and engine.stats().running == 0

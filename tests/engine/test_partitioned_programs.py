@@ -184,7 +184,7 @@ def test_72b_on_eight_devices_takes_an_eighth_of_the_memory_on_each():
     config = PRESETS["qwen2.5-72b"]
     one = deployment(config, 8)
     assert one.bytes_per_device <= weight_bytes(config, "bfloat16", one.blueprint.precision) / 8 * 1.03
-    part = one.spread.parts[0]
+    part = one.sharding.parts[0]
     assert part.local.num_kv_heads * 8 == config.num_kv_heads  # and so of keys and values
 
 

@@ -18,20 +18,20 @@ MANY = Limits(52, 256, ((4, 64),), ((52, 64, 4),), (4, 52), 4)
 
 def run(engine, work, params, at):
     """Answers of requests while ``at[step]`` is called before a step."""
-    requests = [request for prompt in work for request in engine.intake.requests(prompt, params)]
-    engine.loop.submit(requests)
+    requests = [request for prompt in work for request in engine.input_processor.requests(prompt, params)]
+    engine.core.submit(requests)
     steps = 0
     while not all(request.closed for request in requests):
         if steps in at:
             at[steps]()
-        engine.loop.step()
+        engine.core.step()
         steps += 1
     assert steps > max(at)
     return [request.output for request in requests]
 
 
 def prefilled(engine):
-    return sum(usage.tokens for bucket, usage in engine.loop.figures.usage.items() if bucket.phase == "prefill")
+    return sum(usage.tokens for bucket, usage in engine.core.counters.usage.items() if bucket.phase == "prefill")
 
 
 def test_fifty_requests_from_four_devices_each_to_one_each_and_back():
@@ -125,14 +125,14 @@ def test_a_request_that_the_new_plan_cannot_hold_keeps_the_old_one():
     engine = engine_of("7b", tp_size=4, limits=Limits(2, 256, ((2, 64),), (), (2,), 1), kv_cache_bytes=page)
     assert engine.pool.capacity == 4
     engine.prepare_plan(small := make_plan(engine.config))
-    request, = engine.intake.requests(list(range(150)), LONG)
-    engine.loop.submit([request])
-    engine.loop.step()
+    request, = engine.input_processor.requests(list(range(150)), LONG)
+    engine.core.submit([request])
+    engine.core.step()
     with pytest.raises(UserError, match="pages of KV cache"):
         engine.reshard(small)
-    engine.loop.complete([])
+    engine.core.complete([])
     while not request.closed:
-        engine.loop.step()
+        engine.core.step()
     assert request.output.finish_reason == "length" and engine.plan.tensor == 4
 
 
@@ -140,17 +140,17 @@ def test_the_engine_follows_its_load():
     narrow, broad = make_plan(shrunk("7b"), tensor=2), make_plan(shrunk("7b"), data=2)
     engine = engine_of("7b", tp_size=2, load_policy=LoadPolicy(narrow, broad, low=2, high=6, hold_seconds=3))
     now = [0.0]
-    engine.loop.clock = lambda: now[0]
+    engine.core.clock = lambda: now[0]
     work = prompts(8, 60)
     wanted = [output.token_ids for output in engine_of("7b").generate(work, LONG)]
-    plans, step = [], engine.loop.step
+    plans, step = [], engine.core.step
 
     def counting():
         now[0] += 1
         plans.append(engine.plan)
         return step()
 
-    engine.loop.step = counting
+    engine.core.step = counting
     compiles = backend_compiles()
     assert [output.token_ids for output in engine.generate(work, LONG)] == wanted
     assert backend_compiles() == compiles

@@ -135,16 +135,16 @@ def test_too_little_memory_is_said_before_anything_is_read(engine, folders, monk
 
 def begun(engine, count=6, params=GREEDY):
     """Requests of which as many have begun as there are slots, and the others wait."""
-    requests = [engine.intake.requests(prompt, params)[0] for prompt in PROMPTS[:count]]
-    engine.loop.submit(requests)
+    requests = [engine.input_processor.requests(prompt, params)[0] for prompt in PROMPTS[:count]]
+    engine.core.submit(requests)
     while sum(bool(request.sequence.output) for request in requests) < min(count, 4):
-        engine.loop.step()
+        engine.core.step()
     return requests
 
 
 def finish(engine, requests):
     while not all(request.closed for request in requests):
-        engine.loop.step()
+        engine.core.step()
     return [request.output for request in requests]
 
 
@@ -156,8 +156,8 @@ def test_requests_that_have_begun_keep_their_version(engine, folders):
     requests = begun(engine, 3, LONG)
     engine.update_weights(folders / "1")
     assert all(request.sequence.version == 0 and not request.closed for request in requests)
-    later = [engine.intake.requests(prompt, LONG)[0] for prompt in PROMPTS[:3]]
-    engine.loop.submit(later)  # both versions run side by side
+    later = [engine.input_processor.requests(prompt, LONG)[0] for prompt in PROMPTS[:3]]
+    engine.core.submit(later)  # both versions run side by side
     outputs = finish(engine, requests + later)
     assert [out.weight_version for out in outputs] == [0] * 3 + [1] * 3
     assert texts(outputs) == long_answers(0) + long_answers(1)
@@ -202,7 +202,7 @@ def test_in_place_waits_for_those_preempted_in_the_middle(folders):
     for request in requests:
         request.streams = True
     while not any(sequence.output for sequence in engine.scheduler.waiting):
-        engine.loop.step()
+        engine.core.step()
     engine.update_weights(folders / "1", in_place=True)
     assert texts(finish(engine, requests)) == long_answers(0)
     assert {request.output.weight_version for request in requests} == {0}

@@ -2,14 +2,14 @@
 
 import time
 
-from qwen_jax.engine.core.engine_core import Loop
+from qwen_jax.engine.core.engine_core import EngineCore
 from qwen_jax.engine.frontend.request import Request
 from qwen_jax.serving.engine_process import process
 
 DEVICE, TEXT, FREEZE = [13, 13], [14, 14], [15, 15]
 
 
-def step(self, begin=Loop.step):
+def step(self, begin=EngineCore.step):
     prompts = [request.sequence.prompt for request in self._requests.values()]
     if DEVICE in prompts:
         raise RuntimeError("the device is gone")
@@ -25,5 +25,5 @@ def add_tokens(self, *arguments, add=Request.add_tokens):
 
 
 if __name__ == "__main__":
-    Loop.step, Request.add_tokens = step, add_tokens
+    EngineCore.step, Request.add_tokens = step, add_tokens
     process.main()

@@ -36,7 +36,7 @@ def test_labels_of_one_token_take_one_pass(server, engine):
     inputs = ["amount 3 at noon"]
     output, = engine.generate(inputs, SamplingParams(max_tokens=1, temperature=0.0, logprobs=20))
     texts = {token: engine.tokenizer.decode([token]) for token in range(900)}
-    single = [token for token in texts if engine.intake.tokens(texts[token]) == [token]]
+    single = [token for token in texts if engine.input_processor.tokens(texts[token]) == [token]]
     likely = [texts[token] for token in single if token in output.logprobs[0]]
     rare = next(texts[token] for token in single if token not in output.logprobs[0])
     assert len(likely) >= 2

@@ -140,7 +140,7 @@ def test_real_steps_and_real_traces(cache):
         assert lab.run(tuned, work) > 0 and host_seconds(lab, tuned, work) > 0
     after = engine.stats()
     assert after.generated_tokens - before.generated_tokens == 4 * 18 and after.compiles_after_warmup == 0
-    used = {bucket for bucket, usage in engine.loop.figures.usage.items() if usage.steps and bucket.phase == "decode"}
+    used = {bucket for bucket, usage in engine.core.counters.usage.items() if usage.steps and bucket.phase == "decode"}
     assert {b.chunk_pages for b in used} == {0, 1}
     assert engine.scheduler.limits == engine.limits, "the engine is as before"
 

@@ -36,7 +36,7 @@ class EngineStats:
     or ended with an error when those were not either; the number of layers stands for what comes after the last one.
     ``unused_slots`` are tokens for which held pages have room and hold none. ``schedules`` counts requests that ended.
     ``tuned`` is the file that shapes and thresholds were read from, ``adaptation`` what `Adaptation.report` says.
-    ``model_flops`` and ``bytes_read`` are what answers needed (`Figures`), not what devices measured.
+    ``model_flops`` and ``bytes_read`` are what answers needed (`Counters`), not what devices measured.
     """
 
     compiles_after_warmup: int

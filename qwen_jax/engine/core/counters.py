@@ -26,7 +26,7 @@ class Usage:
 
 
 @dataclass
-class Figures:
+class Counters:
     """Counters since the engine was made. Seconds are of wall time.
 
     Attributes:

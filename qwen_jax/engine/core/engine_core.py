@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Sized
 
 from qwen_jax.engine.compiled.state import StepOutput
-from qwen_jax.engine.core.counters import Figures, Usage
+from qwen_jax.engine.core.counters import Counters, Usage
 from qwen_jax.engine.core.input_batch import build_batch
 from qwen_jax.engine.core.replica import Replica
 from qwen_jax.engine.frontend.request import Request
@@ -19,7 +19,7 @@ from qwen_jax.engine.scheduling.sequence import MOST, Sequence, State
 from qwen_jax.engine.scheduling.speculation import Speculation
 from qwen_jax.engine.scheduling.step_plan import StepPlan
 from qwen_jax.engine.weights.lora_table import AdapterTable
-from qwen_jax.engine.weights.weight_store import Weights
+from qwen_jax.engine.weights.weight_store import VersionedWeights
 from qwen_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ POLL_SECONDS = 1e-4  # between looks at which of several replicas is done
 DISPATCH_SECONDS = 0.05  # a decode step generates as many tokens per row as fit into this: it delays whoever comes
 
 
-class Loop:
+class EngineCore:
     """`submit` requests and call `step` until they are closed. One thread at a time.
 
     While devices work on a step, the texts of the step before it are made. So a request may be finished (its pages are
@@ -35,11 +35,11 @@ class Loop:
     has a step under way, and `step` ends the first that is done.
     """
 
-    def __init__(self, replicas: Sized[Replica], weights: Weights, adapters: AdapterTable,
+    def __init__(self, replicas: Sized[Replica], weights: VersionedWeights, adapters: AdapterTable,
                  speculation: Speculation | None = None, adaptation: Adaptation | None = None) -> None:
         self.replicas, self.weights, self.adapters, self.speculation = list(replicas), weights, adapters, speculation
         runner, scheduler = replicas[0].runner, replicas[0].scheduler
-        self.figures = Figures({bucket: Usage() for bucket in runner.table})
+        self.counters = Counters({bucket: Usage() for bucket in runner.table})
         self.failure: BaseException | None = None
         self.clock = time.monotonic  # of deadlines
         self.before_step: Callable[[], None] | None = None  # what may reshard
@@ -50,7 +50,7 @@ class Loop:
         self.homes: dict[int | str, Replica] = {}  # of the requests
 
     def submit(self, requests: Iterable[Request], version: int | None = None) -> None:
-        """Queue what `Intake` made, by default for the current version of the weights; `step` works on it."""
+        """Queue what `InputProcessor` made, by default for the current version of the weights; `step` works on it."""
         if self.refuses:
             raise UserError(self.refuses)
         if not all(replica.runner.ready for replica in self.replicas):
@@ -66,7 +66,7 @@ class Loop:
             home = min(self.replicas, key=lambda replica: replica.scheduler.num_sequences)
             home.scheduler.add(sequence)
             self._requests[sequence.request_id], self.homes[sequence.request_id] = request, home
-            self.figures.prompt_tokens += len(sequence.prompt)
+            self.counters.prompt_tokens += len(sequence.prompt)
 
     def abort(self, request_id: int) -> bool:
         """End a request and free its pages at once; False when it is not there any more."""
@@ -88,7 +88,7 @@ class Loop:
         self.homes.pop(sequence.request_id).scheduler.withdraw(sequence)
         del self._requests[sequence.request_id]
         self.adapters.release(request.adapter)
-        self.figures.prompt_tokens -= len(sequence.prompt)
+        self.counters.prompt_tokens -= len(sequence.prompt)
 
     def step(self) -> bool:
         """Run one step for whatever is queued. Returns whether there was work."""
@@ -226,7 +226,7 @@ class Loop:
 
     def _fall_back(self, scheduler: Scheduler, sequence: Sequence, layer: int) -> None:
         """A row's numbers were of no use: once more in 16 bits, or the end."""
-        self.figures.trips[layer] += 1
+        self.counters.trips[layer] += 1
         if scheduler.wide_pool is not None and not sequence.wide:
             logger.info("request %s is computed again in 16 bits: its numbers left the range of 8 bits in layer %d",
                         sequence.request_id, layer)
@@ -277,9 +277,9 @@ class Loop:
         del self._requests[request.sequence.request_id], self.homes[request.sequence.request_id]
         if request.sequence.version != self.weights.current:
             self.weights.drop_unused(self.versions_in_use())
-        self.figures.finished[request.output.finish_reason] += 1
+        self.counters.finished[request.output.finish_reason] += 1
         if request.output.schedule:
-            self.figures.schedules[request.output.schedule] += 1
+            self.counters.schedules[request.output.schedule] += 1
 
     def _use(self, request: Request, version: int) -> None:
         sequence = request.sequence
@@ -288,7 +288,7 @@ class Loop:
                               self.replicas[0].scheduler.attention(sequence))).encode()
 
     def _account(self, replica: Replica, plan: StepPlan, output: StepOutput, device: float, host: float) -> None:
-        self.figures.record(plan, output, device, host)
+        self.counters.record(plan, output, device, host)
         if self.speculation:
             self.speculation.record(plan, output.counts[: len(plan.rows)].tolist(), device + host)
         if self.adaptation:

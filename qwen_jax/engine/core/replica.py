@@ -16,19 +16,19 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.engine.compiled.state import StepOutput
 from qwen_jax.engine.config import engine_config
 from qwen_jax.engine.multihost.channel import Leader
-from qwen_jax.engine.multihost.leader import LeadingRunner
+from qwen_jax.engine.multihost.leader import LeaderRunner
 from qwen_jax.engine.runner.model_runner import Runner
 from qwen_jax.engine.runner.pipeline_runner import Pipeline
-from qwen_jax.engine.runner.stage import Held, Sizes
+from qwen_jax.engine.runner.stage import ShardedWeights, Sizes
 from qwen_jax.engine.scheduling.buckets import Bucket, Limits
 from qwen_jax.engine.scheduling.page_pool import PagePool
 from qwen_jax.engine.scheduling.schedule_policy import SPARSE, SchedulePolicy
 from qwen_jax.engine.scheduling.scheduler import Scheduler
 from qwen_jax.engine.scheduling.step_plan import StepPlan
 from qwen_jax.engine.weights.lora_table import AdapterTable
-from qwen_jax.engine.weights.model_shard import parts_of
-from qwen_jax.engine.weights.weight_sharding import Spread
-from qwen_jax.engine.weights.weight_store import Weights
+from qwen_jax.engine.weights.model_shard import shards_of
+from qwen_jax.engine.weights.weight_sharding import WeightSharding
+from qwen_jax.engine.weights.weight_store import VersionedWeights
 from qwen_jax.errors import UserError
 from qwen_jax.parallel.plan import ParallelPlan, make_plan
 from qwen_jax.quantization import Precision, Ranges, default_precision
@@ -81,44 +81,45 @@ class Deployment:
     """One plan.
 
     Attributes:
-      spread: how the weights have to lie; draft_spread: those of the draft model.
+      spread: how the weights have to lie; draft_sharding: those of the draft model.
       replicas: empty until `build`.
     """
 
     plan: ParallelPlan
     blueprint: Blueprint
-    spread: Spread = field(init=False)
-    draft_spread: Spread | None = field(init=False, default=None)
+    sharding: WeightSharding = field(init=False)
+    draft_sharding: WeightSharding | None = field(init=False, default=None)
     replicas: list[Replica] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         one, plan = self.blueprint, self.plan
-        self.spread = Spread(one.config, one.dtype, parts_of(plan), one.precision, one.ranges)
+        self.sharding = WeightSharding(one.config, one.dtype, shards_of(plan), one.precision, one.ranges)
         if one.draft:
             if len(plan.stages) > 1:
                 raise UserError("a draft model needs its target on the same devices: use pp_size=1, or speculation="
                                 "'ngram'")
             beside = make_plan(one.draft, plan.data, 1, plan.tensor)
-            self.draft_spread = Spread(one.draft, one.dtype, parts_of(beside),
+            self.draft_sharding = WeightSharding(one.draft, one.dtype, shards_of(beside),
                                        default_precision(one.draft, False, None))
 
-    def build(self, weights: Weights, draft: Weights | None, adapters: AdapterTable, free_bytes: int,
+    def build(self, weights: VersionedWeights, draft: VersionedWeights | None, adapters: AdapterTable, free_bytes: int,
               arrivals: Iterator[int], leader: Leader | None = None) -> None:
         """Replicas; nothing is compiled yet, and nothing allocated. ``free_bytes``: of each device, beside the weights.
         ``leader``: of the other processes, where there are some and this is the first."""
         one, stages = self.blueprint, len(self.plan.stages)
         sparse = any(bucket.schedule == SPARSE for bucket in one.table)
-        largest = max(self.spread.parts, key=lambda part: part.end - part.start)
-        beside = self.draft_spread.parts[0].local if self.draft_spread else None
+        largest = max(self.sharding.parts, key=lambda part: part.end - part.start)
+        beside = self.draft_sharding.parts[0].local if self.draft_sharding else None
         num_pages = engine_config.num_pages(largest.local, beside, one.limits, one.dtype, one.kv_cache_bytes, sparse,
                                        largest.precision(one.precision), free_bytes)
         wide_pages = engine_config.wide_pages(one.limits, one.precision)
         sizes = Sizes(num_pages, one.limits.max_batch_size, one.vocab_limit, one.sparsity, wide_pages)
         dense_tail = max((layer.dense_tail for layer in one.sparsity if layer), default=0)
-        kind = partial(LeadingRunner, leader) if leader else Runner if stages == 1 else Pipeline
+        kind = partial(LeaderRunner, leader) if leader else Runner if stages == 1 else Pipeline
         for index in range(self.plan.data):
-            runner = kind(one.table, sizes, Held(weights, self.spread), range(index * stages, (index + 1) * stages),
-                          adapters, draft and Held(draft, self.draft_spread), one.cache_dir, one.strict)
+            runner = kind(one.table, sizes, ShardedWeights(weights, self.sharding),
+                          range(index * stages, (index + 1) * stages), adapters,
+                          draft and ShardedWeights(draft, self.draft_sharding), one.cache_dir, one.strict)
             scheduler = Scheduler(one.table, one.limits, PagePool(num_pages), one.policy, one.prefix_cache,
                                   one.invariant, dense_tail, PagePool(wide_pages) if wide_pages else None, arrivals)
             self.replicas.append(Replica(scheduler, runner))
@@ -131,8 +132,8 @@ class Deployment:
     def bytes_per_device(self) -> int:
         """Of the weights, on the device that has the most."""
         found: dict[jax.Device, int] = {}
-        for spread in (self.spread, self.draft_spread):
-            for part, leaves in zip(spread.parts, spread.shapes, strict=True) if spread else ():
+        for sharding in (self.sharding, self.draft_sharding):
+            for part, leaves in zip(sharding.parts, sharding.shapes, strict=True) if sharding else ():
                 own = sum(prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
                 for device in part.devices:
                     found[device] = found.get(device, 0) + own

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from qwen_jax.engine.compiled.compile_counter import planned
-from qwen_jax.engine.core.engine_core import Loop
+from qwen_jax.engine.core.engine_core import EngineCore
 from qwen_jax.engine.core.replica import Deployment, Replica
 from qwen_jax.engine.runner import kv_transfer
 from qwen_jax.engine.scheduling.page_pool import pages_for
 from qwen_jax.engine.scheduling.sequence import Sequence, State
-from qwen_jax.engine.weights.weight_store import Weights
+from qwen_jax.engine.weights.weight_store import VersionedWeights
 from qwen_jax.errors import UserError
 from qwen_jax.parallel.plan import ParallelPlan
 
@@ -24,15 +24,15 @@ def prepare(deployment: Deployment, progress: bool) -> None:
             runner.compile(progress)
         with planned():
             if not runner.movers:
-                runner.movers = [kv_transfer.Mover(stage) for stage in runner.stages]
+                runner.movers = [kv_transfer.KVTransfer(stage) for stage in runner.stages]
 
 
-def move(loop: Loop, before: Deployment, after: Deployment, draft: Weights | None) -> None:
+def move(core: EngineCore, before: Deployment, after: Deployment, draft: VersionedWeights | None) -> None:
     """Weights, adapters, requests and what they have computed, from one plan's devices to another's.
 
     Both have been prepared. When it fails in between, the loop has stopped.
     """
-    loop.settle()
+    core.settle()
     for replica in before.replicas:
         for seq in (*replica.scheduler.running, *replica.scheduler.waiting):
             after.replicas[0].scheduler.check(seq)  # while nothing has changed
@@ -40,15 +40,15 @@ def move(loop: Loop, before: Deployment, after: Deployment, draft: Weights | Non
         taken = [_take(replica) for replica in before.replicas]
         for runner in before.runners:
             runner.pause()
-        loop.weights.rearrange(after.spread)
+        core.weights.rearrange(after.sharding)
         if draft is not None:
-            draft.rearrange(after.draft_spread)
-        loop.adapters.rearrange(after.spread.parts)
+            draft.rearrange(after.draft_sharding)
+        core.adapters.rearrange(after.sharding.parts)
         for runner in after.runners:
             runner.resume()
-        loop.replicas, loop.homes = after.replicas, _put(taken, after.replicas)
+        core.replicas, core.homes = after.replicas, _put(taken, after.replicas)
     except BaseException as error:
-        loop.failure = error
+        core.failure = error
         raise
 
 

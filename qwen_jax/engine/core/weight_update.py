@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from math import isfinite
 
 from qwen_jax.engine.api.sampling_params import SamplingParams
-from qwen_jax.engine.core.engine_core import Loop
-from qwen_jax.engine.frontend.input_processor import Intake, Prompt
+from qwen_jax.engine.core.engine_core import EngineCore
+from qwen_jax.engine.frontend.input_processor import InputProcessor, Prompt
 from qwen_jax.engine.frontend.request import Request
 from qwen_jax.errors import UserError
 
@@ -21,18 +21,18 @@ def check_policy(policy: str) -> None:
         raise UserError(f"unknown policy {policy!r} for running requests: use {' or '.join(POLICIES)}")
 
 
-def golden_requests(intake: Intake, golden: Golden | None) -> list[tuple[Request, list[int]]]:
+def golden_requests(input_processor: InputProcessor, golden: Golden | None) -> list[tuple[Request, list[int]]]:
     """Requests to try a version of the weights on, with the tokens that their answers have to begin with."""
     if golden is None:
-        longest = max(1, intake.max_seq_len - 4)
-        golden = [([place * 7919 % intake.vocab_limit for place in range(min(length, longest))], ())
+        longest = max(1, input_processor.max_seq_len - 4)
+        golden = [([place * 7919 % input_processor.vocab_limit for place in range(min(length, longest))], ())
                   for length in (1, 17, 50)]
     tried = []
     for prompt, answer in golden:
-        expected = intake.tokens(answer) if len(answer) else []
+        expected = input_processor.tokens(answer) if len(answer) else []
         params = SamplingParams(max_tokens=max(len(expected), 4), temperature=0.0, repetition_penalty=1.0, logprobs=0,
                                 prompt_logprobs=0, ignore_eos=True)
-        request, = intake.requests(prompt, params, priority=FIRST)
+        request, = input_processor.requests(prompt, params, priority=FIRST)
         tried.append((request, expected))
     return tried
 
@@ -50,35 +50,35 @@ def check_golden(tried: Iterable[tuple[Request, list[int]]]) -> None:
                             f"where {expected} is expected; the old ones stay")
 
 
-def switch(loop: Loop, version: int, policy: str) -> None:
+def switch(core: EngineCore, version: int, policy: str) -> None:
     """`version` becomes current: new requests run with it, and those that have not begun.
 
     "finish_old": those that have begun keep their version. "restart": they begin again with the new one, except those
     whose answers somebody is already reading.
     """
-    loop.weights.make_current(version)
-    loop.restart(loop.untouched(only_waiting=policy == "finish_old"), version)
-    loop.weights.drop_unused(loop.versions_in_use())
+    core.weights.make_current(version)
+    core.restart(core.untouched(only_waiting=policy == "finish_old"), version)
+    core.weights.drop_unused(core.versions_in_use())
 
 
-def replace_in_place(loop: Loop, source: str, policy: str) -> int:
+def replace_in_place(core: EngineCore, source: str, policy: str) -> int:
     """Without a second copy of the weights: the engine runs dry, then its parameters are replaced one by one."""
-    schedulers, weights = [replica.scheduler for replica in loop.replicas], loop.weights
+    schedulers, weights = [replica.scheduler for replica in core.replicas], core.weights
     if policy == "restart":
-        loop.restart(loop.untouched(only_waiting=False), weights.current)
+        core.restart(core.untouched(only_waiting=False), weights.current)
     for scheduler in schedulers:
         scheduler.paused = True
     try:
         while any(scheduler.running or any(sequence.output for sequence in scheduler.waiting)
                   for scheduler in schedulers):
-            loop.step()
-        loop.settle()
+            core.step()
+        core.settle()
         version = weights.replace(source)
     except RuntimeError as error:
-        loop.failure = loop.failure or error
+        core.failure = core.failure or error
         raise
     finally:
         for scheduler in schedulers:
             scheduler.paused = False
-    loop.restart(loop.untouched(only_waiting=False), version)
+    core.restart(core.untouched(only_waiting=False), version)
     return version

@@ -27,7 +27,7 @@ Messages = Sequence[Mapping[str, Any]]
 Prompt = str | Sequence[int]
 
 
-class Intake:
+class InputProcessor:
     """Reads the engine and changes nothing in it, so it may run on other threads than the steps.
 
     Args:

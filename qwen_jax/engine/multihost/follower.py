@@ -11,18 +11,18 @@ from qwen_jax.engine.multihost.channel import Follower
 from qwen_jax.engine.runner.model_runner import Runner
 from qwen_jax.engine.runner.padded_batch import everything
 from qwen_jax.engine.weights.lora_table import AdapterTable
-from qwen_jax.engine.weights.weight_sharding import Version
-from qwen_jax.engine.weights.weight_store import Weights
+from qwen_jax.engine.weights.weight_sharding import ShardedLeaves
+from qwen_jax.engine.weights.weight_store import VersionedWeights
 
 
-class Following:
+class FollowerLoop:
     """Another process's engine, which does what process 0 says."""
 
     REFUSAL = "process 0 alone takes requests and changes the engine: call follow() here"
 
-    def __init__(self, follower: Follower, runner: Runner, weights: Weights, adapters: AdapterTable) -> None:
+    def __init__(self, follower: Follower, runner: Runner, weights: VersionedWeights, adapters: AdapterTable) -> None:
         self._follower, self._runner, self._weights, self._adapters = follower, runner, weights, adapters
-        self._loaded: Version | None = None
+        self._loaded: ShardedLeaves | None = None
         self._loader = ThreadPoolExecutor(1)  # steps go on while a checkpoint is read
         self._do = {"step": self._step, "load_weights": self._load_weights, "drop_loaded": self._drop_loaded,
                     "add_loaded": self._add_loaded, "make_current": weights.make_current, "forget": weights.forget,

@@ -14,8 +14,8 @@ from qwen_jax.engine.runner.model_runner import Runner
 from qwen_jax.engine.runner.padded_batch import everything
 from qwen_jax.engine.scheduling.buckets import Bucket
 from qwen_jax.engine.weights.lora_table import AdapterTable
-from qwen_jax.engine.weights.weight_sharding import Version
-from qwen_jax.engine.weights.weight_store import Weights
+from qwen_jax.engine.weights.weight_sharding import ShardedLeaves
+from qwen_jax.engine.weights.weight_store import VersionedWeights
 from qwen_jax.errors import UserError
 
 
@@ -29,7 +29,7 @@ def check_same(processes: Leader | Follower, runner: Runner) -> None:
                         "have to be the same")
 
 
-class LeadingRunner(Runner):
+class LeaderRunner(Runner):
     """Process 0's: its steps are everyone's."""
 
     def __init__(self, leader: Leader, *arguments: Any) -> None:
@@ -52,14 +52,14 @@ class LeadingRunner(Runner):
         return super().start(bucket, batch, version)
 
 
-class LeadingWeights(Weights):
+class LeaderWeights(VersionedWeights):
     """Process 0's: every process loads its own part of the same checkpoint, and versions change everywhere."""
 
     def __init__(self, leader: Leader, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._leader = leader
 
-    def load(self, source: Any) -> Version:
+    def load(self, source: Any) -> ShardedLeaves:
         if not isinstance(source, str | Path):
             raise UserError("an engine of several processes takes weights from a folder that every one of them can "
                             f"read, not from {type(source).__name__}")
@@ -76,7 +76,7 @@ class LeadingWeights(Weights):
             raise
         return loaded
 
-    def add(self, leaves: Version) -> int:
+    def add(self, leaves: ShardedLeaves) -> int:
         self._leader.tell("add_loaded")
         return super().add(leaves)
 
@@ -94,7 +94,7 @@ class LeadingWeights(Weights):
         super().drop_unused(used)
 
 
-class LeadingAdapters(AdapterTable):
+class LeaderAdapters(AdapterTable):
     """Process 0's: adapters are everyone's."""
 
     def __init__(self, leader: Leader, *arguments: Any) -> None:

@@ -35,7 +35,7 @@ class Contents(NamedTuple):
         return Contents({name: [x[pages] for x in found] for name, found in self.pages.items()}, self.counts[slots])
 
 
-class Mover:
+class KVTransfer:
     """Reads and writes one stage's state."""
 
     def __init__(self, stage: Stage) -> None:

@@ -16,7 +16,7 @@ from qwen_jax.engine.compiled.state import EngineState, StepBatch, StepOutput
 from qwen_jax.engine.compiled.steps import run_bucket
 from qwen_jax.engine.runner.executable_cache import Executables, Program, attention_tiles
 from qwen_jax.engine.runner.padded_batch import dry_run_batch
-from qwen_jax.engine.runner.stage import Held, Sizes, Stage
+from qwen_jax.engine.runner.stage import ShardedWeights, Sizes, Stage
 from qwen_jax.engine.scheduling.buckets import Bucket
 from qwen_jax.engine.weights.lora_table import AdapterTable
 from qwen_jax.errors import UserError
@@ -40,8 +40,8 @@ class Runner:
       strict: refuse to go on after a compilation that was not part of a warm-up.
     """
 
-    def __init__(self, table: tuple[Bucket, ...], sizes: Sizes, held: Held, parts: Sequence[int],
-                 adapters: AdapterTable, draft: Held | None, cache_dir: Path | None, strict: bool = False) -> None:
+    def __init__(self, table: tuple[Bucket, ...], sizes: Sizes, held: ShardedWeights, parts: Sequence[int],
+                 adapters: AdapterTable, draft: ShardedWeights | None, cache_dir: Path | None, strict: bool = False) -> None:
         self.table, self.sizes, self.weights, self.adapters = table, sizes, held.weights, adapters
         self.stages = [Stage(table, sizes, held, part, adapters, draft) for part in parts]
         self._strict = strict

@@ -18,19 +18,19 @@ from qwen_jax.engine.runner.padded_batch import everything
 from qwen_jax.engine.scheduling.buckets import Bucket
 from qwen_jax.engine.scheduling.schedule_policy import SPARSE
 from qwen_jax.engine.weights.lora_table import AdapterTable
-from qwen_jax.engine.weights.model_shard import Part, put_global
-from qwen_jax.engine.weights.weight_sharding import Spread
-from qwen_jax.engine.weights.weight_store import Weights
+from qwen_jax.engine.weights.model_shard import ModelShard, put_global
+from qwen_jax.engine.weights.weight_sharding import WeightSharding
+from qwen_jax.engine.weights.weight_store import VersionedWeights
 from qwen_jax.model import Qwen2
 from qwen_jax.model.partition import WHOLE
 from qwen_jax.quantization import forms
 
 
-class Held(NamedTuple):
-    """Weights, and how they are spread where this is for: `Weights.spread` when it runs."""
+class ShardedWeights(NamedTuple):
+    """Weights, and how they are spread where this is for: `VersionedWeights.sharding` when it runs."""
 
-    weights: Weights
-    spread: Spread
+    weights: VersionedWeights
+    sharding: WeightSharding
 
 
 class Sizes(NamedTuple):
@@ -63,27 +63,27 @@ class Stage:
       identity: what the programs depend on.
     """
 
-    def __init__(self, table: tuple[Bucket, ...], sizes: Sizes, held: Held, part: int, adapters: AdapterTable,
-                 draft: Held | None) -> None:
-        spread = held.spread
-        self.part: Part = spread.parts[part]
-        self.draft_layout = draft and draft.spread.parts[part].layout
+    def __init__(self, table: tuple[Bucket, ...], sizes: Sizes, held: ShardedWeights, part: int, adapters: AdapterTable,
+                 draft: ShardedWeights | None) -> None:
+        sharding = held.sharding
+        self.part: ModelShard = sharding.parts[part]
+        self.draft_layout = draft and draft.sharding.parts[part].layout
         self._index, self._held, self._adapters, self._draft = part, held, adapters, draft
         layers = slice(self.part.start, self.part.end)
-        self.dtype = spread.dtype
+        self.dtype = sharding.dtype
         self._sparsity = sizes.sparsity[layers]
         self._vocab_limit, self._vocab_size = np.int32(sizes.vocab_limit), self.part.layout.config.vocab_size
         sparse = any(bucket.schedule == SPARSE for bucket in table)
-        precision = self.part.precision(spread.precision)
+        precision = self.part.precision(sharding.precision)
         slots = sizes.slots if self.part.last else 0  # tokens are counted where they are sampled
-        self._new_state = partial(new_state, self.part.held, sizes.num_pages, slots, spread.dtype,
-                                  draft and draft.spread.parts[part].held, table[0].pages if sparse else 0,
+        self._new_state = partial(new_state, self.part.held, sizes.num_pages, slots, sharding.dtype,
+                                  draft and draft.sharding.parts[part].held, table[0].pages if sparse else 0,
                                   precision.kv_cache, sizes.wide_pages)
         self.state: EngineState | None = None
         self._allocate: Callable[[], EngineState] | None = None
         self._masks: dict[int, jax.Array] = {}
-        self.identity = [repr(self.part), str(spread.dtype), sizes.num_pages, sizes.slots,
-                         adapters.identity_of_shapes, draft and repr(draft.spread.parts[part]),
+        self.identity = [repr(self.part), str(sharding.dtype), sizes.num_pages, sizes.slots,
+                         adapters.identity_of_shapes, draft and repr(draft.sharding.parts[part]),
                          repr(self._sparsity) if sparse else None, repr(precision), sizes.wide_pages]
 
     def prepare(self) -> None:
@@ -111,7 +111,7 @@ class Stage:
 
     def shapes_of_arguments(self, batch: StepBatch, *others: Any) -> tuple:
         """As `arguments`, to lower a step with."""
-        return (self._held.spread.shapes[self._index], self._draft and self._draft.spread.shapes[self._index],
+        return (self._held.sharding.shapes[self._index], self._draft and self._draft.sharding.shapes[self._index],
                 self.shapes, batch, self._vocab_limit, self._adapters.shapes(self.part), *others)
 
     def arguments(self, batch: StepBatch, version: int, *others: Any) -> tuple:
@@ -127,11 +127,11 @@ class Stage:
 
     def models(self, leaves: tuple, draft: tuple | None) -> Models:
         """While a step is traced."""
-        params, scales = jax.tree.unflatten(self._held.spread.treedefs[self._index], leaves)
-        model = nnx.merge(self._held.spread.graphs[self._index], params)
+        params, scales = jax.tree.unflatten(self._held.sharding.treedefs[self._index], leaves)
+        model = nnx.merge(self._held.sharding.graphs[self._index], params)
         if draft is not None:
-            params, _ = jax.tree.unflatten(self._draft.spread.treedefs[self._index], draft)
-            draft = nnx.merge(self._draft.spread.graphs[self._index], params)
+            params, _ = jax.tree.unflatten(self._draft.sharding.treedefs[self._index], draft)
+            draft = nnx.merge(self._draft.sharding.graphs[self._index], params)
         return Models(model, draft, self._sparsity, _forms_of_pages(model, scales))
 
     def lower(self, step: Callable, arguments: tuple) -> jax.stages.Lowered:

@@ -116,8 +116,8 @@ class Bandit:
         base = self.mean(0)
         if base is None:
             return 0
-        spread = EXPLORATION * base * math.sqrt(math.log(max(sum(self.count), math.e)))
-        least = [-math.inf if not count else self.mean(choice) - spread / math.sqrt(count)
+        sharding = EXPLORATION * base * math.sqrt(math.log(max(sum(self.count), math.e)))
+        least = [-math.inf if not count else self.mean(choice) - sharding / math.sqrt(count)
                  for choice, count in enumerate(self.count)]
         for choice in sorted(range(len(least)), key=least.__getitem__):
             feared = self.mean(choice) or UNKNOWN * base

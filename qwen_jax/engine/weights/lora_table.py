@@ -14,7 +14,7 @@ import numpy as np
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.compiled.compile_counter import planned
 from qwen_jax.engine.compiled.lora_rows import NO_ADAPTER, Adapters
-from qwen_jax.engine.weights.model_shard import Part, put_global
+from qwen_jax.engine.weights.model_shard import ModelShard, put_global
 from qwen_jax.errors import UserError
 from qwen_jax.model.lora import TARGETS, split_axes, target_sizes
 from qwen_jax.parallel.layout import expand, expanded_shape
@@ -29,7 +29,7 @@ class AdapterTable:
       max_rank: the largest rank; smaller ones are padded with zeros.
     """
 
-    def __init__(self, config: ModelConfig, parts: Sequence[Part], max_adapters: int, max_rank: int,
+    def __init__(self, config: ModelConfig, parts: Sequence[ModelShard], max_adapters: int, max_rank: int,
                  dtype: Any) -> None:
         for name, value, least in (("max_adapters", max_adapters, 0), ("max_adapter_rank", max_rank, 1)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -127,13 +127,13 @@ class AdapterTable:
         self._scale[slot] = scale
         self._put()
 
-    def rearrange(self, parts: Sequence[Part]) -> None:
+    def rearrange(self, parts: Sequence[ModelShard]) -> None:
         """The same adapters for other parts of the model."""
         self._parts, self._values = tuple(parts), (None,) * len(parts)
         if self._users:
             self._put()
 
-    def shapes(self, part: Part) -> Adapters | None:
+    def shapes(self, part: ModelShard) -> Adapters | None:
         """What `values` is for a part, as shapes."""
         if not self._users:
             return None
@@ -148,7 +148,7 @@ class AdapterTable:
                   for layer in self._host[part.start:part.end]),
             put_global(self._scale.copy(), part.replicated)) for part in self._parts)
 
-    def _held(self, part: Part, name: str, values: Any) -> Any:
+    def _held(self, part: ModelShard, name: str, values: Any) -> Any:
         """One factor of all slots, ``[S, r, I]`` or ``[S, O, r]``, or its shape, as a part holds it."""
         target, _, factor = name.rpartition(".")
         own = split_axes(self._config, target)[factor == "b"]

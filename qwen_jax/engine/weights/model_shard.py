@@ -29,7 +29,7 @@ EMBED, HEAD = "embed.weight", "head.weight"
 
 
 @dataclass(frozen=True)
-class Part:
+class ModelShard:
     """Some layers of a model on the devices of one mesh, which divide them by a layout.
 
     Attributes:
@@ -141,12 +141,12 @@ def put_global(x: Any, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-def parts_of(plan: ParallelPlan) -> list[Part]:
+def shards_of(plan: ParallelPlan) -> list[ModelShard]:
     """The stages of the first replica, then those of the next."""
-    return [Part(mesh, plan.layout, start, start + count) for replica in plan_meshes(plan)
+    return [ModelShard(mesh, plan.layout, start, start + count) for replica in plan_meshes(plan)
             for mesh, start, count in zip(replica, plan.first_layers, plan.stages, strict=True)]
 
 
-def held_by(parts: Sequence[Part], path: str) -> Iterator[tuple[int, str]]:
+def held_by(parts: Sequence[ModelShard], path: str) -> Iterator[tuple[int, str]]:
     """The parts that have a parameter, by their place in ``parts``, and their names for it."""
     return ((index, name) for index, part in enumerate(parts) for name in part.names(path))

@@ -13,17 +13,17 @@ import numpy as np
 from flax import nnx
 
 from qwen_jax.config import ModelConfig
-from qwen_jax.engine.weights.model_shard import Part, held_by
+from qwen_jax.engine.weights.model_shard import ModelShard, held_by
 from qwen_jax.errors import UserError
 from qwen_jax.model import abstract, params_of
 from qwen_jax.parallel.layout import contract, expand, expanded_shape
 from qwen_jax.quantization import Precision, Ranges, scales_of
 
 Leaves = tuple[jax.Array, ...]  # of one part
-Version = tuple[Leaves, ...]  # of every part
+ShardedLeaves = tuple[Leaves, ...]  # of every part
 
 
-class Spread:
+class WeightSharding:
     """The parts of a model, and how parameters become the arrays that each part's programs take.
 
     Attributes:
@@ -33,7 +33,7 @@ class Spread:
       graphs, treedefs: of each part's network around its parameters, and of the tuple of arrays that it is split into.
     """
 
-    def __init__(self, config: ModelConfig, dtype: Any, parts: Sequence[Part], precision: Precision,
+    def __init__(self, config: ModelConfig, dtype: Any, parts: Sequence[ModelShard], precision: Precision,
                  ranges: tuple[Ranges, ...] | None = None) -> None:
         self.parts, self.dtype, self.precision, self._ranges = tuple(parts), jnp.dtype(dtype), precision, ranges
         self.specs = abstract(config, self.dtype)
@@ -79,7 +79,7 @@ class Spread:
         for index, name in held_by(self.parts, path):
             params[index][name] = self.parts[index].moved(value, self.specs[path].axes)
 
-    def leaves(self, params: Sequence[Mapping[str, Any]]) -> Version:
+    def leaves(self, params: Sequence[Mapping[str, Any]]) -> ShardedLeaves:
         """The arrays of every part. UserError when some are not of the model's shapes and types."""
         wrong = [f"{path} {tuple(value.shape)} {value.dtype} for {self._held[path][0]} {self._held[path][1]}"
                  for path, value in self._first_of_each(params) if (value.shape, value.dtype) != self._held[path]]
@@ -88,12 +88,12 @@ class Spread:
         return tuple(tuple(jax.tree.leaves((nnx.split(part.build(own))[1], self._scales(part, own))))
                      for part, own in zip(self.parts, params, strict=True))
 
-    def by_name(self, version: Version) -> list[dict[str, Any]]:
+    def by_name(self, version: ShardedLeaves) -> list[dict[str, Any]]:
         """The inverse of `leaves`."""
         return [params_of(nnx.merge(graph, jax.tree.unflatten(treedef, leaves)[0]))
                 for graph, treedef, leaves in zip(self.graphs, self.treedefs, version, strict=True)]
 
-    def rearranged(self, other: Spread, version: Version) -> Version:
+    def rearranged(self, other: WeightSharding, version: ShardedLeaves) -> ShardedLeaves:
         """A version that lies as ``other`` says, as this spread has it. Nothing is computed, so nothing compiles: where
         the layouts differ, arrays pass through the host, one at a time."""
         theirs, axes = other.by_name(version), ("kv_heads", "head_dim")
@@ -104,21 +104,21 @@ class Spread:
             self.put(params, path, self._from(other, first, spec.axes))
         scales = other._scales_of_layers(version)
 
-        def of(part: Part):
+        def of(part: ModelShard):
             return jax.tree.map(lambda x: part.moved(_positive(self._from(other, x, axes)), axes),
                                 tuple(scales[part.start:part.end]))
 
         return tuple(tuple(jax.tree.leaves((nnx.split(part.build(own))[1], of(part))))
                      for part, own in zip(self.parts, params, strict=True))
 
-    def _from(self, other: Spread, value: Any, axes: Sequence[str]) -> Any:
+    def _from(self, other: WeightSharding, value: Any, axes: Sequence[str]) -> Any:
         """An array that is expanded for ``other``'s layout, for this one's; where these are the same, it itself."""
         mine, old = self.parts[0].layout, other.parts[0].layout
         if replace(mine, tensor=1) == replace(old, tensor=1):
             return value
         return expand(contract(jax.tree.map(np.asarray, value), axes, old), axes, mine)
 
-    def _scales_of_layers(self, version: Version) -> list[Any]:
+    def _scales_of_layers(self, version: ShardedLeaves) -> list[Any]:
         """Of every layer of the model, from the first replica."""
         found: list[Any] = [None] * self.parts[0].layout.config.num_layers
         for part, treedef, leaves in zip(self.parts, self.treedefs, version, strict=True):
@@ -130,7 +130,7 @@ class Spread:
         for path, index in self._owners.items():
             yield path, params[index][self.parts[index].names(path)[0]]
 
-    def _scales(self, part: Part, own: Mapping[str, Any]) -> Any:
+    def _scales(self, part: ModelShard, own: Mapping[str, Any]) -> Any:
         scales = scales_of(own, part.precision(self.precision), part.ranges(self._ranges))
         return jax.tree.map(lambda x: part.moved(x, ("kv_heads", "head_dim")), scales)
 

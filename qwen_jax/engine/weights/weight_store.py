@@ -12,14 +12,14 @@ import numpy as np
 
 from qwen_jax.engine.compiled.compile_counter import planned
 from qwen_jax.engine.config import engine_config
-from qwen_jax.engine.weights.weight_sharding import Spread, Version
+from qwen_jax.engine.weights.weight_sharding import ShardedLeaves, WeightSharding
 from qwen_jax.errors import UserError
 from qwen_jax.model import Qwen2, params_of
 
 if TYPE_CHECKING:
     from qwen_jax.checkpoint import Source
 
-class Weights:
+class VersionedWeights:
     """The version that new requests run with, the one before it, and those that older requests still run with.
 
     A version has for each part of the model a tuple of arrays in the order of ``spread.treedefs[part]``: the
@@ -31,18 +31,18 @@ class Weights:
         shapes it has instead) are used as they are where a single device holds the whole model.
     """
 
-    def __init__(self, source: Qwen2 | Source, spread: Spread) -> None:
-        self.config, self.spread = source.config, spread
+    def __init__(self, source: Qwen2 | Source, sharding: WeightSharding) -> None:
+        self.config, self.sharding = source.config, sharding
         self.current, self.previous = 0, None
         self._candidate: int | None = None
         self._count = 1
         if isinstance(source, Qwen2):
-            placed = ((path, spread.stored(path, value)) for path, value in params_of(source).items())
+            placed = ((path, sharding.stored(path, value)) for path, value in params_of(source).items())
         else:
             placed = self._read(source)
-        self._versions: dict[int, Version] = {0: spread.leaves(spread.all(placed))}
+        self._versions: dict[int, ShardedLeaves] = {0: sharding.leaves(sharding.all(placed))}
 
-    def __getitem__(self, version: int) -> Version:
+    def __getitem__(self, version: int) -> ShardedLeaves:
         return self._versions[version]
 
     @property
@@ -59,7 +59,7 @@ class Weights:
                     found[shard.device] += shard.data.nbytes
         return sum(found.values()) if engine_config.platform() == "cpu" else max(found.values())
 
-    def load(self, source: Any) -> Version:
+    def load(self, source: Any) -> ShardedLeaves:
         """Another version's arrays, checked, on the devices; nothing changes here, and any thread may call this.
 
         Args:
@@ -72,15 +72,15 @@ class Weights:
         if isinstance(source, str | Path):
             checked = self._checked(source)
             with planned():
-                return self.spread.leaves(self.spread.all(self._read(checked)))
+                return self.sharding.leaves(self.sharding.all(self._read(checked)))
         params = params_of(source) if isinstance(source, Qwen2) else source
         if not isinstance(params, Mapping):
             raise UserError("weights come from a folder, a hub id, a Qwen2 module or parameters by name, not from "
                             f"{type(source).__name__}")
         with planned():
-            return self.spread.leaves(self.spread.all(self._copied(params)))
+            return self.sharding.leaves(self.sharding.all(self._copied(params)))
 
-    def add(self, leaves: Version) -> int:
+    def add(self, leaves: ShardedLeaves) -> int:
         """A number for these arrays, which requests may then run with, until `make_current` or `forget`."""
         number, self._count = self._count, self._count + 1
         self._versions[number] = leaves
@@ -120,22 +120,22 @@ class Weights:
         self.drop_unused(())
         if self.previous is not None:
             self.forget(self.previous)
-        params = self.spread.by_name(self._versions.pop(self.current))
+        params = self.sharding.by_name(self._versions.pop(self.current))
         try:
             with planned():
                 for path, value in self._read(checked):
-                    self.spread.put(params, path, value)  # the old one is freed before the next is read
-                leaves = self.spread.leaves(params)
+                    self.sharding.put(params, path, value)  # the old one is freed before the next is read
+                leaves = self.sharding.leaves(params)
         except Exception as error:
             raise RuntimeError(f"the weights were being replaced by {source} in place: {error}") from error
         self.current, self._candidate = self.add(leaves), None
         return self.current
 
-    def rearrange(self, spread: Spread) -> None:
+    def rearrange(self, sharding: WeightSharding) -> None:
         """All versions for other parts of the model; compiles nothing."""
         for number in self.versions:
-            self._versions[number] = spread.rearranged(self.spread, self._versions.pop(number))
-        self.spread = spread
+            self._versions[number] = sharding.rearranged(self.sharding, self._versions.pop(number))
+        self.sharding = sharding
 
     def _check_memory(self) -> None:
         free = engine_config.free_memory()
@@ -157,7 +157,7 @@ class Weights:
         """Somebody else's arrays."""
         from qwen_jax.checkpoint import check_finite
 
-        specs, dtype = self.spread.specs, self.spread.dtype
+        specs, dtype = self.sharding.specs, self.sharding.dtype
         wrong = sorted(params.keys() ^ specs.keys())
         if wrong:
             raise UserError(f"parameters are missing or unexpected: {', '.join(wrong[:8])}")
@@ -169,10 +169,10 @@ class Weights:
             array = np.asarray(value)
             array = array.astype(dtype) if array.dtype != dtype else array.copy()
             check_finite(path, array)
-            yield path, self.spread.stored(path, array)
+            yield path, self.sharding.stored(path, array)
 
     def _read(self, source: Source) -> Iterator[tuple[str, Any]]:
         from qwen_jax.checkpoint import iter_params
 
-        spread = self.spread
-        return iter_params(source, self.config, spread.dtype, spread.shardings, spread.precision, spread.expansions)
+        sharding = self.sharding
+        return iter_params(source, self.config, sharding.dtype, sharding.shardings, sharding.precision, sharding.expansions)

@@ -47,13 +47,13 @@ class Operations:
 
     def _tokenize(self, prompt: Any) -> list[int]:
         if isinstance(prompt, dict):
-            prompt = self._engine.intake.conversation(prompt["messages"], prompt.get("tools"))
-        return self._engine.intake.tokens(prompt)
+            prompt = self._engine.input_processor.conversation(prompt["messages"], prompt.get("tools"))
+        return self._engine.input_processor.tokens(prompt)
 
     def _detokenize(self, tokens: list[int]) -> str:
         if self._engine.tokenizer is None:
             raise UserError("this engine has no tokenizer")
-        return self._engine.tokenizer.decode(self._engine.intake.tokens(tokens))
+        return self._engine.tokenizer.decode(self._engine.input_processor.tokens(tokens))
 
     # --- weights, loaded on a thread of their own
 
@@ -69,7 +69,7 @@ class Operations:
         engine = self._engine
         try:
             check_policy(policy)
-            tried = golden_requests(engine.intake, golden)
+            tried = golden_requests(engine.input_processor, golden)
             leaves = engine.weights.load(self._find(source))
         except Exception as error:
             sentence = sentence_of(error)
@@ -82,12 +82,12 @@ class Operations:
         engine = self._engine
         version = engine.weights.add(leaves)
         try:
-            engine.loop.complete([request for request, _ in tried], version)
+            engine.core.complete([request for request, _ in tried], version)
             check_golden(tried)
         except UserError:
             engine.weights.forget(version)
             raise
-        switch(engine.loop, version, policy)
+        switch(engine.core, version, policy)
         return self._versions()
 
 

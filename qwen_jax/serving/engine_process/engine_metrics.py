@@ -122,7 +122,7 @@ class EngineMetrics:
             for label, number in value.items():
                 family.add_metric([str(label)], number)
             yield family
-        yield from _of_devices(self._engine.plan.devices, str(self._engine.deployment.spread.dtype),
+        yield from _of_devices(self._engine.plan.devices, str(self._engine.deployment.sharding.dtype),
                                self._engine.precision.eight_bit)
 
     def describe(self) -> list[Metric]:

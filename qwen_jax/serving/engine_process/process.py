@@ -71,7 +71,7 @@ class Worker:
                     return
                 call()
             except queue.Empty:
-                self._engine.loop.step()
+                self._engine.core.step()
                 self._steps += 1
                 self._publish()
 
@@ -113,7 +113,7 @@ class Worker:
             self._inbox.put(lambda: self._refuse(failed))
 
     def _requests(self, options: dict[str, Any]) -> list[Request]:
-        intake, timeout = self._engine.intake, options["timeout"]
+        intake, timeout = self._engine.input_processor, options["timeout"]
         deadline = None if timeout is None else options["arrived"] + timeout
         params = dict(options["params"])
         if looks := params.pop("structured_output", None):
@@ -145,11 +145,11 @@ class Worker:
         begun = []
         try:
             for request in opened.requests:
-                self._engine.loop.submit([request])
+                self._engine.core.submit([request])
                 begun.append(request)
         except UserError as error:  # an adapter may have gone since it was looked up
             for request in begun:
-                self._engine.loop.abort(request.sequence.request_id)
+                self._engine.core.abort(request.sequence.request_id)
             self._send("step", [Piece(opened.number, 0, error=str(error), kind="user", finish_reason="error")], {})
             return
         self._open[opened.number] = opened
@@ -166,7 +166,7 @@ class Worker:
                 self._aborted.add(number)
             return
         for request in opened.requests:
-            if self._engine.loop.abort(request.sequence.request_id):
+            if self._engine.core.abort(request.sequence.request_id):
                 self._metrics.ended(request)
 
     def _withdraw(self, number: int, count: int) -> None:
@@ -176,7 +176,7 @@ class Worker:
         given_back = waiting[len(waiting) - min(count, len(waiting)):]
         for opened in given_back:
             for request in opened.requests:
-                self._engine.loop.withdraw(request)
+                self._engine.core.withdraw(request)
             del self._open[opened.number]
         self._send("result", number, None, [opened.number for opened in given_back])
 
