@@ -24,9 +24,9 @@ _HOME = {
     "StructuredOutput": "qwen_jax.engine.api.structured_output",
     "UserError": "qwen_jax.errors",
     "convert": "qwen_jax.checkpoint",
-    "dynamic_schedule": "qwen_jax.engine.scheduling.buckets",
+    "dynamic_schedule": "qwen_jax.engine.scheduling.schedule_policy",
     "export": "qwen_jax.checkpoint",
-    "join": "qwen_jax.engine.multihost.channel",
+    "join": "qwen_jax.engine.multihost.rendezvous",
     "load_model": "qwen_jax.checkpoint",
     "rebalance_load": "qwen_jax.cluster.routing.rebalance",
 }

@@ -120,8 +120,9 @@ class Engine:
             policy = self.tuned.policy
         if speculation is not None and draft_tokens is None:
             draft_tokens = limits.draft_tokens if limits else 8 if speculation == NGRAM else 4
-        self.limits = limits or engine_config.limits_for(self.config, max_batch_size, max_seq_len, policy, batch_invariant,
-                                                    draft_tokens or 0, self.tuned and self.tuned.grid)
+        self.limits = limits or engine_config.limits_for(self.config, max_batch_size, max_seq_len, policy,
+                                                         batch_invariant, draft_tokens or 0,
+                                                         self.tuned and self.tuned.grid)
         if (self.limits.draft_tokens or None) != draft_tokens or (draft_tokens is None) != (speculation is None):
             raise UserError(f"draft_tokens={draft_tokens} with limits for {self.limits.draft_tokens} and "
                             f"speculation={speculation!r}: these do not go together")
@@ -143,7 +144,8 @@ class Engine:
         self.deployment = Deployment(plan, self._blueprint)
         self._processes = connect()
         leader = self._processes if isinstance(self._processes, Leader) else None
-        self.weights = (partial(LeaderWeights, leader) if leader else VersionedWeights)(source, self.deployment.sharding)
+        kind = partial(LeaderWeights, leader) if leader else VersionedWeights
+        self.weights = kind(source, self.deployment.sharding)
         self._draft = draft and VersionedWeights(draft, self.deployment.draft_sharding)
         self.adapters = (partial(LeaderAdapters, leader) if leader else AdapterTable)(
             self.config, self.deployment.sharding.parts, max_adapters, max_adapter_rank, dtype)
@@ -153,8 +155,8 @@ class Engine:
             free_bytes = min(self._processes.agree("free_bytes", free_bytes))
         self.deployment.build(self.weights, self._draft, self.adapters, free_bytes, self._arrivals, leader)
         self._prepared = {self.plan: self.deployment}
-        self.input_processor = InputProcessor(tokenizer, self.generation_config, vocab_limit, self.config.vocab_size, self.scheduler,
-                             self.adapters)
+        self.input_processor = InputProcessor(tokenizer, self.generation_config, vocab_limit, self.config.vocab_size,
+                                              self.scheduler, self.adapters)
         kind = DRAFT_MODEL if draft else speculation
         self.core = EngineCore(self.deployment.replicas, self.weights, self.adapters,
                          kind and Speculation(kind, self.limits.draft_tokens),
@@ -342,7 +344,7 @@ class Engine:
              adapter: str | Sequence[str | None] | None = None) -> list[RequestOutput]:
         """Answer a conversation, or each of several, through the checkpoint's chat template."""
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
-        return self.generate([self.input_processor.tokens(conversation) for conversation in conversations], params, adapter)
+        return self.generate(list(map(self.input_processor.tokens, conversations)), params, adapter)
 
     def stream(self, prompt: Prompt | Messages, params: SamplingParams | None = None,
                adapter: str | None = None) -> Iterator[Delta]:
@@ -397,8 +399,8 @@ class Engine:
             raise UserError(f"{len(prompts)} prompts and {len(continuations)} continuations: give one for each")
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1)
         requests = []
-        for prompt, continuation in zip(map(self.input_processor.tokens, prompts), map(self.input_processor.tokens, continuations),
-                                        strict=True):
+        tokens = self.input_processor.tokens
+        for prompt, continuation in zip(map(tokens, prompts), map(tokens, continuations), strict=True):
             if not prompt or not continuation:
                 raise UserError("a score needs at least one token of prompt and one of continuation")
             requests += self.input_processor.requests([*prompt, *continuation], params, len(prompt), adapter)

@@ -2,9 +2,9 @@
 
     python scripts/bench/gguf_agreement.py --python ENV/bin/python [--model bundled] [--dtype float16] [--prompts 50]
 
-Prompts are card transactions to judge (`qwen_jax.evaluation.fraud.task`), in the model's chat template. Both are given the
-same token ids; whether llama.cpp's tokenizer makes the same ids of the prompt's text is counted beside it. ENV is an
-environment with llama-cpp-python, which `llama_cpp.py` tells how to make. Exits with 1 below `--bar`.
+Prompts are card transactions to judge (`qwen_jax.evaluation.fraud.task`), in the model's chat template. Both are given
+the same token ids; whether llama.cpp's tokenizer makes the same ids of the prompt's text is counted beside it. ENV is
+an environment with llama-cpp-python, which `llama_cpp.py` tells how to make. Exits with 1 below `--bar`.
 """
 
 from __future__ import annotations

@@ -50,8 +50,8 @@ def main() -> int:
                     recompute_shapes=(), decode_rows=(args.rows,))
     options = {"fp8_enabled": True, "limits": limits, "cache_dir": None, "progress": False}
     engines = {"guarded": Engine(model, **options)}
-    with (mock.patch("qwen_jax.engine.compiled.steps.Guard", NoGuard),
-          mock.patch("qwen_jax.engine.compiled.steps.damaged_weights", lambda model: 0)):
+    with (mock.patch("qwen_jax.engine.compiled.forward.Guard", NoGuard),
+          mock.patch("qwen_jax.engine.compiled.forward.damaged_weights", lambda model: 0)):
         engines["not guarded"] = Engine(model, **options)
     say("engines ready")
     times = {name: [] for name in engines}

@@ -37,7 +37,8 @@ def main() -> None:
 
     runner.start = stub
     params = SamplingParams(max_tokens=4000, temperature=0.7, top_p=0.9, ignore_eos=True)
-    requests = [engine.input_processor.requests(rng.integers(0, 1000, 40).tolist(), params)[0] for _ in range(args.rows)]
+    prompts = rng.integers(0, 1000, (args.rows, 40)).tolist()
+    requests = [engine.input_processor.requests(prompt, params)[0] for prompt in prompts]
     engine.core.submit(requests)
     while not all(request.sequence.output for request in requests):
         engine.core.step()

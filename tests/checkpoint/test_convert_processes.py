@@ -23,7 +23,8 @@ def many_groups(monkeypatch):
 def started(monkeypatch):
     """Every process that a conversion starts."""
     found, popen = [], subprocess.Popen
-    monkeypatch.setattr(conversion_workers.subprocess, "Popen", lambda *args, **kw: found.append(popen(*args, **kw)) or found[-1])
+    monkeypatch.setattr(conversion_workers.subprocess, "Popen",
+                        lambda *args, **kw: found.append(popen(*args, **kw)) or found[-1])
     return found
 
 

@@ -84,8 +84,8 @@ class Walk(RuleBasedStateMachine):
     def add(self, place, most, priority, patience, adapted, streams):
         adapter = "a" if adapted and "a" in self.engine.adapters.names else None
         deadline = None if patience is None else self.now + patience
-        request, = self.engine.input_processor.requests(PROMPTS[place], SamplingParams(max_tokens=most, temperature=0.0), None,
-                                               adapter, priority, deadline)
+        params = SamplingParams(max_tokens=most, temperature=0.0)
+        request, = self.engine.input_processor.requests(PROMPTS[place], params, None, adapter, priority, deadline)
         request.streams = streams
         self.core.submit([request])
         self.requests.append((request, place, adapter))

@@ -10,7 +10,7 @@ import pytest
 from memory_bench import Case, compare
 
 from qwen_jax.config import PRESETS
-from qwen_jax.engine.compiled import steps
+from qwen_jax.engine.compiled import head
 from qwen_jax.engine.core.replica import Blueprint, Deployment
 from qwen_jax.engine.scheduling.buckets import Limits, bucket_table
 from qwen_jax.engine.scheduling.schedule_policy import DEFAULT_POLICY
@@ -160,8 +160,8 @@ def test_memory_is_what_the_engines_programs_take(case):
 def test_steps_are_the_engines():
     assert (roofline.SPARSE_ABOVE, roofline.SCATTER_FROM, roofline.OVERLAP_FROM, roofline.SAMPLED_ROWS,
             roofline.SCORED_TOKENS, roofline.HALF_MULTIPLE) == (
-        DEFAULT_POLICY.sparse_above_tokens, model_shard.SCATTER_FROM, model_shard.OVERLAP_FROM["gpu"], steps.SAMPLED_ROWS,
-        steps.SCORED_TOKENS, partition.HALF_MULTIPLE)
+        DEFAULT_POLICY.sparse_above_tokens, model_shard.SCATTER_FROM, model_shard.OVERLAP_FROM["gpu"],
+        head.SAMPLED_ROWS, head.SCORED_TOKENS, partition.HALF_MULTIPLE)
 
 
 def test_a_large_prefill_by_hand():

@@ -110,9 +110,9 @@ def _put(taken: list[Taken], replicas: list[Replica]) -> dict[int | str, Replica
         homes[seq.request_id] = replicas[target]
     for target, source in sorted(slots):
         pages = [(place, page) for (to, by, place), page in new_page.items() if (to, by) == (target, source)]
-        kv_transfer.write(replicas[target].runner, [page for _, page in pages], [slot for _, slot in slots[target, source]],
-                     taken[source].contents.of([place for place, _ in pages],
-                                               [index for index, _ in slots[target, source]]))
+        indices, into = zip(*slots[target, source], strict=True)
+        kv_transfer.write(replicas[target].runner, [page for _, page in pages], into,
+                          taken[source].contents.of([place for place, _ in pages], indices))
     for seq in sorted((seq for one in taken for seq in one.waiting), key=lambda seq: (seq.priority, seq.arrival)):
         homes[seq.request_id] = min(replicas, key=lambda replica: replica.scheduler.num_sequences)
         homes[seq.request_id].scheduler.add(seq)

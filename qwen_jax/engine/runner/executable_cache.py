@@ -154,7 +154,7 @@ def _environment() -> dict[str, object]:
         "machine": [platform.machine(), _cpu_flags()],
         "flags": [os.environ.get("XLA_FLAGS", ""), os.environ.get("LIBTPU_INIT_ARGS", "")],
         "matmul_precision": str(jax.config.jax_default_matmul_precision),
-        "code": _code_digest(),
+        "code": code_digest(Path(__file__).parents[2], Path(qwen_kernels.__file__).parent),
     }
 
 
@@ -166,17 +166,18 @@ def _cpu_flags() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-def _code_digest() -> str:
-    """Digest of the sources that are traced into programs."""
-    package, kernels = Path(__file__).parents[1], Path(qwen_kernels.__file__).parent
-    steps = [package / "engine" / f"{name}.py"
-             for name in ("steps", "stage", "pipeline", "runner", "parts", "spread", "adapters", "guard", "sampler",
-                          "draw", "grammar", "schedule")]
+# Everything whose code or constants reach a traced program: whole folders, so that a new file cannot be forgotten.
+TRACED = ("config.py", "engine/api", "engine/compiled", "engine/runner", "engine/scheduling", "engine/weights", "model",
+          "parallel", "quantization")
+
+
+def code_digest(package: Path, kernels: Path) -> str:
+    """SHA-256 of every source file under the `TRACED` folders of ``package`` and under ``kernels``, names included."""
     digest = hashlib.sha256()
-    for path in [package / "config.py", *steps, *sorted((package / "model").rglob("*.py")),
-                 *sorted((package / "quantization").rglob("*.py")),
-                 *sorted(kernels.rglob("*.py"))]:
-        digest.update(path.name.encode() + path.read_bytes())
+    for root, folders in ((package, TRACED), (kernels, ("",))):
+        for top in (root / folder for folder in folders):
+            for path in sorted(top.rglob("*.py")) if top.is_dir() else [top]:
+                digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
     return digest.hexdigest()
 
 

@@ -41,7 +41,8 @@ class Runner:
     """
 
     def __init__(self, table: tuple[Bucket, ...], sizes: Sizes, held: ShardedWeights, parts: Sequence[int],
-                 adapters: AdapterTable, draft: ShardedWeights | None, cache_dir: Path | None, strict: bool = False) -> None:
+                 adapters: AdapterTable, draft: ShardedWeights | None, cache_dir: Path | None,
+                 strict: bool = False) -> None:
         self.table, self.sizes, self.weights, self.adapters = table, sizes, held.weights, adapters
         self.stages = [Stage(table, sizes, held, part, adapters, draft) for part in parts]
         self._strict = strict

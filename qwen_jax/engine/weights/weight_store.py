@@ -175,4 +175,5 @@ class VersionedWeights:
         from qwen_jax.checkpoint import iter_params
 
         sharding = self.sharding
-        return iter_params(source, self.config, sharding.dtype, sharding.shardings, sharding.precision, sharding.expansions)
+        return iter_params(source, self.config, sharding.dtype, sharding.shardings, sharding.precision,
+                           sharding.expansions)

@@ -267,7 +267,8 @@ def _in_shared_memory(ref: str) -> str:
 
 
 def main() -> None:
-    """``python -m qwen_jax.serving.engine_process.process FD``: the socket is inherited, and its first frame says what to load.
+    """``python -m qwen_jax.serving.engine_process.process FD``: run an engine behind the inherited socket FD, whose
+    first frame says what to load.
 
     That frame: the model, options of ``Engine.from_pretrained``, and what is this process's own: ``log_format``,
     ``share_weights``, with which checkpoints are read from a copy in shared memory, and ``join``, the arguments of

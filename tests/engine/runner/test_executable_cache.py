@@ -1,14 +1,21 @@
 """Programs on the disk: whose they are, and what their names depend on."""
 
+import ast
+import importlib
+import importlib.util
 import os
+import shutil
 import stat
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+import qwen_kernels
 
+import qwen_jax
 from qwen_jax.engine.runner import executable_cache
-from qwen_jax.engine.runner.executable_cache import Executables
+from qwen_jax.engine.runner.executable_cache import TRACED, Executables
 
 
 @pytest.fixture(autouse=True)
@@ -55,13 +62,55 @@ def test_the_name_depends_on_flags(tmp_path, monkeypatch, name, value):
     assert table(tmp_path)._path("key") != before
 
 
-@pytest.mark.parametrize("what", ["_cpu_flags", "_code_digest"])
+@pytest.mark.parametrize("what", ["_cpu_flags", "code_digest"])
 def test_the_name_depends_on_instruction_set_and_code(tmp_path, monkeypatch, what):
-    assert getattr(executable_cache, what)()
     before = table(tmp_path)._path("key")
-    monkeypatch.setattr(executable_cache, what, lambda: "another")
+    monkeypatch.setattr(executable_cache, what, lambda *_: "another")
     executable_cache._environment.cache_clear()
     assert table(tmp_path)._path("key") != before
+
+
+SOURCES = {"qwen_jax": Path(qwen_jax.__file__).parent, "qwen_kernels": Path(qwen_kernels.__file__).parent}
+
+
+def test_a_changed_constant_in_any_traced_file_is_another_digest(tmp_path):
+    """In a copy of the sources, file by file."""
+    for name, folder in SOURCES.items():
+        shutil.copytree(folder, tmp_path / name, ignore=lambda at, names: {n for n in names if n.startswith("__py")})
+    trees = tmp_path / "qwen_jax", tmp_path / "qwen_kernels"
+    seen = {executable_cache.code_digest(*trees)}
+    traced = [path for top in TRACED for path in [trees[0] / top, *(trees[0] / top).rglob("*.py")] if path.is_file()]
+    traced += trees[1].rglob("*.py")
+    assert {"sampling_params.py", "layout.py", "mesh.py", "topk_topp.py", "xla.py"} <= {path.name for path in traced}
+    for path in traced:
+        path.write_text(path.read_text() + "\nANOTHER = 1\n")
+        seen.add(executable_cache.code_digest(*trees))
+    assert len(seen) == 1 + len(traced)
+
+
+def imported(module, seen):
+    """Adds to ``seen`` what a module of ours imports when it is imported, directly or not."""
+    if module in seen:
+        return
+    seen.add(module)
+    for node in ast.parse(Path(importlib.util.find_spec(module).origin).read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in SOURCES:
+            for name in [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]:
+                if importlib.util.find_spec(name.rpartition(".")[0]).submodule_search_locations is None:
+                    continue
+                if importlib.util.find_spec(name):
+                    imported(name, seen)
+
+
+def test_whatever_steps_import_is_in_the_digest():
+    """So that a program cannot depend on a source that does not change its name."""
+    reached = set()
+    for entry in ("compiled.steps", "weights.model_shard", "weights.weight_sharding"):
+        imported(f"qwen_jax.engine.{entry}", reached)
+    free = {"qwen_jax", "qwen_jax.engine", "qwen_jax.errors"}  # no numbers in them
+    outside = {name for name in reached if name.startswith("qwen_jax") and name not in free and not any(
+        name.removeprefix("qwen_jax.").startswith(top.removesuffix(".py").replace("/", ".")) for top in TRACED)}
+    assert len(reached) > 20 and not outside
 
 
 def test_a_damaged_file_is_compiled_again(tmp_path, caplog):
@@ -72,6 +121,8 @@ def test_a_damaged_file_is_compiled_again(tmp_path, caplog):
     assert not prepare(tmp_path).from_disk
     assert "its checksum does not match" in caplog.text
     assert prepare(tmp_path).from_disk
+
+
 @pytest.mark.parametrize("mode", [0o770, 0o707, 0o777])
 def test_a_folder_that_others_can_write_to_is_not_used(tmp_path, mode, caplog):
     folder = tmp_path / "shared"

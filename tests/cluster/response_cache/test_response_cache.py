@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from redis_server import INSTALLED, RedisServer
 
+from qwen_jax.cluster.response_cache import redis_store
 from qwen_jax.cluster.response_cache.cache import (
     ENTRY_BYTES,
     LocalCache,
@@ -19,7 +20,6 @@ from qwen_jax.cluster.response_cache.cache import (
     Unshared,
     cacheable,
     key_of,
-    redis_store,
 )
 from qwen_jax.cluster.response_cache.redis_store import RedisStore, pack, unpack
 from qwen_jax.errors import UserError

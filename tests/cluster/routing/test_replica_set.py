@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from live import Live, free_port, quick_environment
 from served import PAGE_BYTES, SIZES
-from test_trial import asked, until
+from trial_traffic import asked, until
 
 from qwen_jax.checkpoint.source import SHIPPED
 from qwen_jax.cluster.canary.client import TrialLink

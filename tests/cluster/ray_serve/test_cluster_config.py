@@ -11,7 +11,7 @@ from qwen_jax.cli_cluster import _url
 from qwen_jax.cluster.ray_serve.config import ClusterConfig, parse_config, read_config, serve_config
 from qwen_jax.errors import UserError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FILES = ROOT / "configs" / "cluster"
 SHIPPED = sorted(path for path in FILES.glob("*.yaml") if path.name != "kuberay.yaml")
 

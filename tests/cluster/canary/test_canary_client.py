@@ -1,14 +1,11 @@
 """Adapters on trial in a live server."""
-import time
-from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 from live import Live, free_port
 from random_adapter import save_random_adapter
 from served import SIZES
-
-ASK = {"model": "bundled", "prompt": "hello", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+from trial_traffic import ASK, until
 
 
 @pytest.fixture
@@ -26,26 +23,6 @@ def pair(executable_cache, tmp_path):
                       headers={"Authorization": "Bearer admin"}) as admin:
         yield server, admin
     server.output()
-
-
-def asked(server, count, first=0):
-    """Requests of as many users."""
-    def ask(number):
-        return server.post("/v1/completions", {**ASK, "user": f"user {number}", "stream": number % 3 == 0})
-
-    with ThreadPoolExecutor(6) as threads:
-        assert {one.status_code for one in threads.map(ask, range(first, first + count))} == {200}
-
-
-def until(admin, state, server, most=40):
-    """How many requests it took."""
-    for turn in range(most):
-        found = admin.get("/canary").json()
-        if found["state"] == state:
-            return 12 * turn, found
-        asked(server, 12, first=100 * turn)
-        time.sleep(0.05)
-    raise AssertionError(found)
 
 
 def test_trials(pair):
