@@ -1,0 +1,45 @@
+"""Report calls with more than five positional arguments, and functions of more than sixty lines.
+
+    python scripts/lint_calls.py [FILE or FOLDER ...]
+
+A reader cannot tell what the sixth argument of a call is for: name it. `LONG` lists the functions that may be longer, with
+the reason. Exits with 1 when anything is found.
+"""
+
+import ast
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+MOST_ARGUMENTS, MOST_LINES = 5, 60
+LONG: dict[str, str] = {}  # file:function, and why it stays whole
+# Array constructors and tree functions, whose arguments are alike.
+ALIKE = {"max", "min", "stack", "concatenate", "zip", "map", "print", "einsum", "chain", "join", "StructArray"}
+
+
+def problems(path: Path) -> list[str]:
+    """Lines ``file:line: problem`` for the calls and functions of one file."""
+    shown, found = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path, []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+            if len(node.args) > MOST_ARGUMENTS and name not in ALIKE:
+                found.append((node.lineno, f"{name} is called with {len(node.args)} positional arguments"))
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = node.end_lineno - node.lineno + 1
+            if lines > MOST_LINES and f"{shown}:{node.name}" not in LONG:
+                found.append((node.lineno, f"{node.name} has {lines} lines"))
+    return [f"{shown}:{number}: {text}" for number, text in sorted(found)]
+
+
+def main() -> int:
+    """Print every problem of the files and folders that the command line names; by default of the project's code."""
+    places = [Path(name).resolve() for name in sys.argv[1:]] or [ROOT / name for name in ("qwen_jax", "kernels", "scripts")]
+    files = [file for place in places for file in (sorted(place.rglob("*.py")) if place.is_dir() else [place])]
+    found = [line for file in files for line in problems(file)]
+    print("\n".join(found) or "no problems")
+    return bool(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
