@@ -1,4 +1,4 @@
-# qwen-jax on CPUs. Serves the bundled model unless told otherwise:
+# qwen-jax on CPUs. By default it serves the bundled model:
 #   docker build -t qwen-jax .
 #   docker run -p 8000:8000 -v qwen-jax:/cache qwen-jax
 #   docker run -p 8000:8000 -v qwen-jax:/cache qwen-jax serve Qwen/Qwen2.5-0.5B-Instruct --host 0.0.0.0
@@ -14,13 +14,13 @@ COPY --from=build /wheels /wheels
 RUN pip install --no-cache-dir "$(echo /wheels/qwen_jax-*.whl)[serve,otel,redis]" \
     && useradd --create-home --uid 10001 qwen \
     && install --directory --owner=qwen --group=qwen --mode=0700 /cache
-# Compiled programs and downloads. Programs are read back as code: the folder belongs to the server's user alone.
+# Compiled programs and downloads. Compiled programs are code, so only the server's user may write to the folder.
 ENV QWEN_JAX_CACHE=/cache/qwen-jax HF_HOME=/cache/huggingface PYTHONUNBUFFERED=1
 VOLUME /cache
 USER 10001
 WORKDIR /home/qwen
 EXPOSE 8000
-# The first start compiles; /health answers from the beginning, /ready when that is done.
+# The first start compiles. /health answers from the beginning, /ready once the server is warm.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
 ENTRYPOINT ["qwen-jax"]

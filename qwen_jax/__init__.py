@@ -3,22 +3,28 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from qwen_jax.xla_flags import set_safe_flags
+
 if TYPE_CHECKING:
     from qwen_jax.checkpoint import convert, export, load_model
     from qwen_jax.cluster.routing.rebalance import rebalance_load
     from qwen_jax.config import ModelConfig
     from qwen_jax.engine.api.sampling_params import SamplingParams
     from qwen_jax.engine.async_engine import AsyncEngine
+    from qwen_jax.engine.config.engine_config import EngineConfig
     from qwen_jax.engine.engine import DeepSeekEngine, Engine
     from qwen_jax.engine.multihost.rendezvous import join
     from qwen_jax.engine.scheduling.schedule_policy import dynamic_schedule
     from qwen_jax.errors import UserError
+
+set_safe_flags()
 
 # Where each public name lives. Resolved on first use, so that `qwen-jax --help` does not import JAX.
 _HOME = {
     "AsyncEngine": "qwen_jax.engine.async_engine",
     "DeepSeekEngine": "qwen_jax.engine.engine",
     "Engine": "qwen_jax.engine.engine",
+    "EngineConfig": "qwen_jax.engine.config.engine_config",
     "ModelConfig": "qwen_jax.config",
     "SamplingParams": "qwen_jax.engine.api.sampling_params",
     "StructuredOutput": "qwen_jax.engine.api.structured_output",
@@ -30,8 +36,9 @@ _HOME = {
     "load_model": "qwen_jax.checkpoint",
     "rebalance_load": "qwen_jax.cluster.routing.rebalance",
 }
-__all__ = ["AsyncEngine", "DeepSeekEngine", "Engine", "ModelConfig", "SamplingParams", "StructuredOutput", "UserError",
-           "convert", "dynamic_schedule", "export", "join", "load_model", "rebalance_load"]
+__all__ = ["AsyncEngine", "DeepSeekEngine", "Engine", "EngineConfig", "ModelConfig", "SamplingParams",
+           "StructuredOutput", "UserError", "convert", "dynamic_schedule", "export", "join", "load_model",
+           "rebalance_load"]
 
 
 def __getattr__(name: str):

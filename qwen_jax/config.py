@@ -1,4 +1,4 @@
-"""Model configuration: a frozen value, read from and written to Hugging Face's ``config.json``."""
+"""Architecture of a Qwen2.5 model, read from and written to Hugging Face's ``config.json``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qwen_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Yarn:
-    """YaRN context extension (https://arxiv.org/abs/2309.00071), with transformers' parameter names."""
+    """Parameters of YaRN context extension (https://arxiv.org/abs/2309.00071), with transformers' names."""
 
     factor: float
     original_max_position_embeddings: int
@@ -28,7 +28,7 @@ class Yarn:
     truncate: bool = True
 
     def scale(self) -> float:
-        """What cos and sin are multiplied by: the given attention factor, or the paper's ``0.1 ln(factor) + 1``."""
+        """Return YaRN's factor on cos and sin: the configured one, or else the paper's ``0.1 ln(factor) + 1``."""
 
         def magnitude(mscale: float = 1.0) -> float:
             return 1.0 if self.factor <= 1 else 0.1 * mscale * math.log(self.factor) + 1.0
@@ -42,13 +42,13 @@ class Yarn:
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding: base ``theta``, extended by ``yarn`` when given."""
+    """Parameters of rotary position embedding: base ``theta``, and ``yarn`` if the context is extended by YaRN."""
 
     theta: float = 1_000_000.0
     yarn: Yarn | None = None
 
     def frequencies(self, head_dim: int) -> tuple[np.ndarray, float]:
-        """Inverse frequencies, float32 ``[head_dim / 2]``, and the factor on cos and sin.
+        """Return rotary embedding's inverse frequencies, float32 ``[head_dim / 2]``, and the factor on cos and sin.
 
         The arithmetic is done in float32 in transformers' order (``_compute_yarn_parameters``), because at long
         positions one unit in the last place of a frequency is visible in the logits.
@@ -94,8 +94,8 @@ class ModelConfig:
     dtype: str = "bfloat16"
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
-    # Qwen2.5-1M checkpoints carry Dual Chunk Attention settings, which change nothing up to one chunk
-    # (262,144 tokens). They are kept for export, and `max_context` stops where they would begin to matter.
+    # Dual Chunk Attention settings of Qwen2.5-1M checkpoints, which change nothing up to one chunk (262,144 tokens).
+    # They are kept for export, and `max_context` ends where they would begin to matter.
     dual_chunk_attention: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -104,20 +104,20 @@ class ModelConfig:
         for name in sizes:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
-                raise UserError(f"config: {name} must be a positive integer, got {value!r}")
+                raise UserError(f"config: {name} must be a positive integer, not {value!r}")
         if self.num_heads % self.num_kv_heads:
             raise UserError(f"config: {self.num_heads} query heads do not divide into {self.num_kv_heads} KV heads")
         if self.head_dim % 2:
-            raise UserError(f"config: head_dim must be even for rotary embeddings, got {self.head_dim}")
+            raise UserError(f"config: head_dim must be even for rotary embeddings, not {self.head_dim}")
 
     @property
     def group_size(self) -> int:
-        """Query heads per KV head."""
+        """Number of query heads that share a KV head."""
         return self.num_heads // self.num_kv_heads
 
     @property
     def max_context(self) -> int:
-        """Longest sequence, in tokens, whose positions the model can represent as it was meant to."""
+        """Largest number of tokens of a sequence that the model supports here, YaRN included."""
         limit = self.max_position_embeddings
         if self.rope.yarn:
             limit = max(limit, int(self.rope.yarn.factor * self.rope.yarn.original_max_position_embeddings))
@@ -127,7 +127,7 @@ class ModelConfig:
 
     @property
     def num_parameters(self) -> int:
-        """Parameter count, a tied embedding counted once."""
+        """Number of parameters of the model; an embedding that is also the output head counts once."""
         attention = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim * (self.hidden_size + 1)
         attention += self.num_heads * self.head_dim * self.hidden_size
         layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
@@ -136,7 +136,7 @@ class ModelConfig:
 
     @classmethod
     def preset(cls, name: str) -> ModelConfig:
-        """The configuration of a released model, e.g. ``qwen2.5-7b`` or ``qwq-32b``."""
+        """Return the configuration of a released model, such as ``qwen2.5-7b`` or ``qwq-32b``."""
         key = name.lower().removeprefix("qwen/")
         if key not in PRESETS:
             raise UserError(f"unknown preset {name!r}; known presets: {', '.join(sorted(PRESETS))}")
@@ -163,7 +163,7 @@ class ModelConfig:
         return _from_hf(hf)
 
     def to_hf(self) -> dict[str, Any]:
-        """A ``config.json`` mapping that transformers 4 and 5 read to the same model."""
+        """Return a ``config.json`` mapping that transformers 4 and 5 read as this model."""
         hf: dict[str, Any] = {
             "architectures": ["Qwen2ForCausalLM"],
             "model_type": "qwen2",
@@ -200,6 +200,7 @@ _YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
 
 
 def _from_hf(hf: Mapping[str, Any]) -> ModelConfig:
+    """Return the model's architecture from a parsed ``config.json``; raises as `ModelConfig.from_hf`."""
     architectures = hf.get("architectures") or []
     model_type = hf.get("model_type")
     if model_type != "qwen2" or any(name != "Qwen2ForCausalLM" for name in architectures):
@@ -240,7 +241,10 @@ def _from_hf(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 def _is_fp8(quantization: Mapping[str, Any]) -> bool:
-    """Whether weights are e4m3 with scales that are understood: transformers' "fp8", or compressed-tensors'."""
+    """Return whether a ``quantization_config`` describes FP8 weights that can be read.
+
+    They are transformers' "fp8" with blocks of 128 x 128, or 8-bit floats of compressed-tensors.
+    """
     if quantization.get("quant_method") == "fp8":
         return list(quantization.get("weight_block_size") or [128, 128]) == [128, 128]
     groups = (quantization.get("config_groups") or {}).values()
@@ -250,7 +254,11 @@ def _is_fp8(quantization: Mapping[str, Any]) -> bool:
 
 
 def _refuse_sliding_window(hf: Mapping[str, Any]) -> None:
-    """transformers slides a window over layers >= max_window_layers; where that names no layer, nothing changes."""
+    """Raise UserError when a layer of the model has sliding-window attention.
+
+    In transformers the layers from ``max_window_layers`` on have one; where that is no layer, the settings have no
+    effect.
+    """
     first = hf.get("max_window_layers", 28)
     slides = hf.get("use_sliding_window") and hf.get("sliding_window") and first < hf["num_hidden_layers"]
     if hf.get("layer_types") is not None:
@@ -263,6 +271,10 @@ def _refuse_sliding_window(hf: Mapping[str, Any]) -> None:
 
 
 def _read_rope(hf: Mapping[str, Any], max_positions: int) -> Rope:
+    """Return the rotary-embedding settings of a parsed ``config.json``, in either of transformers' spellings.
+
+    UserError for a type or setting that is not implemented.
+    """
     rope = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
     kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
     rope.pop("type", None)
@@ -285,7 +297,7 @@ def _read_rope(hf: Mapping[str, Any], max_positions: int) -> Rope:
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """What ``generation_config.json`` asks for; None where it is silent."""
+    """Sampling defaults and special tokens from ``generation_config.json``; None for options that it does not have."""
 
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
@@ -306,8 +318,9 @@ class GenerationDefaults:
 
 
 def _presets() -> dict[str, ModelConfig]:
-    """Every released Qwen2.5 architecture. Sizes share one table; families differ as the loops below name."""
-    #        D     F      L   N   K   H    tied   vocab
+    """Return every released Qwen2.5 architecture by name."""
+    shapes = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
+              "tie_word_embeddings", "vocab_size")
     sizes = {
         "0.5b": (896, 4864, 24, 14, 2, 64, True, 151_936),
         "1.5b": (1536, 8960, 28, 12, 2, 128, True, 151_936),
@@ -318,12 +331,12 @@ def _presets() -> dict[str, ModelConfig]:
         "72b": (8192, 29_568, 80, 64, 8, 128, False, 152_064),
     }
     presets = {}
-    for size, (d, f, layers, n, k, h, tied, vocab) in sizes.items():
+    for size, values in sizes.items():
         large = size in ("7b", "14b", "32b", "72b")
         eps = 1e-5 if size in ("14b", "32b", "72b") else 1e-6
         end_of_text, im_end = 151_643, 151_645
-        base = ModelConfig(vocab, d, f, layers, n, k, h, rms_norm_eps=eps, tie_word_embeddings=tied,
-                           bos_token_id=end_of_text, eos_token_id=end_of_text,
+        base = ModelConfig(**dict(zip(shapes, values, strict=True)), rms_norm_eps=eps, bos_token_id=end_of_text,
+                           eos_token_id=end_of_text,
                            max_position_embeddings=131_072 if large or size == "1.5b" else 32_768)
         instruct = replace(base, max_position_embeddings=32_768, rms_norm_eps=1e-6, eos_token_id=im_end)
         presets[f"qwen2.5-{size}"] = base

@@ -1,4 +1,4 @@
-"""Our engine as a model of EleutherAI's lm-evaluation-harness.
+"""Adapter with which EleutherAI's lm-evaluation-harness evaluates a model on an engine.
 
     import lm_eval
     from qwen_jax import Engine
@@ -22,33 +22,35 @@ from qwen_jax.engine.api.sampling_params import SamplingParams
 from qwen_jax.engine.engine import Engine
 from qwen_jax.errors import UserError
 
-MAX_GEN_TOKENS = 256  # of a task that names none, as in the harness' own models
+MAX_GEN_TOKENS = 256  # default for tasks without a limit, as in the harness' own models
 
 
 @register_model("qwen-jax")
 class QwenJaxLM(TemplateLM):
-    """See the module. ``engine``: with a tokenizer; its ``max_seq_len`` bounds what a task may ask.
+    """Model class of lm-evaluation-harness that scores and generates with an engine, which must have a tokenizer.
 
-    Contexts that are too long lose their beginning, as with the harness' own models.
+    The engine's ``max_seq_len`` bounds context and continuation together. Contexts that are too long lose their
+    beginning, as with the harness' own models.
     """
 
     def __init__(self, engine: Engine) -> None:
         super().__init__()
         if engine.tokenizer is None:
-            raise UserError("the harness needs a tokenizer, and this engine has none")
+            raise UserError("the harness needs an engine with a tokenizer: load the model with one")
         self.engine, self.tokenizer = engine, engine.tokenizer
         self.max_length = engine.limits.max_seq_len
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> QwenJaxLM:
-        """``--model_args pretrained=PATH,max_seq_len=...``: arguments of ``Engine.from_pretrained``."""
+        """Make the model from ``--model_args pretrained=PATH,...``, the arguments of ``Engine.from_pretrained``."""
         arguments = dict(arg_dict)
         if "pretrained" not in arguments:
-            raise UserError("name the model: --model_args pretrained=PATH")
+            raise UserError("the model must be named: --model_args pretrained=PATH")
         return cls(Engine.from_pretrained(arguments.pop("pretrained"), **arguments))
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> QwenJaxLM:
+        """Make the model from the text of the harness' ``--model_args``; see `create_from_arg_obj`."""
         from lm_eval.utils import simple_parse_args_string
 
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string))
@@ -71,24 +73,25 @@ class QwenJaxLM(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
                               ) -> list[tuple[float, bool]]:
-        """Of each continuation: its log-probability after its context, and whether greedy decoding would say it."""
+        """Return each continuation's log-probability after its context, and whether greedy decoding gives it."""
         prompts, continuations = [], []
         for _text, context, continuation in requests:
-            room = self.max_length - 1  # the engine also generates a token, which nobody reads
+            room = self.max_length - 1  # the engine also generates a token, which is discarded
             if len(continuation) >= room:
                 raise UserError(f"a continuation of {len(continuation)} tokens does not fit into max_seq_len="
-                                f"{self.max_length}")
+                                f"{self.max_length}: raise max_seq_len")
             prompts.append(context[len(continuation) - room:])
             continuations.append(continuation)
-        asked = [index for index, continuation in enumerate(continuations) if continuation]
-        scores = self.engine.score([prompts[index] for index in asked], [continuations[index] for index in asked])
+        nonempty = [index for index, continuation in enumerate(continuations) if continuation]
+        scores = self.engine.score([prompts[index] for index in nonempty],
+                                   [continuations[index] for index in nonempty])
         results = [(0.0, True)] * len(prompts)
-        for index, score in zip(asked, scores, strict=True):
+        for index, score in zip(nonempty, scores, strict=True):
             results[index] = score.logprob, score.greedy
         return results
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of whole texts, in windows of the engine's length that overlap by nothing but context."""
+        """Return the log-probability of each request's whole text; long ones are scored in windows, each token once."""
         windows, owners = [], []
         for index, request in enumerate(requests):
             text, = request.args
@@ -103,21 +106,24 @@ class QwenJaxLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to a stop text. Options: until, max_gen_toks, do_sample, temperature, top_p, top_k."""
+        """Return the generated continuation of each request's prompt.
+
+        Options of a request: until, max_gen_toks, do_sample, temperature, top_p, top_k.
+        """
         prompts, params = [], []
         for request in requests:
             context, options = request.args
             options = dict(options)
             stop = options.pop("until", None) or []
-            most = int(options.pop("max_gen_toks", MAX_GEN_TOKENS))
+            max_tokens = int(options.pop("max_gen_toks", MAX_GEN_TOKENS))
             sampled = options.pop("do_sample", options.get("temperature", 0.0) > 0)
             temperature = float(options.pop("temperature", 1.0)) if sampled else 0.0
-            known = {name: options.pop(name) for name in ("top_p", "top_k") if name in options}
+            sampling = {name: options.pop(name) for name in ("top_p", "top_k") if name in options}
             if options:
-                raise UserError(f"unknown generation option {', '.join(sorted(options))}")
-            if most >= self.max_length:
-                raise UserError(f"max_gen_toks={most} leaves no room for a prompt in max_seq_len={self.max_length}")
-            prompts.append(self.tok_encode(context)[-(self.max_length - most):])
-            params.append(SamplingParams(max_tokens=most, temperature=temperature, repetition_penalty=1.0,
-                                         stop=[stop] if isinstance(stop, str) else list(stop) or None, **known))
+                raise UserError(f"unknown generation option {', '.join(sorted(options))}: remove it from the task")
+            if max_tokens >= self.max_length:
+                raise UserError(f"max_gen_toks must be less than max_seq_len={self.max_length}, not {max_tokens}")
+            prompts.append(self.tok_encode(context)[-(self.max_length - max_tokens):])
+            params.append(SamplingParams(max_tokens=max_tokens, temperature=temperature, repetition_penalty=1.0,
+                                         stop=[stop] if isinstance(stop, str) else list(stop) or None, **sampling))
         return [output.text for output in self.engine.generate(prompts, params)]

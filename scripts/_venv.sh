@@ -1,5 +1,5 @@
-# Sourced by the scripts beside it: makes or reuses .venv and installs this repository into it with the extras named
-# in $EXTRAS. Safe to run again, also after an interruption: a stamp is written only when everything is installed.
+# Makes or reuses .venv and installs this repository into it with the extras named in $EXTRAS. The scripts of this folder
+# source it. It can run again at any time, also after an interruption: a stamp is written when everything is installed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -27,7 +27,7 @@ install_into_venv() {
     "$(find_python)" -m venv .venv
   fi
   echo "installing qwen-jax${extras:+ with $extras} into .venv (a few minutes the first time)" >&2
-  # torch first and on its own: another package's looser requirement must not choose its version.
+  # torch is installed first, so that no other package's looser requirement chooses its version.
   case ",$extras," in *,test,*) .venv/bin/python -m pip install --quiet "$(sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)" ;; esac
   .venv/bin/python -m pip install --quiet --editable ".${extras:+[$extras]}"
   touch "$stamp"

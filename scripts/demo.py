@@ -1,4 +1,4 @@
-"""The main job on real input: convert, load, screen a file of transactions, stream one answer, and say what it took.
+"""Convert a model, load it, screen a file of card transactions, stream an answer, and print time and memory.
 
     python scripts/demo.py [--model bundled] [--count 64] [--folder DIR]
 """
@@ -36,6 +36,7 @@ def main() -> int:
 
 
 def run(model: str, count: int, folder: Path) -> None:
+    """Convert a model, load it, screen `count` transactions and stream an answer; print a table of times and memory."""
     from qwen_jax import Engine, SamplingParams, convert
     from qwen_jax.evaluation.fraud.score import score
     from qwen_jax.evaluation.fraud.task import generate, write_jsonl
@@ -64,7 +65,7 @@ def run(model: str, count: int, folder: Path) -> None:
         say(f"   {payment[:72]}...\n      -> {output.text!r} ({output.schedule}); right: {example['answer']!r}")
     say(f"   {len(examples) / seconds:.1f} transactions/s")
 
-    say("4. one answer as it streams")
+    say("4. streaming an answer")
     sys.stdout.write("   ")
     for delta in engine.stream(examples[0]["messages"], params):
         sys.stdout.write(delta.text)
@@ -75,7 +76,7 @@ def run(model: str, count: int, folder: Path) -> None:
 
 
 def report(stats, result) -> None:
-    """The table: what ran, and what it took."""
+    """Print the steps of each bucket (compiled batch shape), the executables, the peak memory, and the accuracy."""
     print(f"\n{'bucket':34} {'steps':>6} {'rows':>6} {'tokens':>7} {'tokens/s':>9} {'prepare s':>10}")
     for bucket in stats.buckets:
         if bucket.steps:

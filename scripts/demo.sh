@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job, end to end on real input: convert a checkpoint, load it, screen card transactions, print what it took.
+# Runs the main job on real input: converts a checkpoint, loads it, screens card transactions, and prints time and memory.
 #   scripts/demo.sh                                        the bundled model
 #   MODEL=Qwen/Qwen2.5-0.5B-Instruct scripts/demo.sh       the same with a model from the hub
 source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"

@@ -1,11 +1,11 @@
-"""A day of the anti-fraud service, compressed: traffic, drift, a new adapter, a canary, and what became of it.
+"""Replay a compressed day of the anti-fraud service: traffic, drift, a new adapter, a canary, and the results.
 
     python scripts/fraud_demo.py [--seconds 270] [--rate 60] [--folder runs/fraud_demo]
 
-Requests are sent open loop, two in three of them repetitions. In the afternoon the upstream system's words change. Once
-fewer than 94 % of the last judgements were right, an adapter is trained (configs/train/fraud_drift.toml), loaded into
-the running server, tried on a fifth and half of the accounts, and promoted. Where that is not done when the day ends,
-the next one begins.
+Requests are sent open loop; two in three are repetitions. In the afternoon the upstream system's words change. When
+fewer than 94 % of the last judgements are right, the demo trains an adapter (configs/train/fraud_drift.toml), loads
+it into the running server, tries it on a fifth and then half of the accounts, and promotes it. If that is not
+finished when the day ends, the traffic of the next day follows.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from qwen_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "configs/train/fraud_drift.toml"
-EXAMPLES = 2000   # of the training
-WATCHED = 300     # last new payments, whose judgements tell of a drift
-ALARM = 0.94
-AFTERWARDS = 30.0  # seconds of traffic after the promotion, at least
-BIN = 5.0         # seconds of a point of the picture
+EXAMPLES = 2000  # conversations to train on
+WATCHED = 300  # new payments in the moving window that detects the drift
+ALARM = 0.94  # share of right judgements in the window below which the adapter is trained
+AFTERWARDS = 30.0  # minimum seconds of traffic after the promotion
+BIN = 5.0  # seconds per point of the picture
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=270, help="that the day takes")
+    parser.add_argument("--seconds", type=float, default=270, help="length of the day")
     parser.add_argument("--rate", type=float, default=60, help="requests per second, on average over the day")
     parser.add_argument("--repeats", type=float, default=0.65, help="share of exact repetitions")
     parser.add_argument("--seed", type=int, default=0)
@@ -57,10 +57,11 @@ def main() -> int:
 
 
 async def run(args: argparse.Namespace) -> int:
+    """Replay the day of payments and repair its drift; return 1 if a request failed or no adapter was promoted."""
     import msgspec
 
     from qwen_jax.evaluation.fraud.replay import Day, day
-    from qwen_jax.serving.load_test.raw_client import replay
+    from qwen_jax.serving.load_test.replay import replay
 
     args.folder.mkdir(parents=True, exist_ok=True)
     work = args.folder / time.strftime("%Y%m%d-%H%M%S")
@@ -74,15 +75,15 @@ async def run(args: argparse.Namespace) -> int:
         say(f"2. the server is ready at {server.url} (log: {server.log})")
         story = Story(server, work, arrived, time.perf_counter())
         repairing = asyncio.create_task(story.repair())
-        bodies = [(one.at, msgspec.json.encode(one.screening.request)) for one in arrived]
+        bodies = [(arrival.at, msgspec.json.encode(arrival.screening.request)) for arrival in arrived]
 
         def requests():
             yield from bodies
-            for one in tomorrow:
+            for arrival in tomorrow:
                 if repairing.done() and story.seconds > story.moments.get("promoted", 0) + AFTERWARDS:
                     return
-                arrived.append(replace(one, at=args.seconds + one.at))
-                yield arrived[-1].at, msgspec.json.encode(one.screening.request)
+                arrived.append(replace(arrival, at=args.seconds + arrival.at))
+                yield arrived[-1].at, msgspec.json.encode(arrival.screening.request)
 
         outcomes = await replay(server.port, requests(), story.clock, story.note)
         if repairing.done():
@@ -96,12 +97,12 @@ async def run(args: argparse.Namespace) -> int:
     report(arrived, outcomes, story.moments)
     picture(arrived, outcomes, story.moments, args.folder / "day.png")
     say(f"picture: {args.folder / 'day.png'}")
-    failed = sum(one.status != 200 for one in outcomes)
+    failed = sum(outcome.status != 200 for outcome in outcomes)
     return int(failed > 0 or "promoted" not in story.moments)
 
 
 class Server:
-    """``qwen-jax serve bundled --fraud`` and its admin port."""
+    """A running ``qwen-jax serve bundled --fraud`` with an admin port."""
 
     def __init__(self, work: Path) -> None:
         self.port, self.admin_port = free_port(), free_port()
@@ -113,16 +114,18 @@ class Server:
         self._process = subprocess.Popen(command, env=environment, stdout=self.log.open("w"), stderr=subprocess.STDOUT)
 
     async def ready(self) -> None:
+        """Wait until the server is ready; raise `UserError` if it ends."""
         while True:
             if self._process.poll() is not None:
                 raise UserError(f"the server has ended: {self.log}")
             try:
                 await self.ask("GET", "/ready")
                 return
-            except OSError:  # not listening, or not ready: urllib's HTTPError is one too
+            except OSError:  # not listening yet, or not ready: urllib's HTTPError is an OSError
                 await asyncio.sleep(0.2)
 
     async def ask(self, method: str, path: str, body: dict | None = None) -> dict:
+        """Send a request to the server or, for a path below /admin, to its admin port; return the JSON answer."""
         port = self.admin_port if path.startswith("/admin") else self.port
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
         request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", json.dumps(body).encode() if body else None,
@@ -143,17 +146,22 @@ class Server:
 
 
 class Story:
-    """Watches judgements and repairs what drifts. moments: by name, in seconds of the day."""
+    """The operator of the demo: watches how many judgements are right; trains and rolls out an adapter after drift.
+
+    Attributes:
+      clock: `time.perf_counter` at the beginning of the day.
+      moments: second of the day at which "drift noticed", "trained", "canary" and "promoted" happened.
+    """
 
     def __init__(self, server: Server, work: Path, arrived: list, clock: float) -> None:
         self._server, self._work, self.clock = server, work, clock
-        self._truth = {one.at: one for one in arrived if not one.repeats}
+        self._truth = {arrival.at: arrival for arrival in arrived if not arrival.repeats}
         self._right: deque[bool] = deque(maxlen=WATCHED)
         self._drifted = asyncio.Event()
         self.moments: dict[str, float] = {}
 
     def note(self, outcome) -> None:
-        """Of an answer: what is later known of new payments comes in here."""
+        """Record whether the answer to a new payment was right; repetitions and failures do not count."""
         arrival = self._truth.get(outcome.due)
         if arrival is None or outcome.status != 200 or self._drifted.is_set():
             return
@@ -162,6 +170,7 @@ class Story:
             self._drifted.set()
 
     async def repair(self) -> None:
+        """Wait until judgements get worse; then train an adapter, load it, try it as a canary, await its promotion."""
         await self._drifted.wait()
         self._now("drift noticed", f"only {sum(self._right)} of the last {WATCHED} new payments were judged rightly")
         adapter = await self._train()
@@ -170,12 +179,12 @@ class Story:
         await self._server.ask("POST", "/admin/canary", {"adapter": "words", "weights": [0.2, 0.5], "requests": 40,
                                                          "shadowed": 0})
         self._now("canary", "it is tried on a fifth of the accounts, then on half")
-        while (found := await self._server.ask("GET", "/admin/canary"))["state"] == "running":
+        while (trial := await self._server.ask("GET", "/admin/canary"))["state"] == "running":
             await asyncio.sleep(0.1)
-        if found["state"] != "promoted":
-            say(f"   it was taken back: {found['why']}")
+        if trial["state"] != "promoted":
+            say(f"   it was taken back: {trial['why']}")
             return
-        self._now("promoted", f"all accounts have it, after {found['requests']} requests of its own")
+        self._now("promoted", f"all accounts have it, after {trial['requests']} requests of its own")
 
     async def _train(self) -> Path:
         from qwen_jax.evaluation.fraud.replay import write_training
@@ -186,8 +195,9 @@ class Story:
         text = re.sub(r"^output = .*$", f"output = {json.dumps(str(self._work / 'adapter'))}", text, flags=re.M)
         recipe.write_text(text)
         with (self._work / "train.log").open("w") as log:
-            training = await asyncio.create_subprocess_exec(  # after the server, where cores are short
-                "nice", "-n", "5", sys.executable, "-m", "qwen_jax.cli", "train", str(recipe), stdout=log, stderr=log)
+            # nice: the server goes first where cores are scarce.
+            command = ["nice", "-n", "5", sys.executable, "-m", "qwen_jax.cli", "train", str(recipe)]
+            training = await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log)
             try:
                 code = await training.wait()
             except asyncio.CancelledError:
@@ -199,7 +209,7 @@ class Story:
 
     @property
     def seconds(self) -> float:
-        """Of the day, now."""
+        """Seconds since the beginning of the day."""
         return time.perf_counter() - self.clock
 
     def _now(self, name: str, text: str) -> None:
@@ -208,8 +218,8 @@ class Story:
 
 
 def phases(arrived: list, moments: dict[str, float]) -> list[tuple[str, float, float]]:
-    """(name, from, to), in seconds of the day."""
-    drift = min((one.at for one in arrived if one.screening.drifted), default=arrived[-1].at)
+    """Split the day at the drift and the adapter's `moments`; return (name, begin, end) of each phase, in seconds."""
+    drift = min((arrival.at for arrival in arrived if arrival.screening.drifted), default=arrived[-1].at)
     cuts = [("before the drift", 0.0), ("new words", drift)]
     cuts += [(name, moments[moment]) for name, moment in (("and training", "drift noticed"), ("canary", "canary"),
                                                           ("after the promotion", "promoted")) if moment in moments]
@@ -218,42 +228,44 @@ def phases(arrived: list, moments: dict[str, float]) -> list[tuple[str, float, f
 
 
 def report(arrived: list, outcomes: list, moments: dict[str, float]) -> None:
+    """Print requests, failures, accuracy, cache hits and latencies of every phase and of the whole day."""
     import numpy as np
 
     print(f"\n{'phase':20} {'seconds':>8} {'requests':>9} {'failed':>7} {'accuracy':>9} {'frauds found':>13} "
           f"{'cached':>7} {'p50, ms':>8} {'p99, ms':>8}")
     pairs = list(zip(arrived, outcomes))
     for name, begin, end in [*phases(arrived, moments), ("the day", 0.0, arrived[-1].at + 1)]:
-        mine = [(a, o) for a, o in pairs if begin <= a.at < end]
-        if not mine:
+        phase = [(a, o) for a, o in pairs if begin <= a.at < end]
+        if not phase:
             continue
-        good = [(a, o, o.verdict["decision"]) for a, o in mine if o.status == 200]
-        frauds = [said == "fraud" for a, _, said in good if a.screening.label == "fraud"]
-        p50, p99 = 1e3 * np.quantile([o.seconds for _, o in mine], [0.5, 0.99])
-        print(f"{name:20} {end - begin:8.0f} {len(mine):9,} {len(mine) - len(good):7} "
-              f"{sum(said == a.screening.label for a, _, said in good) / len(mine):9.3f} "
-              f"{sum(frauds) / max(len(frauds), 1):13.3f} {sum(o.cached for _, o in mine) / len(mine):7.2f} "
+        good = [(a, o.verdict["decision"]) for a, o in phase if o.status == 200]
+        frauds = [decision == "fraud" for a, decision in good if a.screening.label == "fraud"]
+        p50, p99 = 1e3 * np.quantile([o.seconds for _, o in phase], [0.5, 0.99])
+        print(f"{name:20} {end - begin:8.0f} {len(phase):9,} {len(phase) - len(good):7} "
+              f"{sum(decision == a.screening.label for a, decision in good) / len(phase):9.3f} "
+              f"{sum(frauds) / max(len(frauds), 1):13.3f} {sum(o.cached for _, o in phase) / len(phase):7.2f} "
               f"{p50:8.1f} {p99:8.1f}")
 
 
 def picture(arrived: list, outcomes: list, moments: dict[str, float], path: Path) -> None:
+    """Draw accuracy, request rate, cache hits and p99 latency over the day, as an image file."""
     import matplotlib
     import numpy as np
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    at = np.array([one.at for one in arrived])
+    at = np.array([arrival.at for arrival in arrived])
     right = np.array([o.status == 200 and o.verdict["decision"] == a.screening.label
                       for a, o in zip(arrived, outcomes)])
     cached, seconds = np.array([o.cached for o in outcomes]), np.array([o.seconds for o in outcomes])
     bins = (at // BIN).astype(int)
-    kept = [b for b in range(bins.max() + 1) if (bins == b).sum() >= 50]
+    full = [b for b in range(bins.max() + 1) if (bins == b).sum() >= 50]
     series = {"right judgements": lambda m: right[m].mean(), "requests per second": lambda m: m.sum() / BIN,
               "from the cache": lambda m: cached[m].mean(), "p99, ms": lambda m: 1e3 * np.quantile(seconds[m], 0.99)}
     figure, axes = plt.subplots(len(series), 1, figsize=(9, 9), sharex=True)
     for axis, (name, value) in zip(axes, series.items()):
-        axis.plot([(b + 0.5) * BIN for b in kept], [value(bins == b) for b in kept], color="tab:blue")
+        axis.plot([(b + 0.5) * BIN for b in full], [value(bins == b) for b in full], color="tab:blue")
         axis.set_ylabel(name)
         axis.grid(alpha=0.3)
         for _, begin, _ in phases(arrived, moments)[1:]:

@@ -1,4 +1,7 @@
-"""What `gpu_check.sh` runs. With --rehearse, at toy sizes on the CPU with other kernels: to try the script itself."""
+"""Run the GPU tests and benchmarks of `gpu_check.sh` and write their results as JSON and Markdown.
+
+With --rehearse the script runs at toy sizes on the CPU with other kernels, which tests the script itself.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-SECONDS = 540  # for everything
+SECONDS = 540  # time limit of the whole script
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """7B shape by default."""
+    """Sizes of the arrays that are measured, and the number of rounds; the defaults are attention of the 7B shape."""
 
     kv_heads: int = 4
     group: int = 7
@@ -67,7 +70,7 @@ def main() -> int:
                 if time.monotonic() - began > SECONDS:
                     rows.append({"stopped": "no time left"})
                     break
-        except Exception as error:  # what was measured before counts all the same
+        except Exception as error:  # earlier measurements stay valid
             rows.append({"error": f"{type(error).__name__}: {error}"[:2000]})
             print("   ", rows[-1], file=sys.stderr)
         (folder / "gpu_check.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -77,6 +80,7 @@ def main() -> int:
 
 
 def facts(rehearsal: bool) -> dict:
+    """Return what the report begins with: date, device, commit, and versions of Python and jax."""
     import jax
     import jaxlib
 
@@ -87,7 +91,7 @@ def facts(rehearsal: bool) -> dict:
 
 
 def tests(sizes, rehearse, report, left):
-    """Tests marked gpu, in a process of their own."""
+    """Run the tests marked gpu in a subprocess; yield pytest's summary as a row of the report."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", *GPU_TESTS, "-p", "no:cacheprovider"]
     env = os.environ | ({} if rehearse else {"JAX_PLATFORMS": "cuda,cpu"})
     run = subprocess.run(command, capture_output=True, text=True, env=env, timeout=max(1, min(240, left() - 120)))
@@ -96,7 +100,7 @@ def tests(sizes, rehearse, report, left):
 
 
 def ceilings(sizes, rehearse, report, left):
-    """What the chip reaches: copying, and a large bf16 product of random matrices."""
+    """Measure the limits of the chip: bandwidth of a copy, and FLOP/s of a large bf16 product of random matrices."""
     import jax
     import jax.numpy as jnp
 
@@ -109,13 +113,13 @@ def ceilings(sizes, rehearse, report, left):
 
 
 def dense_prefill(sizes, rehearse, report, left):
-    """Paged dense prefill against cuDNN and torch."""
+    """Compare the time of the kernel's attention to all pages of a prompt with cuDNN's and torch's, by length."""
     for length in sizes.lengths:
         case = Prefill(sizes, length, rehearse)
         selection = case.everything()
         ours = seconds(case.kernel, (*case.arrays, selection), sizes.rounds)
         row = {"tokens": length, "ours ms": 1e3 * ours, "ours TFLOP/s": case.flops / ours / 1e12}
-        row |= case.others(sizes.rounds)
+        row |= case.peers(sizes.rounds)
         row["cuDNN / ours"] = row["cuDNN ms"] / row["ours ms"]
         if length == sizes.lengths[0]:
             row["distance"] = case.distance(selection)
@@ -123,14 +127,14 @@ def dense_prefill(sizes, rehearse, report, left):
 
 
 def sparse_prefill(sizes, rehearse, report, left):
-    """Selection and sparse attention against full attention by cuDNN."""
+    """Compare the time of selecting pages and attending to them with cuDNN's full attention, by prompt length."""
     known = {row.get("tokens"): row.get("cuDNN ms") for row in report["dense prefill"]}
     for length in sizes.lengths:
         case = Prefill(sizes, length, rehearse)
         choose = seconds(case.choose, case.arrays, sizes.rounds)
         selection = case.choose(*case.arrays)
         attend = seconds(case.kernel, (*case.arrays, selection), sizes.rounds)
-        full = known.get(length) or case.others(sizes.rounds)["cuDNN ms"]
+        full = known.get(length) or case.peers(sizes.rounds)["cuDNN ms"]
         row = {"tokens": length, "selection ms": 1e3 * choose, "attention ms": 1e3 * attend, "cuDNN full ms": full,
                "cuDNN full / ours": full / 1e3 / (choose + attend), "selection's share": choose / (choose + attend)}
         if length == sizes.lengths[0]:
@@ -139,7 +143,7 @@ def sparse_prefill(sizes, rehearse, report, left):
 
 
 def decode(sizes, rehearse, report, left):
-    """Dense paged decode against reading keys and values at the bandwidth of a copy."""
+    """Compare the bandwidth at which decode attention to all pages reads keys and values with that of a copy."""
     copy = next((row["TB/s"] for row in report["ceilings"] if row.get("what") == "copy"), None)
     for rows in sizes.decode_rows:
         run, arrays, nbytes = decode_case(sizes, rows, rehearse)
@@ -150,7 +154,7 @@ def decode(sizes, rehearse, report, left):
 
 
 def tuning(sizes, rehearse, report, left):
-    """Other tile counts, pipeline depths and splits: dense prefill in the middle of the lengths, and decode."""
+    """Time the kernel with other tile counts, pipeline depths and splits: prefill of 16,384 tokens, and decode."""
     if rehearse:
         return
     from qwen_kernels.sparse_attention.mosaic_sm90 import Tuning
@@ -160,7 +164,7 @@ def tuning(sizes, rehearse, report, left):
         try:
             took = seconds(case.tuned(Tuning(warpgroups, stages)), (*case.arrays, case.everything()), sizes.rounds)
             yield {"what": "prefill", "warpgroups": warpgroups, "stages": stages, "TFLOP/s": case.flops / took / 1e12}
-        except Exception as error:  # a choice that does not fit is a result
+        except Exception as error:  # a combination that does not fit is a result too
             yield {"what": "prefill", "warpgroups": warpgroups, "stages": stages, "refused": str(error)[:200]}
     for splits in (1, 2, 4, 8, 16, 32):
         run, arrays, nbytes = decode_case(sizes, sizes.decode_rows[0], rehearse, Tuning(splits=splits))
@@ -169,7 +173,7 @@ def tuning(sizes, rehearse, report, left):
 
 
 class Prefill:
-    """One prompt on pages in random order, prefilled at once."""
+    """The attention of one layer in the prefill of a whole prompt, with keys and values on pages in random order."""
 
     def __init__(self, sizes: Sizes, length: int, rehearse: bool):
         import jax
@@ -185,25 +189,24 @@ class Prefill:
         table = jax.random.permutation(keys[3], jnp.arange(1, pages + 1))[None].astype(jnp.int32)
         start, whole = jnp.zeros(1, jnp.int32), jnp.full(1, length, jnp.int32)
         self.arrays = q, k, v, table, start, whole
-        self.flops = 2 * length * length * sizes.kv_heads * sizes.group * sizes.dim  # causal: half of everything
+        self.flops = 2 * length * length * sizes.kv_heads * sizes.group * sizes.dim  # causal: half of all pairs
         stored = stored_on_cpu if rehearse else lambda x: x
 
         def choose(q, k, v, table, start, whole):
             k = stored(k)
-            summaries = update_summaries(new_summaries(k, pages), k, table, start, whole, length)
-            return select(q, k, summaries, table, start, whole, whole, Sparsity())
+            summaries = update_summaries(new_summaries(k, pages), k, table, start=start, length=whole, tokens=length)
+            return select(q, k, summaries, table, start=start, length=whole, prompt_length=whole, sparsity=Sparsity())
 
         self.choose, self.kernel = jax.jit(choose), self.tuned()
 
     def tuned(self, *tuning):
-        """Attention with a `Tuning`, or the default."""
+        """Return the compiled attention kernel, with the given `Tuning` or the kernel's default."""
         import jax
 
-        return jax.jit(lambda q, k, v, table, start, whole, selection: kernel(self.rehearse)(
-            q, k, v, table, start, whole, selection, *tuning))
+        return jax.jit(lambda *arrays: kernel(self.rehearse)(*arrays, *tuning))
 
     def everything(self):
-        """The selection of every page."""
+        """Return the selection with which each block of queries attends to all pages up to its own: dense attention."""
         import jax.numpy as jnp
         from qwen_kernels.sparse_attention import Selection
 
@@ -212,8 +215,8 @@ class Prefill:
         count = jnp.broadcast_to(jnp.arange(1, blocks + 1, dtype=jnp.int32)[None, :, None], shape)
         return Selection(jnp.zeros((*shape, 1), jnp.int32), count, jnp.ones(shape, bool))
 
-    def others(self, rounds: int) -> dict:
-        """cuDNN's time and torch's on the same prompt, its keys in order."""
+    def peers(self, rounds: int) -> dict:
+        """Return the times in ms of cuDNN's and torch's full attention on the same prompt with its keys in order."""
         import jax
 
         q, k, v, table, *_ = self.arrays
@@ -221,28 +224,28 @@ class Prefill:
         k, v = (x[table[0]].swapaxes(1, 2).reshape(1, self.length, -1, self.sizes.dim) for x in (k, v))
         run = jax.jit(lambda q, k, v: jax.nn.dot_product_attention(
             q, k, v, is_causal=True, implementation="xla" if self.rehearse else "cudnn"))
-        found = {"cuDNN ms": 1e3 * seconds(run, (q, k, v), rounds)}
+        times = {"cuDNN ms": 1e3 * seconds(run, (q, k, v), rounds)}
         try:
-            found["torch ms"] = 1e3 * torch_seconds(self.sizes, self.length, rounds, self.rehearse)
-        except Exception as error:  # a machine need not have torch
-            found["torch ms"] = None
+            times["torch ms"] = 1e3 * torch_seconds(self.sizes, self.length, rounds, self.rehearse)
+        except Exception as error:  # torch is optional
+            times["torch ms"] = None
             print(f"    torch: {error}", file=sys.stderr)
-        return found
+        return times
 
     def distance(self, selection) -> float:
-        """Relative distance of the output from the reference in float32, which masks full attention."""
+        """Return the relative distance of the kernel's output from a reference that masks full attention in float32."""
         import jax
         import jax.numpy as jnp
         from qwen_kernels.sparse_attention import reference
 
-        got = self.kernel(*self.arrays, selection).astype(jnp.float32)
+        output = self.kernel(*self.arrays, selection).astype(jnp.float32)
         q, k, v, *rest = self.arrays
-        want = jax.jit(reference.attend)(*(x.astype(jnp.float32) for x in (q, k, v)), *rest, selection)
-        return float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
+        expected = jax.jit(reference.attend)(*(x.astype(jnp.float32) for x in (q, k, v)), *rest, selection)
+        return float(jnp.linalg.norm(output - expected) / jnp.linalg.norm(expected))
 
 
 def decode_case(sizes: Sizes, rows: int, rehearse: bool, *tuning):
-    """A dense decode step, its arrays, and the bytes of keys and values that it reads."""
+    """Return the compiled decode attention of `rows` sequences, its arrays, and the bytes of pages that it reads."""
     import jax
     import jax.numpy as jnp
     from qwen_kernels.attention import PAGE
@@ -262,16 +265,17 @@ def decode_case(sizes: Sizes, rows: int, rehearse: bool, *tuning):
 
 
 def kernel(rehearse: bool) -> Callable:
-    """Attention to selected pages: the Hopper kernel, or what stands for it in a rehearsal."""
+    """Return the Hopper kernel for attention to selected pages, or the XLA implementation in a rehearsal."""
     from qwen_kernels.sparse_attention import mosaic_sm90, xla
 
-    def stands_for_it(q, k, v, *rest):
+    def on_cpu(q, k, v, *rest):
         return xla.attend(q, stored_on_cpu(k), stored_on_cpu(v), *rest)
 
-    return stands_for_it if rehearse else mosaic_sm90.attend
+    return on_cpu if rehearse else mosaic_sm90.attend
 
 
 def stored_on_cpu(pages):
+    """Return pages of keys or values in the form in which an engine on a CPU stores them."""
     from qwen_kernels.attention import page_dtype
     from qwen_kernels.attention.storage import to_storage
 
@@ -279,6 +283,7 @@ def stored_on_cpu(pages):
 
 
 def torch_seconds(sizes: Sizes, length: int, rounds: int, rehearse: bool) -> float:
+    """Return the seconds of torch's causal attention on a prompt of `length` tokens."""
     import torch
 
     device = "cpu" if rehearse else "cuda"
@@ -297,13 +302,14 @@ def torch_seconds(sizes: Sizes, length: int, rounds: int, rehearse: bool) -> flo
 
 
 def seconds(run: Callable, arrays: tuple, rounds: int) -> float:
+    """Return the median seconds that a call of the JAX function `run` with `arrays` takes."""
     import jax
 
     return clock(lambda: run(*arrays), jax.block_until_ready, rounds)
 
 
 def clock(run: Callable, wait: Callable, rounds: int) -> float:
-    """Median seconds of a call: several in flight at a time, so that dispatch hides behind the device's work."""
+    """Return the median seconds per call of `run`. Several calls are in flight at a time, to hide dispatch costs."""
     wait(run())
     began = time.perf_counter()
     wait(run())
@@ -319,6 +325,7 @@ def clock(run: Callable, wait: Callable, rounds: int) -> float:
 
 
 def markdown(report: dict) -> str:
+    """Return the report as a Markdown page, one table per part."""
     facts = report["facts"]
     lines = [f"# {'Rehearsal' if facts['rehearsal'] else 'GPU check'}: {facts['device']}, {facts['date']}", "",
              ", ".join(f"{name} {value}" for name, value in facts.items() if name not in ("device", "date")), ""]

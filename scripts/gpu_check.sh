@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Everything there is to know of this project on the NVIDIA GPU at hand, in nine minutes at most: the tests marked gpu,
-# then the kernels against cuDNN and torch and against what the chip can do. Results go to $OUT (default: out) as
-# gpu_check.json and gpu_check.md, whatever fails on the way. PYTHON names the Python to use (default: the repository's
-# .venv if there is one, else python3); it needs jax with CUDA, flax, numpy and pytest, nothing has to be installed.
+# Checks this project on an NVIDIA GPU in nine minutes at most: runs the tests marked gpu, then compares the kernels with
+# cuDNN, with torch, and with the measured limits of the chip. Results go to $OUT (default: out) as gpu_check.json and
+# gpu_check.md, also when a part fails. PYTHON names the Python to use (default: the repository's .venv if it exists, else
+# python3); it needs jax with CUDA, flax, numpy and pytest. The script installs nothing.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OUT="${OUT:-out}" PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1

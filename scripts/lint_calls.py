@@ -2,8 +2,8 @@
 
     python scripts/lint_calls.py [FILE or FOLDER ...]
 
-A reader cannot tell what the sixth argument of a call is for: name it. `LONG` lists the functions that may be longer, with
-the reason. Exits with 1 when anything is found.
+A reader cannot tell what the sixth argument of a call is for: name it. `LONG` lists the functions that may be longer,
+with the reason. Exits with 1 when anything is found.
 """
 
 import ast
@@ -18,7 +18,7 @@ ALIKE = {"max", "min", "stack", "concatenate", "zip", "map", "print", "einsum", 
 
 
 def problems(path: Path) -> list[str]:
-    """Lines ``file:line: problem`` for the calls and functions of one file."""
+    """Return lines ``file:line: problem`` for the calls with too many arguments and the long functions of a file."""
     shown, found = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path, []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call):
@@ -33,8 +33,9 @@ def problems(path: Path) -> list[str]:
 
 
 def main() -> int:
-    """Print every problem of the files and folders that the command line names; by default of the project's code."""
-    places = [Path(name).resolve() for name in sys.argv[1:]] or [ROOT / name for name in ("qwen_jax", "kernels", "scripts")]
+    """Print every problem in the files and folders that the command line names; by default of the project's code."""
+    names = sys.argv[1:] or [ROOT / name for name in ("qwen_jax", "kernels", "scripts")]
+    places = [Path(name).resolve() for name in names]
     files = [file for place in places for file in (sorted(place.rglob("*.py")) if place.is_dir() else [place])]
     found = [line for file in files for line in problems(file)]
     print("\n".join(found) or "no problems")

@@ -12,18 +12,19 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-OPENINGS = re.compile(r"(Of|Those|These|Whose|What|Who|Which|That|As|Where|When|Whether|How|Why|Else|For|From|To|In|On|With|"
-                      r"Until|By|It|Its|They|Here|There|This|Is|Are|Has|Only|Also|Same|Open ones|Every one|One|Some)\b")
+OPENINGS = re.compile(
+    r"(Of|Those|These|Whose|What|Who|Which|That|As|Where|When|Whether|How|Why|Else|For|From|To|In|On|With|Until|By|It|Its|"
+    r"They|Here|There|This|Is|Are|Has|Only|Also|Same|Open ones|Every one|One|Some)\b")
 WORDS = re.compile(r"\b(nobody|whoever|whatever|somebody|so many|so much|so long|no one|everybody|anybody)\b", re.I)
 
 
 def problems(path: Path) -> list[str]:
-    """Lines ``file:line: problem`` for the docstrings and comments of one file."""
+    """Return lines ``file:line: problem`` for the docstrings and comments of a file that break the rules."""
     source, found = path.read_text(), []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node)
-            if text is not None and (not text or OPENINGS.match(text) or not text[0].isalnum() and text[0] not in "`\"'([<{$"):
+            if text is not None and (not text or OPENINGS.match(text)):
                 found.append((getattr(node, "lineno", 1), f"docstring opens with {text[:40]!r}"))
             elif text and re.match(r"(Args|Attributes|Raises|Returns):", text):
                 found.append((getattr(node, "lineno", 1), "docstring has no first sentence"))
@@ -35,8 +36,9 @@ def problems(path: Path) -> list[str]:
 
 
 def main() -> int:
-    """Print every problem of the files and folders that the command line names; by default of the project's code."""
-    places = [Path(name).resolve() for name in sys.argv[1:]] or [ROOT / name for name in ("qwen_jax", "kernels", "scripts")]
+    """Print every problem in the files and folders that the command line names; by default of the project's code."""
+    names = sys.argv[1:] or [ROOT / name for name in ("qwen_jax", "kernels", "scripts")]
+    places = [Path(name).resolve() for name in names]
     files = [file for place in places for file in (sorted(place.rglob("*.py")) if place.is_dir() else [place])]
     found = [line for file in files if file != Path(__file__).resolve() for line in problems(file)]
     print("\n".join(found) or "no problems")

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Runs the tests; arguments go to pytest (for instance: scripts/test.sh tests/engine -k sampling).
+# Runs the lints and the tests. Arguments go to pytest, for instance: scripts/test.sh tests/engine -k sampling
 EXTRAS=test
 source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
 .venv/bin/python -m ruff check .
+.venv/bin/python scripts/lint_prose.py
+.venv/bin/python scripts/lint_calls.py
 exec .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --durations=10 "$@"

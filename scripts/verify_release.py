@@ -1,4 +1,4 @@
-"""Checks checkpoints against transformers: logits, greedy text, and the round trip through our format.
+"""Compare this package with transformers on checkpoints: logits and greedy text; check the round trip of weights.
 
     python scripts/verify_release.py [MODEL...] [--tokens 32]
 
@@ -51,7 +51,7 @@ def main() -> int:
 
 
 def verify(model: str, count: int) -> dict[str, tuple[bool, str]]:
-    """Each check's verdict and figures."""
+    """Check a model's logits and text against transformers', and its round trip; return (passed, figures) by check."""
     source = resolve(model)
     prompts = token_prompts(source)
     say(f"{model}: transformers, float32, eager")
@@ -60,10 +60,10 @@ def verify(model: str, count: int) -> dict[str, tuple[bool, str]]:
     ours = load_model(source, dtype="float32")
     worst, agree, total = 0.0, 0, 0
     for prompt, expected in zip(prompts, logits, strict=True):
-        got = np.asarray(ours(np.array([prompt])))[0]
+        computed = np.asarray(ours(np.array([prompt])))[0]
         scale = max(1.0, float(np.abs(expected).max()) / 10)
-        worst = max(worst, float(np.abs(got - expected).max()) / scale)
-        agree += int((got.argmax(-1) == expected.argmax(-1)).sum())
+        worst = max(worst, float(np.abs(computed - expected).max()) / scale)
+        agree += int((computed.argmax(-1) == expected.argmax(-1)).sum())
         total += len(prompt)
     checks = {"logits": (worst <= LOGIT_TOLERANCE and agree == total,
                          f"largest difference {worst:.1e} (bar {LOGIT_TOLERANCE:.0e}, relative to a tenth of the "
@@ -81,7 +81,7 @@ def verify(model: str, count: int) -> dict[str, tuple[bool, str]]:
 
 
 def token_prompts(source) -> list[list[int]]:
-    """Token ids of a few texts; fixed random ids for a checkpoint without a tokenizer."""
+    """Return the checks' prompts: token ids of `TEXTS`, or fixed random ids for a checkpoint without a tokenizer."""
     tokenizer = load_tokenizer(source)
     if tokenizer is None:
         return np.random.default_rng(0).integers(0, source.config.vocab_size, (4, 12)).tolist()
@@ -90,7 +90,7 @@ def token_prompts(source) -> list[list[int]]:
 
 @torch.no_grad()
 def reference(path: Path, prompts: list[list[int]], count: int) -> tuple[list[np.ndarray], list[list[int]]]:
-    """transformers' logits [T, V] and greedy continuation of each prompt."""
+    """Return transformers' logits [T, V] of each prompt, and its greedy continuation of `count` tokens."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
     model.generation_config.eos_token_id = None  # every answer has the same length
     logits = [model(torch.tensor([prompt])).logits[0].numpy() for prompt in prompts]
@@ -104,7 +104,7 @@ def reference(path: Path, prompts: list[list[int]], count: int) -> tuple[list[np
 
 
 def round_trip(source) -> tuple[bool, str]:
-    """Convert, export, and compare every tensor bit for bit."""
+    """Convert a checkpoint to our format and export it again; return whether all tensors are the same, and counts."""
     if source.kind != "hf":
         return True, "skipped: already converted"
     with tempfile.TemporaryDirectory() as folder:
@@ -118,16 +118,17 @@ def round_trip(source) -> tuple[bool, str]:
 
 
 def tensors(folder: Path) -> dict[str, Path]:
-    """The file of every tensor."""
-    found = {}
+    """Return the safetensors file in which each tensor of a checkpoint lies, by the tensor's name."""
+    files = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as handle:
-            found |= dict.fromkeys(handle.keys(), file)
-    return found
+            files |= dict.fromkeys(handle.keys(), file)
+    return files
 
 
-def same(one: Path, other: Path, name: str) -> bool:
-    with safe_open(one, "pt") as a, safe_open(other, "pt") as b:
+def same(before: Path, after: Path, name: str) -> bool:
+    """Return whether a tensor has the same type, shape and bytes in both files."""
+    with safe_open(before, "pt") as a, safe_open(after, "pt") as b:
         x, y = a.get_tensor(name), b.get_tensor(name)
     return x.dtype == y.dtype and x.shape == y.shape and torch.equal(x.contiguous().view(torch.uint8),
                                                                      y.contiguous().view(torch.uint8))

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks checkpoints against transformers: logits, greedy text, and the round trip through our format.
+# Compares checkpoints with transformers: logits, greedy text, and the round trip through our format.
 #   scripts/verify_release.sh [MODEL...]      default: Qwen/Qwen2.5-0.5B-Instruct; folders and hub ids
 EXTRAS=test
 source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"

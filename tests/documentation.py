@@ -1,6 +1,6 @@
-"""The pages of documentation as data: their blocks of code, the commands in them, and how a page is run.
+"""Read the pages of documentation: their blocks of code and the commands in them; run a page.
 
-A block of ``bash``, ``sh``, ``console`` or ``python`` is run, in its page's order. Its first line may say otherwise:
+A block of ``bash``, ``sh``, ``console`` or ``python`` runs in its page's order, unless its first line has a mark:
 
     ```bash no-run: needs a GPU
     ```python slow: compiles 8-bit programs
@@ -30,12 +30,12 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 SHELL, CONSOLE = ("bash", "sh", "console"), "console"
 _FENCE = re.compile(r"^(`{3,})([^`\n]*)\n(.*?)^\1\s*$", re.MULTILINE | re.DOTALL)
 _INFO = re.compile(r"^(?P<language>\S*)(?: (?P<mark>no-run|slow): (?P<reason>\S.*))?$")
-SECONDS = 240  # that one block may take
+SECONDS = 240  # time limit of a block
 
 
 @dataclass(frozen=True)
 class Block:
-    """A block of code. ``mark`` is "no-run", "slow" or None; ``reason`` says why."""
+    """A block of code of a page. ``mark`` is "no-run", "slow" or None."""
 
     page: Path
     line: int
@@ -57,6 +57,7 @@ class Block:
 
     @property
     def well_marked(self) -> bool:
+        """Return whether the block's first line is a language, or a language, a mark and a reason."""
         return _INFO.match(self.info) is not None
 
     @property
@@ -65,22 +66,24 @@ class Block:
 
 
 def blocks(page: Path) -> list[Block]:
+    """Return the blocks of code of a page, in order."""
     text = page.read_text()
     return [Block(page, text.count("\n", 0, found.start()) + 1, found[2].strip(), found[3])
             for found in _FENCE.finditer(text)]
 
 
 def prose(page: Path) -> str:
-    """A page without its blocks."""
+    """Return the text of a page without its blocks."""
     return _FENCE.sub("", page.read_text())
 
 
 def code_spans(page: Path) -> list[str]:
+    """Return the texts between backticks in a page's running text."""
     return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose(page))]
 
 
 def commands(block: Block) -> list[str]:
-    """Of a shell's block, continued lines joined; comments and a console's answers left out."""
+    """Return the commands of a shell block: continued lines joined, without comments and a console's answers."""
     lines = re.sub(r"\\\n\s*", "", block.text).splitlines()
     if block.language == CONSOLE or any(line.startswith("$ ") for line in lines):
         lines = [line[2:] for line in lines if line.startswith("$ ")]
@@ -88,12 +91,12 @@ def commands(block: Block) -> list[str]:
 
 
 def words_of(command: str) -> list[str] | None:
-    """The words of ``qwen-jax ...`` in a line of shell; None where no command of it is that."""
+    """Return the words after ``qwen-jax`` in a line of shell, or None if the line does not call it."""
     lexer = shlex.shlex(command, posix=True, punctuation_chars="|&;<>()")
     lexer.whitespace_split = True
     try:
         words = list(lexer)
-    except ValueError:  # a quote that another line closes
+    except ValueError:  # the quote is closed on a later line
         return None
     parts = [(separates, list(part)) for separates, part in
              itertools.groupby(words, lambda word: set(word) <= set("|&;<>()"))]
@@ -105,14 +108,15 @@ def words_of(command: str) -> list[str] | None:
 
 
 class Failure(Exception):
-    """A block that does not do what it says."""
+    """A block failed, or its output differs from the page."""
 
 
 class Reader:
-    """Somebody who follows a page: runs its blocks in order, in one folder, with ports of their own.
+    """Runs the blocks of a page in order, in one folder, with free ports in place of 8000 and 8001.
 
     Args:
-      folder: an empty one. environment: of every process.
+      folder: an empty folder.
+      environment: the environment of every process.
     """
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
@@ -121,7 +125,7 @@ class Reader:
         self._runner = asyncio.Runner()
         self._groups: list[int] = []
         self._ports = {"8000": _free_port(), "8001": _free_port()}
-        for name in ("configs", "scripts"):  # a page is read from the repository's folder
+        for name in ("configs", "scripts"):  # pages are read in the repository's folder
             (folder / name).symlink_to(ROOT / name)
 
     def __enter__(self) -> Reader:
@@ -135,6 +139,7 @@ class Reader:
                     os.killpg(group, signal_number)
 
     def run(self, block: Block) -> None:
+        """Run a block; raise `Failure` if it fails."""
         text = re.sub(r"\b800[01]\b", lambda found: self._ports[found[0]], block.text)
         if block.language == "python":
             self._python(block, text)
@@ -142,25 +147,25 @@ class Reader:
             self._shell(Block(block.page, block.line, block.info, text))
 
     def _python(self, block: Block, text: str) -> None:
-        said = io.StringIO()
+        output = io.StringIO()
         try:
-            with contextlib.chdir(self._folder), contextlib.redirect_stdout(said):
-                # the same line numbers as the page
+            with contextlib.chdir(self._folder), contextlib.redirect_stdout(output):
+                # Leading empty lines give tracebacks the line numbers of the page.
                 code = compile("\n" * block.line + text, block.where, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
                 result = eval(code, self._names)
                 if result is not None:
                     self._runner.run(result)
         except Exception:
-            raise Failure(f"{block.where} fails:\n{block.text}\n{said.getvalue()}{traceback.format_exc()}") from None
+            raise Failure(f"{block.where} fails:\n{block.text}\n{output.getvalue()}{traceback.format_exc()}") from None
 
     def _shell(self, block: Block) -> None:
         script = block.text
         if block.language == CONSOLE or "\n$ " in f"\n{script}":
             for command, answer in _dialogue(block.text):
-                said = self._bash(block, command)
+                output = self._bash(block, command)
                 if answer and not re.fullmatch(re.escape(answer.strip()).replace(re.escape("..."), r"[\s\S]*"),
-                                               said.strip()):
-                    raise Failure(f"{block.where}: `{command}` does not say what the page says:\n{said}")
+                                               output.strip()):
+                    raise Failure(f"{block.where}: `{command}` does not print what the page says:\n{output}")
         else:
             self._bash(block, _in_background(script))
 
@@ -183,20 +188,20 @@ class Reader:
 
 
 def environment(cache: str) -> dict[str, str]:
-    """Of a reader's processes: this Python's programs first, nothing from the hub."""
+    """Return the environment for a page's processes: this Python's programs come first, and the hub is offline."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1", "QWEN_JAX_CACHE": cache, "JAX_PLATFORMS": "cpu"}
 
 
 def _dialogue(text: str) -> Iterator[tuple[str, str]]:
-    """Commands of a console and what they answer."""
+    """Yield the commands of a console block and their answers."""
     for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
         command, _, answer = re.sub(r"\\\n\s*", "", part).partition("\n")
         yield command, answer
 
 
 def _in_background(script: str) -> str:
-    """A script whose servers, which a reader starts in another window, are started and waited for."""
+    """Change a script so that its servers run in the background and the script waits until they are ready."""
     lines = []
     for line in re.sub(r"\\\n\s*", "", script).splitlines():
         words = words_of(line)
@@ -212,6 +217,6 @@ def _in_background(script: str) -> str:
 
 
 def _free_port() -> str:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return str(one.getsockname()[1])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])

@@ -1,4 +1,4 @@
-"""Configuration: both spellings of rope, what is refused, presets, and the round trip through transformers."""
+"""Configurations: both spellings of rope, refused settings, presets, and the round trip through transformers."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The documentation, as a reader takes it: every command is run, or says why not, and what is named is there."""
+"""Run the documentation as a reader would: every command runs or says why not, and every name that it uses exists."""
 
 import ast
 import contextlib
@@ -8,16 +8,15 @@ import re
 import tomllib
 
 import documentation
+import msgspec
 import pytest
 import yaml
 from documentation import PAGES, ROOT, SHELL, Block, Failure, Reader, blocks, code_spans, commands, prose, words_of
 
 from qwen_jax.cli import _parser
-from qwen_jax.training.recipe import Recipe, _build
+from qwen_jax.training.recipe import Recipe
 
-EVERY = [block for page in PAGES for block in blocks(page)]
-SHELLS = [block for block in EVERY if block.language in SHELL]
-PYTHON = [block for block in EVERY if block.language == "python"]
+PYTHON = [block for page in PAGES for block in blocks(page) if block.language == "python"]
 COMMAND = re.compile(r"^(\$ |qwen-jax |curl |pip3? |python3? |scripts/|docker |kubectl |ray |pytest |git )", re.M)
 
 
@@ -26,10 +25,12 @@ def name_of(page):
 
 
 def runs(page, marks):
+    """Return the blocks of a page that can run and have one of these marks."""
     return [block for block in blocks(page) if block.language in (*SHELL, "python") and block.mark in marks]
 
 
 def follow(page, marks, folder, cache):
+    """Run the blocks of a page with these marks, in order."""
     with Reader(folder, documentation.environment(str(cache))) as reader:
         for block in runs(page, marks):
             try:
@@ -53,19 +54,19 @@ def test_a_page_runs_with_what_takes_long(page, tmp_path, executable_cache):
 def test_blocks_say_what_they_are(page):
     wrong = [f"{block.where}: ```{block.info}: a language, or a language and 'no-run: REASON' or 'slow: REASON'"
              for block in blocks(page) if not block.well_marked]
-    wrong += [f"{block.where}: there are commands in it: ```bash, or ```bash no-run: REASON"
+    wrong += [f"{block.where}: a block with commands must be ```bash, or ```bash no-run: REASON"
               for block in blocks(page) if not block.language and COMMAND.search(block.text)]
     assert not wrong, "\n".join(wrong)
 
 
 def parse(words):
-    """The sentence with which the command line refuses these words; None where it takes them."""
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+    """Return the message with which the command line refuses these words, or None if it accepts them."""
+    output = io.StringIO()
+    with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
         try:
             _parser().parse_args(words)
         except SystemExit as end:
-            return said.getvalue().strip().splitlines()[-1] if end.code else None
+            return output.getvalue().strip().splitlines()[-1] if end.code else None
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -75,12 +76,12 @@ def test_every_command_line_parses(page):
              if (words := words_of(command)) is not None and (refused := parse(words))]
     for span in code_spans(page):
         if span.startswith("qwen-jax "):
-            wrong += [f"{name_of(page)}: `{span}`: {said}" for said in unknown(span)]
+            wrong += [f"{name_of(page)}: `{span}`: {problem}" for problem in unknown(span)]
     assert not wrong, "\n".join(wrong)
 
 
 def unknown(span):
-    """What of a command in running text, which may leave arguments out, the command line does not know."""
+    """Return what the command line does not know of a command in running text, which may leave arguments out."""
     words = [word.strip("[]") for word in span.split()[1:]]
     parser = _parser()
     while (choices := [action.choices for action in parser._actions if isinstance(action.choices, dict)]) and words:
@@ -94,27 +95,27 @@ def unknown(span):
 
 
 def options():
-    """Of the command line, and what scripts are called with."""
-    found, parsers = set(), [_parser()]
+    """Return the options of the command line and of all scripts."""
+    names, parsers = set(), [_parser()]
     while parsers:
         parser = parsers.pop()
-        found |= set(parser._option_string_actions)
+        names |= set(parser._option_string_actions)
         parsers += [sub for action in parser._actions if isinstance(action.choices, dict)
                     for sub in action.choices.values()]
     for path in (ROOT / "scripts").rglob("*.py"):
-        found |= set(re.findall(r'"(--[a-z][\w-]*)"', path.read_text()))
-    return found
+        names |= set(re.findall(r'"(--[a-z][\w-]*)"', path.read_text()))
+    return names
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_options_in_running_text_are_there(page):
+def test_options_in_running_text_exist(page):
     known = options()
     named = {word.split("=")[0] for span in code_spans(page) if span.startswith("--") for word in span.split()[:1]}
     assert not named - known
 
 
 @pytest.mark.parametrize("block", [block for block in PYTHON if block.mark], ids=lambda block: block.where)
-def test_python_that_is_not_run_here_parses_and_its_imports_are_there(block: Block):
+def test_python_that_does_not_run_here_parses_and_its_imports_exist(block: Block):
     tree = compile(block.text, block.where, "exec", ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module.startswith("qwen_"):
@@ -127,7 +128,7 @@ FILE = re.compile(r"^(?:python )?((?:scripts|tests|configs|docs|qwen_jax|kernels
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_files_that_are_named_are_there(page):
+def test_files_that_are_named_exist(page):
     roots = (ROOT, ROOT / "qwen_jax", ROOT / "kernels", ROOT / "kernels" / "qwen_kernels")
     named = [found[1] for span in code_spans(page) if (found := FILE.match(span))]
     named += [found for block in blocks(page) if block.language in SHELL
@@ -151,7 +152,7 @@ def test_links_lead_somewhere(page):
 
 
 def anchor_of(title):
-    """As GitHub makes it."""
+    """Return the anchor that GitHub makes of a title."""
     return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
 
 
@@ -167,7 +168,7 @@ def test_every_page_is_in_the_index():
 
 
 def templates():
-    """Every text in the code, with … for what is put into it."""
+    """Return every string of the code, one per line, with … for the values that are put into it."""
     def text_of(node):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             return node.value
@@ -175,18 +176,18 @@ def templates():
             return "".join(text_of(value) or "…" for value in node.values)
         return None
 
-    found = {text_of(node) for root in ("qwen_jax", "kernels") for path in (ROOT / root).rglob("*.py")
+    texts = {text_of(node) for root in ("qwen_jax", "kernels") for path in (ROOT / root).rglob("*.py")
              for node in ast.walk(ast.parse(path.read_text()))}
-    return "\n".join(text.replace("\n", " ") for text in found if text)
+    return "\n".join(text.replace("\n", " ") for text in texts if text)
 
 
 def test_messages_are_those_of_the_code():
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
     messages = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
     assert len(messages) > 60
-    said = templates()
+    texts = templates()
     assert not [message for message in messages
-                if not re.search("[^\n]*".join(map(re.escape, message.split("…"))), said)]
+                if not re.search("[^\n]*".join(map(re.escape, message.split("…"))), texts)]
 
 
 def test_metrics_are_those_of_the_server():
@@ -196,7 +197,7 @@ def test_metrics_are_those_of_the_server():
              for group in yaml.safe_load(block.text)["groups"] for rule in group["rules"]]
     assert rules and all(rule["alert"] and rule["expr"] and rule["annotations"]["summary"] for rule in rules)
     named = set(re.findall(r"\bqwen_jax_([a-z0-9_]+)\b(?!\.json)", page + dashboard))
-    source = "".join((ROOT / "qwen_jax" / "serving" / name).read_text() for name in ("metrics.py", "app.py"))
+    source = "".join(path.read_text() for path in (ROOT / "qwen_jax" / "serving").rglob("*.py"))
     known = set(re.findall(r'"([a-z0-9_]+)"', source)) | {f"device_{name}" for name in re.findall(r'"(\w+)"', source)}
     assert named and not {name for name in named if not known & {name, re.sub("_(total|bucket|sum|count)$", "", name)}}
 
@@ -208,5 +209,5 @@ def test_recipes_have_known_keys(tmp_path):
             whole = {**whole, **tomllib.loads(block.text)}
             if "distill" in whole:
                 whole.pop("lora", None)
-            _build(Recipe, whole, f"{block.where}: ")
+            msgspec.convert(whole, Recipe)
     assert whole

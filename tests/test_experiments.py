@@ -1,4 +1,4 @@
-"""Each experiment in a tiny form: it runs from its recipe to its picture, and its figures say what they must."""
+"""Every experiment in a tiny form runs from its recipe to its picture, with plausible results."""
 import importlib.util
 import sys
 from pathlib import Path
@@ -18,13 +18,13 @@ ROOT = Path(__file__).resolve().parents[1]
 def load(name: str):
     spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / "experiments" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
+    sys.modules[name] = module  # msgspec looks up the annotations of recipes there
     spec.loader.exec_module(module)
     return module
 
 
 def tiny(name: str, folder: Path, **changes: str) -> str:
-    """The experiment's own recipe with some lines replaced."""
+    """Write the experiment's own recipe with some lines replaced; return its path."""
     lines = (ROOT / "configs" / "experiments" / f"{name}.toml").read_text().splitlines()
     for key, value in changes.items():
         at, = [index for index, line in enumerate(lines) if line.startswith(f"{key} = ")]
@@ -58,14 +58,14 @@ def test_the_new_selector_finds_the_page_that_is_asked_for():
 
 
 def test_scales(tmp_path, capsys):
-    """Floating point hardly minds how fine its scales are; four-bit integers do."""
+    """The granularity of scales hardly changes e4m3 and changes four-bit integers much."""
     load("scales").main([tiny("scales", tmp_path, tokens="512", kinds='["e4m3", "int4"]'), "--picture",
                          str(tmp_path / "picture.png")])
     assert is_png(tmp_path / "picture.png")
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     bits, divergence = ({(row[0], " ".join(row[1:-4])): float(row[at]) for row in rows[:-1]} for at in (-4, -3))
-    e4m3, int4 = ({name: value for (kind, name), value in divergence.items() if kind == one}
-                  for one in ("e4m3", "int4"))
+    e4m3, int4 = ({name: value for (kind, name), value in divergence.items() if kind == wanted}
+                  for wanted in ("e4m3", "int4"))
     assert int4["block 1 x 32"] < int4["output channel"] < int4["tensor"] / 2
     assert 0 < max(e4m3.values()) < 2 * min(e4m3.values()) < min(int4.values()) and rows[-1][0] == "float32"
     assert bits["e4m3", "block 32 x 32"] == 8.03 and bits["int4", "block 1 x 32"] == 5

@@ -1,4 +1,4 @@
-"""The GPU check itself, rehearsed without a GPU."""
+"""Rehearse the GPU check without a GPU."""
 
 import json
 import os

@@ -64,7 +64,7 @@ def test_metadata(wheel):
         assert archive.read(f"{folder}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
     assert metadata["Name"] == "qwen-jax" and metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"
-    assert metadata.get_payload().strip() == (ROOT / "README.md").read_text().strip()
+    assert metadata.get_payload(decode=True).decode().strip() == (ROOT / "README.md").read_text().strip()
     needed = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert needed and not any(line.startswith(("torch", "qwen")) for line in needed)
     assert set(metadata.get_all("Provides-Extra")) == set(PROJECT["optional-dependencies"])

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Engines on the nodes of a SLURM job, for as long as it lasts: sbatch configs/cluster/slurm.sh FILE.yaml
-# Submitted where qwen-jax[serve,ray] is installed in .venv, on a file system that the nodes share.
+# Runs engines on the nodes of a SLURM job until the job ends: sbatch configs/cluster/slurm.sh FILE.yaml
+# Submit it from a folder on a file system that the nodes share, with qwen-jax[serve,ray] installed in its .venv.
 #SBATCH --job-name=qwen-jax
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -13,7 +13,7 @@ set -euo pipefail
 
 config=${1:?give the cluster\'s file, such as configs/cluster/qwen72b_h100.yaml}
 port=${RAY_PORT:-6379}
-export RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_THROUGHPUT_OPTIMIZED=1  # read by Ray's processes when they start
+export RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_THROUGHPUT_OPTIMIZED=1  # Ray's processes read these when they start
 export PATH="$PWD/.venv/bin:$PATH"
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -43,4 +43,4 @@ if [ "${#nodes[@]}" -gt 1 ]; then
 fi
 
 qwen-jax cluster up "$config" --address "http://$address:8265"
-wait -n "${running[@]}"  # until the job's time is over, or a node's Ray ends
+wait -n "${running[@]}"  # until the job's time is over, or Ray ends on a node

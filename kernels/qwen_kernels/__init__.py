@@ -1,1 +1,4 @@
-"""Attention kernels on jax alone: each op has a reference, a portable XLA form and, where it pays, a Pallas form."""
+"""Attention kernels on JAX alone.
+
+Each operation has a reference, a portable XLA form and, where it pays, a Pallas form.
+"""

@@ -13,10 +13,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from qwen_jax.checkpoint.atomic import new_folder
+from qwen_jax.atomic import new_folder
 from qwen_jax.checkpoint.safetensors_io import check_finite
 from qwen_jax.checkpoint.source import read_json
-from qwen_jax.checkpoint.tensors import as_dtype
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.model.lora import SITES, TARGETS, LoraConfig, target_sizes
@@ -34,9 +33,10 @@ _PLAIN = {"bias": ("none", None), "use_dora": (False, None), "alora_invocation_t
 
 def save_adapter(adapter: Mapping[str, jax.Array], config: ModelConfig, lora: LoraConfig, dst: str | Path,
                  base_model: str = "") -> Path:
-    """Write an adapter (``init_adapter``'s names and shapes) as float32 for PEFT. The folder appears complete or not.
+    """Write a LoRA adapter in float32 as a new folder in PEFT's format, and return ``dst``.
 
-    ``base_model`` is recorded as the model it belongs to. Raises UserError when ``dst`` exists or the disk is full.
+    adapter: arrays with ``init_adapter``'s names and shapes. base_model: recorded as the model that the adapter belongs
+    to. Raises UserError when ``dst`` exists or the disk is full; the folder appears complete or not at all.
     """
     settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "r": lora.rank,
                 "lora_alpha": lora.alpha, "lora_dropout": 0.0, "target_modules": list(lora.targets), "bias": "none",
@@ -54,12 +54,12 @@ def save_adapter(adapter: Mapping[str, jax.Array], config: ModelConfig, lora: Lo
     return Path(dst)
 
 
-def load_adapter(folder: str | Path, config: ModelConfig, dtype="float32") -> tuple[LoraConfig, dict[str, np.ndarray]]:
-    """Read an adapter that PEFT or `save_adapter` wrote for a model of this architecture.
+def load_adapter(folder: str | Path, config: ModelConfig) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+    """Read a LoRA adapter that PEFT or `save_adapter` wrote for a model of this architecture.
 
-    Returns its configuration and host arrays (``{target}.a`` ``[L, r, I]``, ``{target}.b`` ``[L, O, r]``). rsLoRA's
-    scale, alpha / sqrt(rank), is expressed through alpha. Raises UserError for other kinds of adapter, for one that
-    belongs to another architecture, and for missing, unexpected, misshapen or non-finite tensors.
+    Returns its configuration and float32 host arrays (``{target}.a`` ``[L, r, I]``, ``{target}.b`` ``[L, O, r]``).
+    rsLoRA's scale, alpha / sqrt(rank), is expressed through alpha. Raises UserError for other kinds of adapter, for an
+    adapter of another architecture, and for missing, unexpected, misshapen or non-finite tensors.
     """
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
@@ -78,7 +78,7 @@ def load_adapter(folder: str | Path, config: ModelConfig, dtype="float32") -> tu
     for name, tensor in tensors.items():
         check_finite(name, tensor)
     adapter = {f"{target}.{factor}": np.stack([tensors[_peft_name(layer, target, factor)] for layer in range(layers)]
-                                              ).astype(as_dtype(dtype))
+                                              ).astype(np.float32)
                for target in lora.targets for factor in "ab"}
     return lora, adapter
 
@@ -88,6 +88,7 @@ def _peft_name(layer: int, target: str, factor: str) -> str:
 
 
 def _parse(settings: Mapping, folder: Path) -> LoraConfig:
+    """Return the LoRA configuration in PEFT's settings; UserError for settings with which it is not plain LoRA."""
     if settings.get("peft_type") != "LORA":
         raise UserError(f"{folder} holds a {settings.get('peft_type')} adapter: only LORA is implemented")
     for name, plain in _PLAIN.items():
@@ -110,6 +111,7 @@ def _parse(settings: Mapping, folder: Path) -> LoraConfig:
 
 
 def _check(expected: Mapping[str, tuple], found: Mapping[str, tuple], folder: Path) -> None:
+    """Raise UserError when the names or shapes of an adapter's tensors are not those that the model expects."""
     problems = [f"lacks {name}" for name in expected if name not in found]
     problems += [f"has an unexpected {name}" for name in found if name not in expected]
     problems += [f"has {name} as {list(found[name])}, should be {list(shape)}" for name, shape in expected.items()

@@ -1,4 +1,4 @@
-"""Conversion both ways: Hugging Face safetensors to an Orbax checkpoint and back, one tensor at a time."""
+"""Conversion between Hugging Face safetensors and Orbax checkpoints, in both directions, a few tensors at a time."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from qwen_jax.atomic import new_folder
 from qwen_jax.checkpoint import orbax_store
-from qwen_jax.checkpoint.atomic import new_folder
-from qwen_jax.checkpoint.conversion_groups import Pieces
+from qwen_jax.checkpoint.conversion_groups import GroupConverter
 from qwen_jax.checkpoint.conversion_workers import write_in_processes
 from qwen_jax.checkpoint.hf_layout import layout
 from qwen_jax.checkpoint.safetensors_io import DTYPES, SafetensorsWriter, check_finite
@@ -39,8 +39,8 @@ def convert(src: str | Path, dst: str | Path, dtype: Any = None, fp8: bool = Fal
       dst: the folder to create. It appears complete or not at all.
       dtype: element type to store, or None to keep every tensor bit for bit.
       fp8: store the matrices of all layers but the first and the last as e4m3, with a scale for each output channel.
-      processes: how many processes of this machine share the work; more than one are started for it. Each holds a group
-        of tensors in memory, and the result is the same.
+      processes: number of processes of this machine that share the work. Each holds a group of tensors in memory, and
+        the result does not depend on their number.
 
     Beside the parameters, ``dst`` holds config.json, generation_config.json, the tokenizer, and a manifest
     (``qwen_jax.json``) with the shape, element type and SHA-256 of every tensor as stored, under Hugging Face's names.
@@ -54,14 +54,14 @@ def convert(src: str | Path, dst: str | Path, dtype: Any = None, fp8: bool = Fal
     if source.kind == "orbax":
         raise UserError(f"{source.path} is already converted: load it directly, or use export for a safetensors folder")
     target = None if dtype is None else as_dtype(dtype)
-    pieces = Pieces(source, target, fp8)
-    with new_folder(dst, sum(pieces.sizes.values())) as folder:
+    converter = GroupConverter(source, target, fp8)
+    with new_folder(dst, sum(converter.sizes.values())) as folder:
         if processes == 1:
-            manifest = _write(folder / PARAMS, pieces)
+            tensors = _write(folder / PARAMS, converter)
         else:
-            manifest = write_in_processes(folder / PARAMS, source, target and target.name, fp8, pieces, processes)
+            tensors = write_in_processes(folder / PARAMS, converter, processes)
         hf_config = read_json(source.path / "config.json")
-        hf_config.pop("quantization_config", None)  # what it says of the source's weights does not hold here
+        hf_config.pop("quantization_config", None)  # it describes the source's weights, not these
         if target is not None:
             _set_dtype(hf_config, target)
         _write_json(folder / "config.json", hf_config)
@@ -69,38 +69,40 @@ def convert(src: str | Path, dst: str | Path, dtype: Any = None, fp8: bool = Fal
         _write_json(folder / MANIFEST, {
             "format": "qwen-jax checkpoint",
             "format_version": FORMAT_VERSION,
-            "dtype": _common({entry["dtype"] for entry in manifest.values()}),
-            "source_dtype": _common({str(pieces.source_dtype(name)) for name in manifest}),
+            "dtype": _common({entry["dtype"] for entry in tensors.values()}),
+            "source_dtype": _common({str(converter.source_dtype(name)) for name in tensors}),
             "config": hf_config,
             "files": {str(file.relative_to(folder)): file.stat().st_size
                       for file in sorted((folder / PARAMS).rglob("*")) if file.is_file()},
-            "tensors": manifest,
+            "tensors": tensors,
         })
     return Path(dst)
 
 
-def _write(folder: Path, pieces: Pieces) -> dict[str, dict[str, Any]]:
-    """Write ``pieces`` to a new Orbax checkpoint; returns what the manifest says of the tensors."""
-    manifest: dict[str, dict[str, Any]] = {}
+def _write(folder: Path, converter: GroupConverter) -> dict[str, dict[str, Any]]:
+    """Convert a model's parameters, group by group, into a new Orbax checkpoint at ``folder``.
+
+    Returns the manifest's entry (element type, shape, SHA-256) of each tensor by its name.
+    """
+    tensors: dict[str, dict[str, Any]] = {}
 
     def converted() -> Iterator[dict[str, np.ndarray]]:
-        with progress(sum(pieces.sizes.values()), "converting") as bar:
-            for group in pieces.groups:
-                arrays, entries = pieces.convert(group)
-                manifest.update(entries)
-                bar.update(pieces.size(group))
+        with progress(sum(converter.sizes.values()), "converting") as bar:
+            for group in converter.groups:
+                arrays, entries = converter.convert(group)
+                tensors.update(entries)
+                bar.update(converter.group_bytes(group))
                 yield arrays
                 del arrays  # else they would be alive while the next group is read
 
     orbax_store.write(folder, converted())
-    return manifest
+    return tensors
 
 
 def export(src: str | Path, dst: str | Path, max_shard_bytes: int = 5_000_000_000) -> Path:
     """Write a converted checkpoint as a new Hugging Face folder that transformers loads.
 
-    Tensors come out bit for bit as they were stored, FP8 ones as bfloat16, and each is checked against the manifest's
-    SHA-256 on the way.
+    Tensors are written bit for bit as they were stored, FP8 as bfloat16, and each is checked against its SHA-256.
     Above ``max_shard_bytes`` the weights are split into shards with an index. A tied head is not stored.
 
     Returns ``dst``. Raises UserError for a damaged checkpoint, an existing ``dst``, or too little disk space.
@@ -112,9 +114,8 @@ def export(src: str | Path, dst: str | Path, max_shard_bytes: int = 5_000_000_00
     hf_config = read_json(source.path / "config.json")
     dtypes = {path: DTYPES["BF16"] if dtype == E4M3 else dtype
               for path, dtype in stored_dtypes(config, manifest).items()}
-    _write_hf(config, hf_config, dtypes, _stored_arrays(source, manifest), Path(dst), max_shard_bytes, source.path,
-              _checksums(source, manifest))
-    return Path(dst)
+    return _write_hf(Path(dst), config, hf_config, dtypes, _stored_arrays(source, manifest),
+                     check=_checksums(source, manifest), max_shard_bytes=max_shard_bytes, side_files=source.path)
 
 
 def verify(src: str | Path | Source) -> None:
@@ -136,7 +137,7 @@ def verify(src: str | Path | Source) -> None:
 
 
 def _stored_arrays(source: Source, manifest: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray | FP8Tensor]]:
-    """Canonical paths and parameters as they are stored, a group in memory at a time."""
+    """Yield the path in our model and the stored value of every parameter of a converted checkpoint, group by group."""
     dtypes = stored_dtypes(source.config, manifest)
     sizes = {path: entry.size * dtypes[path].itemsize for path, entry in layout(source.config).items()}
     for group in orbax_store.groups(sizes):
@@ -148,6 +149,8 @@ def _stored_arrays(source: Source, manifest: Mapping[str, Any]) -> Iterator[tupl
 
 
 def _checksums(source: Source, manifest: Mapping[str, Any]) -> Callable[[str, np.ndarray | FP8Tensor], None]:
+    """Return a function that takes a tensor's name and value, and raises UserError when its SHA-256 is not that in the
+    manifest."""
     def check(name: str, tensor: np.ndarray | FP8Tensor) -> None:
         if manifest["tensors"].get(name, {}).get("sha256") != sha256(tensor):
             raise UserError(f"{name} in {source.path} differs from its SHA-256 in the manifest: the checkpoint is "
@@ -161,7 +164,7 @@ def save_hf(model_or_params: Any, config: ModelConfig, dst: str | Path, tokenize
     """Write a model in memory as a new Hugging Face folder that transformers loads.
 
     Args:
-      model_or_params: a ``Qwen2`` module, or its parameters by canonical path (any of bfloat16, float16, float32).
+      model_or_params: a ``Qwen2`` module, or its parameters by path (any of bfloat16, float16, float32).
       tokenizer_files_from: a folder whose tokenizer and generation config are copied, if given.
 
     Returns ``dst``. Raises UserError as ``export`` does, and for NaN or Inf in a parameter.
@@ -182,17 +185,24 @@ def save_hf(model_or_params: Any, config: ModelConfig, dst: str | Path, tokenize
     _set_dtype(hf_config, dtypes["embed.weight"])
     arrays = ((path, np.asarray(params[path])) for path in table)
     side_files = None if tokenizer_files_from is None else Path(tokenizer_files_from)
-    _write_hf(config, hf_config, dtypes, arrays, Path(dst), max_shard_bytes, side_files, check_finite)
-    return Path(dst)
+    return _write_hf(Path(dst), config, hf_config, dtypes, arrays, check=check_finite, max_shard_bytes=max_shard_bytes,
+                     side_files=side_files)
 
 
-def _write_hf(config: ModelConfig, hf_config: Mapping[str, Any], dtypes: Mapping[str, np.dtype],
-              arrays: Iterator[tuple[str, np.ndarray]], dst: Path, max_shard_bytes: int, side_files: Path | None,
-              check: Callable[[str, np.ndarray], None]) -> None:
+def _write_hf(dst: Path, config: ModelConfig, hf_config: Mapping[str, Any], dtypes: Mapping[str, np.dtype],
+              arrays: Iterator[tuple[str, np.ndarray | FP8Tensor]], *, max_shard_bytes: int, side_files: Path | None,
+              check: Callable[[str, np.ndarray | FP8Tensor], None]) -> Path:
+    """Write parameters, given with their paths in our model, as a new Hugging Face folder, and return ``dst``.
+
+    Args:
+      dtypes: parameter path -> element type in the folder.
+      check: function of each tensor's name and value that raises when the tensor must not be written.
+      side_files: folder whose tokenizer and generation config are copied, or None.
+    """
     if max_shard_bytes < 1:
-        raise UserError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
+        raise UserError(f"max_shard_bytes must be positive, not {max_shard_bytes}")
     table = layout(config)
-    specs = {part.name: (dtypes[path], part.shape) for path, entry in table.items() for part in entry.parts}
+    specs = {tensor.name: (dtypes[path], tensor.shape) for path, entry in table.items() for tensor in entry.tensors}
     total = sum(entry.size * dtypes[path].itemsize for path, entry in table.items())
     with new_folder(dst, total) as folder, progress(total, "exporting") as bar:
         writer = SafetensorsWriter(folder, specs, int(max_shard_bytes))
@@ -208,10 +218,11 @@ def _write_hf(config: ModelConfig, hf_config: Mapping[str, Any], dtypes: Mapping
         _write_json(folder / "config.json", hf_config)
         if side_files is not None:
             copy_side_files(side_files, folder, config)
+    return dst
 
 
 def _set_dtype(hf_config: dict[str, Any], dtype: np.dtype) -> None:
-    """Name the element type under the spelling the config uses (transformers 5 writes ``dtype``)."""
+    """Set the element type in a Hugging Face config: under ``dtype``, or under ``torch_dtype`` in older configs."""
     hf_config["dtype" if "dtype" in hf_config else "torch_dtype"] = str(dtype)
 
 

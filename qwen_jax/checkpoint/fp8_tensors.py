@@ -1,8 +1,8 @@
-"""FP8 weights of other tools' Hugging Face folders: e4m3 values beside scales to multiply them with.
+"""FP8 weights in the Hugging Face folders of other tools: e4m3 values beside scales to multiply them with.
 
-transformers' "fp8" keeps ``weight_scale_inv`` for blocks of 128 x 128; compressed-tensors keeps ``weight_scale`` for
-the tensor or for every output channel. Scales of activations (``input_scale``) and of KV caches are passed over: both
-are found here anew.
+transformers' "fp8" stores ``weight_scale_inv`` for blocks of 128 x 128; compressed-tensors stores ``weight_scale`` for
+the tensor or for every output channel. Scales of activations (``input_scale``) and of KV caches are not read: the
+engine determines its own.
 """
 
 from __future__ import annotations
@@ -20,22 +20,28 @@ PASSED_OVER = (".input_scale", ".k_scale", ".v_scale", ".output_scale")
 
 
 def scale_name(name: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """The tensor that scales the FP8 tensor ``name``. UserError when there is none, or one of another shape."""
+    """Return the name of the tensor that scales the FP8 tensor ``name``.
+
+    Raises UserError when there is none, or two, or its shape does not fit.
+    """
     stem = name.removesuffix(".weight")
-    found = [stem + ending for ending in SCALES if stem + ending in shapes]
-    if len(found) != 1:
-        raise UserError(f"{name} is FP8 and has {'no scale' if not found else 'two scales'} "
+    scales = [stem + ending for ending in SCALES if stem + ending in shapes]
+    if len(scales) != 1:
+        raise UserError(f"{name} is FP8 and has {'no scale' if not scales else 'two scales'} "
                         f"({' or '.join(stem + ending for ending in SCALES)}): its values mean nothing without it")
-    shape, of = shapes[found[0]], shapes[name]
-    blocks = tuple(-(-size // BLOCK) for size in of)
-    if len(of) != 2 or shape not in ((), (1,), (of[0],), (of[0], 1), blocks):
-        raise UserError(f"{found[0]} is {list(shape)}, which scales neither {name} {list(of)}, nor its rows, nor its "
-                        f"blocks of {BLOCK} x {BLOCK}")
-    return found[0]
+    shape, scaled = shapes[scales[0]], shapes[name]
+    blocks = tuple(-(-size // BLOCK) for size in scaled)
+    if len(scaled) != 2 or shape not in ((), (1,), (scaled[0],), (scaled[0], 1), blocks):
+        raise UserError(f"{scales[0]} is {list(shape)}, which scales neither {name} {list(scaled)}, nor its rows, nor "
+                        f"its blocks of {BLOCK} x {BLOCK}")
+    return scales[0]
 
 
 def dequantized(name: str, values: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """FP8 ``values[out, in]`` times their scales, float32. UserError for scales and values that are no numbers."""
+    """Return FP8 ``values[out, in]`` times their scales, as float32.
+
+    Raises UserError for values that are NaN and for scales that are not positive and finite.
+    """
     scale = scale.astype(np.float32)
     if not (np.isfinite(scale) & (scale > 0)).all():
         raise UserError(f"the scale of {name} holds zero, a negative number, NaN or Inf: the checkpoint is damaged")

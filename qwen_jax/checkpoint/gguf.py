@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qwen_jax.checkpoint.atomic import new_file
+from qwen_jax.atomic import new_file
 from qwen_jax.checkpoint.conversion import verify
 from qwen_jax.checkpoint.hf_layout import hf_shapes, layout, split
-from qwen_jax.checkpoint.load import iter_params
+from qwen_jax.checkpoint.load import iter_params, placements_for
 from qwen_jax.checkpoint.safetensors_io import DTYPES, check_finite
 from qwen_jax.checkpoint.source import Source, load_tokenizer, read_json, resolve
 from qwen_jax.checkpoint.tensors import progress
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ROWS = 4096  # of a matrix that are widened to float32 at a time
-GGUF_DTYPES = {"float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}  # and ggml's names for them
-# How text is split before byte pairs are merged. llama.cpp has the rules it knows built in, and a file names one; this
-# one is of every Qwen2.5 model.
+_ROWS = 4096  # number of a matrix's rows that are widened to float32 at a time
+GGUF_DTYPES = {"float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}  # option -> ggml's name
+# Rules by which text is split before byte pairs are merged, and llama.cpp's names for them: it has its rules built in,
+# and a file names the rule to use. All Qwen2.5 models have this rule.
 _SPLITS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+":
         "qwen2",
@@ -42,15 +42,15 @@ def export_gguf(src: str | Path | Source, dst: str | Path, dtype: str = "float16
     Args:
       src: a Hugging Face folder, a converted checkpoint, a hub id, or ``bundled``.
       dst: the file to create. It appears complete or not at all.
-      dtype: of the matrices: float16, bfloat16, or q8_0 (blocks of 32 numbers in 8 bits with a float16 scale; a matrix
-        whose rows do not divide into blocks becomes float16). Norms and biases are float32.
+      dtype: element type of the matrices: float16, bfloat16, or q8_0 (blocks of 32 numbers in 8 bits with a float16
+        scale; a matrix whose rows do not divide into blocks becomes float16). Norms and biases are float32.
 
     Host memory stays within a few copies of one group of tensors. Without a tokenizer the file takes token ids only.
-    Where the tokenizer splits text in a way that llama.cpp does not know, this is logged, and llama.cpp says so too.
+    A tokenizer that splits text in a way that llama.cpp does not have is reported in the log.
 
     Returns ``dst``. Raises UserError for another dtype, a missing ``gguf`` package, bad input, an existing ``dst``, too
-    little disk space, weights beyond float16's range, and for what llama.cpp has no equal of: YaRN settings other than
-    its factor and original length, and tokenizers other than byte-level BPE.
+    little disk space, weights beyond float16's range, YaRN settings other than factor and original length, and
+    tokenizers other than byte-level BPE (llama.cpp has neither).
     """
     if dtype not in GGUF_DTYPES:
         raise UserError(f"GGUF files are not written in {dtype!r}: use {', '.join(GGUF_DTYPES)}")
@@ -60,9 +60,9 @@ def export_gguf(src: str | Path | Source, dst: str | Path, dtype: str = "float16
         raise UserError("writing GGUF needs the package gguf: pip install 'qwen-jax[gguf]'") from None
     source = resolve(src)
     config, kind = source.config, gguf.GGMLQuantizationType[GGUF_DTYPES[dtype]]
-    # The heads of llama.cpp's qwen2 make up the hidden size; its seed_oss is the same network without that condition.
-    regular = config.num_heads * config.head_dim == config.hidden_size
-    arch = gguf.MODEL_ARCH.QWEN2 if regular else gguf.MODEL_ARCH.SEED_OSS
+    # In llama.cpp's qwen2 the heads make up the hidden size; its seed_oss is the same network without that condition.
+    heads_fill_hidden = config.num_heads * config.head_dim == config.hidden_size
+    arch = gguf.MODEL_ARCH.QWEN2 if heads_fill_hidden else gguf.MODEL_ARCH.SEED_OSS
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[arch])
     writer.add_name(source.path.name if isinstance(src, Source) else Path(src).name)
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.name}"])
@@ -71,10 +71,11 @@ def export_gguf(src: str | Path | Source, dst: str | Path, dtype: str = "float16
     _add_tokenizer(writer, source, config)
     names, total = gguf.get_tensor_name_map(arch, config.num_layers), 0
     for name, shape in hf_shapes(config).items():
-        form = _form(shape, kind)
-        block, block_bytes = gguf.GGML_QUANT_SIZES[form]
+        stored_type = _stored_type(shape, kind)
+        block, block_bytes = gguf.GGML_QUANT_SIZES[stored_type]
         size = prod(shape) // block * block_bytes
-        writer.add_tensor_info(names.get_name(name, (".weight", ".bias")), shape, np.dtype(np.float32), size, form)
+        writer.add_tensor_info(names.get_name(name, (".weight", ".bias")), shape, tensor_dtype=np.dtype(np.float32),
+                               tensor_nbytes=size, raw_dtype=stored_type)
         total += size
     with new_file(dst, total) as file:
         verify(source)
@@ -84,7 +85,7 @@ def export_gguf(src: str | Path | Source, dst: str | Path, dtype: str = "float16
                 writer.write_kv_data_to_file()
                 writer.write_ti_data_to_file()
                 for name, tensor in _tensors(source, config):
-                    data = _encoded(name, tensor, _form(tensor.shape, kind))
+                    data = _encoded(name, tensor, _stored_type(tensor.shape, kind))
                     writer.write_tensor_data(data)
                     bar.update(data.nbytes)
             finally:
@@ -93,17 +94,18 @@ def export_gguf(src: str | Path | Source, dst: str | Path, dtype: str = "float16
 
 
 def _tensors(source: Source, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor under Hugging Face's name, in `hf_shapes`' order."""
+    """Yield the Hugging Face name and the value of each of a model's tensors, in `hf_shapes`' order."""
     table = layout(config)
-    for expected, (path, parameter) in zip(table, iter_params(source, config), strict=True):
+    for expected, (path, parameter) in zip(table, iter_params(source, config, placements_for(config)),
+                                           strict=True):
         if path != expected:  # the writer goes by the order alone
             raise RuntimeError(f"read {path} where {expected} is to be written")
         yield from split(table[path], np.asarray(parameter))
-        del parameter  # else it would be alive while the next is read
+        del parameter  # else it would be alive while the next parameter is read
 
 
-def _form(shape: tuple[int, ...], kind: GGMLQuantizationType) -> GGMLQuantizationType:
-    """What a tensor of this shape is stored in."""
+def _stored_type(shape: tuple[int, ...], kind: GGMLQuantizationType) -> GGMLQuantizationType:
+    """Return the GGUF type in which a tensor of this shape is stored when matrices are to be ``kind``."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     if len(shape) == 1:
@@ -111,16 +113,16 @@ def _form(shape: tuple[int, ...], kind: GGMLQuantizationType) -> GGMLQuantizatio
     return GGMLQuantizationType.F16 if shape[-1] % GGML_QUANT_SIZES[kind][0] else kind
 
 
-def _encoded(name: str, tensor: np.ndarray, form: GGMLQuantizationType) -> np.ndarray:
-    """The tensor's bytes in the file, as an array of any type."""
+def _encoded(name: str, tensor: np.ndarray, stored_type: GGMLQuantizationType) -> np.ndarray:
+    """Return a tensor encoded as a GGUF type: an array whose bytes are those of the file."""
     from gguf import quantize
 
-    if form.name in DTYPES:
+    if stored_type.name in DTYPES:
         with np.errstate(over="ignore"):
-            encoded = tensor.astype(DTYPES[form.name], copy=False)
+            encoded = tensor.astype(DTYPES[stored_type.name], copy=False)
         check_finite(name, encoded)
         return encoded.view(np.uint8)  # bfloat16 arrays cannot write themselves to files
-    return np.concatenate([quantize(tensor[row:row + _ROWS].astype(np.float32), form)
+    return np.concatenate([quantize(tensor[row:row + _ROWS].astype(np.float32), stored_type)
                            for row in range(0, len(tensor), _ROWS)])
 
 
@@ -149,10 +151,11 @@ def _add_architecture(writer: GGUFWriter, config: ModelConfig) -> None:
 
 
 def _add_tokenizer(writer: GGUFWriter, source: Source, config: ModelConfig) -> None:
-    """Tokens, their kinds, merges, the name of the split, special ids and the chat template."""
+    """Write the tokenizer to a GGUF file: tokens and their kinds, merges, name of the rule that splits text, special
+    ids and chat template."""
     from gguf import SpecialVocab, TokenType
 
-    # What the folder says: transformers gives every Qwen2 model Qwen2's split, whatever stands there.
+    # Read from the file, because transformers replaces the split of every Qwen2 model's tokenizer by its own.
     facts = read_json(source.path / "tokenizer.json")
     if not facts:
         tokenizer = load_tokenizer(source)
@@ -177,7 +180,7 @@ def _add_tokenizer(writer: GGUFWriter, source: Source, config: ModelConfig) -> N
     if max(texts) >= config.vocab_size:
         raise UserError(f"the tokenizer in {source.path} has token {max(texts)}, and the model {config.vocab_size} "
                         "tokens: one of the two is of another model")
-    # Models have more rows than their tokenizers have tokens; the names are those of llama.cpp's converter.
+    # Models have more rows than their tokenizers have tokens; the rest is named as llama.cpp's converter names it.
     tokens = [texts.get(id_, (f"[PAD{id_}]", TokenType.UNUSED)) for id_ in range(config.vocab_size)]
     writer.add_token_list([text for text, _ in tokens])
     writer.add_token_types([kind for _, kind in tokens])
@@ -187,7 +190,7 @@ def _add_tokenizer(writer: GGUFWriter, source: Source, config: ModelConfig) -> N
 
 
 def _split_name(tokenizer: Mapping[str, Any]) -> str | None:
-    """llama.cpp's name for how a tokenizer (``tokenizer.json``) splits text; None when it has none."""
+    """Return llama.cpp's name for the rule by which a ``tokenizer.json`` splits text; None when it has no such rule."""
     match tokenizer["pre_tokenizer"]:
         case {"type": "Sequence", "pretokenizers": [
                 {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False},

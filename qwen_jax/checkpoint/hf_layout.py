@@ -1,4 +1,4 @@
-"""One table between our parameter paths and Hugging Face's tensor names, read in both directions.
+"""The table that maps our model's parameter paths to Hugging Face's tensor names, and back.
 
 Every matrix keeps the contracted axis last, as Hugging Face stores it, so each of its tensors is a reshaped slice of
 one of our parameters: ``parameter[index]`` and the tensor hold the same numbers in the same order.
@@ -19,8 +19,13 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _SHOWN = 8  # names listed per kind of error
 
 
-class Part(NamedTuple):
-    """One Hugging Face tensor: its name, its shape there, and where it lies in our parameter."""
+class HFTensor(NamedTuple):
+    """A Hugging Face tensor, and its place in one of our parameters.
+
+    Attributes:
+      name, shape: its name and shape in Hugging Face's model.
+      index: where it lies in our parameter: ``parameter[index]``.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -28,26 +33,29 @@ class Part(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One of our parameters: its shape and the Hugging Face tensors that make it up."""
+    """A parameter of our model: its shape, and the Hugging Face tensors that it consists of."""
 
     shape: tuple[int, ...]
-    parts: tuple[Part, ...]
+    tensors: tuple[HFTensor, ...]
 
     @property
     def size(self) -> int:
-        """Number of elements."""
+        """Number of elements of the parameter."""
         return prod(self.shape)
 
 
 def layout(config: ModelConfig) -> dict[str, Entry]:
-    """Canonical path -> Entry, in Hugging Face's usual order. Shapes are element counts."""
+    """Return the shape and Hugging Face tensors of each of our parameters, by its path: ``layers.0.attention.wqkv``.
+
+    The order is Hugging Face's usual one.
+    """
     k, g, h = config.num_kv_heads, config.group_size, config.head_dim
     d, f, v = config.hidden_size, config.intermediate_size, config.vocab_size
     n = k * g
     every = slice(None)
 
     def whole(name: str, *shape: int, as_shape: tuple[int, ...] | None = None) -> Entry:
-        return Entry(as_shape or shape, (Part(name, shape, ()),))
+        return Entry(as_shape or shape, (HFTensor(name, shape, ()),))
 
     table = {"embed.weight": whole(EMBEDDING, v, d)}
     for i in range(config.num_layers):
@@ -56,20 +64,20 @@ def layout(config: ModelConfig) -> dict[str, Entry]:
         table |= {
             ours + "attention_norm.scale": whole(theirs + "input_layernorm.weight", d),
             ours + "attention.wqkv": Entry((k, g + 2, h, d), (
-                Part(attention + "q_proj.weight", (n * h, d), (every, slice(0, g))),
-                Part(attention + "k_proj.weight", (k * h, d), (every, g)),
-                Part(attention + "v_proj.weight", (k * h, d), (every, g + 1)),
+                HFTensor(attention + "q_proj.weight", (n * h, d), (every, slice(0, g))),
+                HFTensor(attention + "k_proj.weight", (k * h, d), (every, g)),
+                HFTensor(attention + "v_proj.weight", (k * h, d), (every, g + 1)),
             )),
             ours + "attention.bqkv": Entry((k, g + 2, h), (
-                Part(attention + "q_proj.bias", (n * h,), (every, slice(0, g))),
-                Part(attention + "k_proj.bias", (k * h,), (every, g)),
-                Part(attention + "v_proj.bias", (k * h,), (every, g + 1)),
+                HFTensor(attention + "q_proj.bias", (n * h,), (every, slice(0, g))),
+                HFTensor(attention + "k_proj.bias", (k * h,), (every, g)),
+                HFTensor(attention + "v_proj.bias", (k * h,), (every, g + 1)),
             )),
             ours + "attention.wo": whole(attention + "o_proj.weight", d, n * h, as_shape=(d, k, g, h)),
             ours + "mlp_norm.scale": whole(theirs + "post_attention_layernorm.weight", d),
             ours + "mlp.gate_up": Entry((2, f, d), (
-                Part(mlp + "gate_proj.weight", (f, d), (0,)),
-                Part(mlp + "up_proj.weight", (f, d), (1,)),
+                HFTensor(mlp + "gate_proj.weight", (f, d), (0,)),
+                HFTensor(mlp + "up_proj.weight", (f, d), (1,)),
             )),
             ours + "mlp.down": whole(mlp + "down_proj.weight", d, f),
         }
@@ -80,40 +88,44 @@ def layout(config: ModelConfig) -> dict[str, Entry]:
 
 
 def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Hugging Face name -> shape of every tensor of the model, in order."""
-    return {part.name: part.shape for entry in layout(config).values() for part in entry.parts}
+    """Return the shape of every tensor of the Hugging Face model by its name there, in order."""
+    return {tensor.name: tensor.shape for entry in layout(config).values() for tensor in entry.tensors}
 
 
 def assemble(entry: Entry, read: Callable[[str], np.ndarray]) -> np.ndarray:
-    """Our parameter from its tensors; ``read(name)`` is called once per tensor, which is dropped before the next.
+    """Return one of our parameters, put together from its Hugging Face tensors.
 
-    Raises UserError when tensors that share a parameter differ in element type.
+    Each ``read(name)`` result is dropped before the next call. Raises UserError when tensors that share a parameter
+    differ in element type.
     """
-    if len(entry.parts) == 1:
-        return read(entry.parts[0].name).reshape(entry.shape)
+    if len(entry.tensors) == 1:
+        return read(entry.tensors[0].name).reshape(entry.shape)
     out = None
-    for part in entry.parts:
-        tensor = read(part.name)
+    for tensor in entry.tensors:
+        value = read(tensor.name)
         if out is None:
-            out = np.empty(entry.shape, tensor.dtype)
-        elif tensor.dtype != out.dtype:
-            raise UserError(f"{part.name} is {tensor.dtype}, but {entry.parts[0].name}, stored together with it, is "
+            out = np.empty(entry.shape, value.dtype)
+        elif value.dtype != out.dtype:
+            raise UserError(f"{tensor.name} is {value.dtype}, but {entry.tensors[0].name}, stored together with it, is "
                             f"{out.dtype}: name one element type for all (--dtype)")
-        out[part.index] = tensor.reshape(out[part.index].shape)
+        out[tensor.index] = value.reshape(out[tensor.index].shape)
     return out
 
 
 def split(entry: Entry, parameter: np.ndarray) -> Iterable[tuple[str, np.ndarray]]:
-    """The inverse of ``assemble``: each tensor's name and value, C-contiguous, in the order of the table."""
-    for part in entry.parts:
-        yield part.name, np.ascontiguousarray(parameter[part.index]).reshape(part.shape)
+    """Split one of our parameters into its Hugging Face tensors: yield the name and C-contiguous value of each.
+
+    The inverse of `assemble`.
+    """
+    for tensor in entry.tensors:
+        yield tensor.name, np.ascontiguousarray(parameter[tensor.index]).reshape(tensor.shape)
 
 
 def check_shapes(config: ModelConfig, found: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Compare the tensors found with those the model needs; one UserError reports everything that differs.
+    """Raise UserError, with a list of the differences, when the names and shapes ``found`` are not the model's.
 
-    Rotary ``inv_freq`` buffers, which old exports carry, and a stored copy of a tied head are passed over (whether
-    the copy equals the embedding is checked where values are read).
+    The message says ``where`` the tensors are. Rotary ``inv_freq`` buffers, which old exports carry, and a stored copy
+    of a tied head are passed over. That the copy equals the embedding is checked where values are read.
     """
     expected = hf_shapes(config)
     ignored = {name for name in found if name.endswith("rotary_emb.inv_freq")}

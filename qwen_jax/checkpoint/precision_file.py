@@ -1,9 +1,9 @@
-"""What of a checkpoint may be 8-bit, as a file in its folder."""
+"""The file in a checkpoint's folder that says which of its parameters and KV caches may be 8-bit."""
 import json
 from pathlib import Path
 
 import numpy as np
-from qwen_kernels.attention.eight_bit import MOST
+from qwen_kernels.attention.eight_bit import LARGEST
 
 from qwen_jax.checkpoint.source import EIGHT_BIT
 from qwen_jax.config import ModelConfig
@@ -11,12 +11,15 @@ from qwen_jax.errors import UserError
 from qwen_jax.quantization import Calibrated, Precision, Ranges
 
 
-def write_calibrated(folder: str | Path, found: Calibrated, measured: dict[str, float]) -> Path:
-    """Writes what may be 8-bit, the ranges of keys and values, and what was measured."""
-    path, precision = Path(folder) / EIGHT_BIT, found.precision
+def write_calibrated(folder: str | Path, calibrated: Calibrated, measured: dict[str, float]) -> Path:
+    """Write the file that says which parameters and KV caches may be 8-bit; return its path.
+
+    It also holds the ranges of keys and values, and the figures measured.
+    """
+    path, precision = Path(folder) / EIGHT_BIT, calibrated.precision
     ranges = [{name: [[float(f"{x:.4g}") for x in head] for head in np.asarray(values)]
-               for name, values in layer._asdict().items()} for layer in found.ranges]
-    layers = [{"weights": weights, "kv_cache": kind, **of_layer} for weights, kind, of_layer
+               for name, values in layer._asdict().items()} for layer in calibrated.ranges]
+    layers = [{"weights": weights, "kv_cache": kind, **layer_ranges} for weights, kind, layer_ranges
               in zip(precision.weights, precision.kv_cache, ranges, strict=True)]
     try:
         path.write_text(json.dumps({"tables": precision.tables, "measured": measured, "layers": layers}) + "\n")
@@ -26,7 +29,10 @@ def write_calibrated(folder: str | Path, found: Calibrated, measured: dict[str, 
 
 
 def read_calibrated(folder: str | Path, config: ModelConfig) -> Calibrated | None:
-    """What the folder's file says, or None without one. UserError for a file that does not fit."""
+    """Read which parameters and KV caches of a model may be 8-bit; None when its folder has no such file.
+
+    Raises UserError for a file that is damaged or of another model.
+    """
     path = Path(folder) / EIGHT_BIT
     if not path.is_file():
         return None
@@ -42,6 +48,6 @@ def read_calibrated(folder: str | Path, config: ModelConfig) -> Calibrated | Non
     if len(layers) != config.num_layers or any(x.shape != wanted for layer in ranges for x in layer):
         raise UserError(f"{path} is of another model: run `qwen-jax calibrate --fp8` again")
     if not all(np.all(np.isfinite(x) & (x >= 0)) for layer in ranges for x in layer) or \
-            not set(precision.kv_cache) <= {None, *MOST}:
+            not set(precision.kv_cache) <= {None, *LARGEST}:
         raise UserError(f"{path} is damaged: run `qwen-jax calibrate --fp8` again")
     return Calibrated(precision, ranges)

@@ -1,4 +1,4 @@
-"""Hugging Face weight folders, one tensor at a time.
+"""Hugging Face weight folders, read and written a tensor at a time.
 
 Tensors are read with plain reads instead of a memory map: mapped pages count as the process's resident memory, so a
 mapped 5 GB shard would break the bound on it.
@@ -26,6 +26,8 @@ _CHUNK = 4 << 20  # elements or bytes handled at a time where a whole-tensor tem
 
 
 class _Location(NamedTuple):
+    """Place of a tensor in a file: its element type and shape, its first byte, and its length in bytes."""
+
     file: Path
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -36,11 +38,11 @@ class _Location(NamedTuple):
 class SafetensorsFolder:
     """The tensors of ``model.safetensors``, or of the shards that ``model.safetensors.index.json`` lists.
 
-    FP8 tensors count as bfloat16 ones: they are read with their scales applied, which are not tensors of their own.
+    FP8 tensors are read as bfloat16, with their scales applied; the scales are not listed as tensors.
 
     Opening reads headers only. Raises UserError for a folder without safetensors, a missing, truncated or corrupt
-    shard, a tensor stored twice, FP8 tensors without a fitting scale, and element types other than these, float16 and
-    float32.
+    shard, a tensor stored twice, FP8 tensors without a fitting scale, and element types other than FP8, bfloat16,
+    float16 and float32.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -73,20 +75,20 @@ class SafetensorsFolder:
                 del self._tensors[name]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape."""
+        """Return the shape of each of the folder's tensors by name."""
         return {name: location.shape for name, location in self._tensors.items()}
 
     def dtype(self, name: str) -> np.dtype:
-        """The element type that `read` gives: the stored one, or bfloat16 of FP8."""
+        """Return the element type of what `read` returns: the stored type, or bfloat16 for FP8."""
         return DTYPES["BF16"] if name in self._scales else self._tensors[name].dtype
 
     def position(self, name: str) -> tuple[str, int]:
-        """Shard and byte offset: reading in this order is sequential."""
+        """Return a tensor's shard file and byte offset in it; reading tensors sorted by these is sequential."""
         location = self._tensors[name]
         return location.file.name, location.offset
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor. Raises UserError when the file ends early, and for NaN, Inf and damaged scales."""
+        """Read a tensor into memory. Raises UserError when the file ends early, and for NaN, Inf and damaged scales."""
         tensor = _read(name, self._tensors[name])
         if name in self._scales:
             scale = _read(f"the scale of {name}", self._scales[name])
@@ -95,7 +97,7 @@ class SafetensorsFolder:
         return tensor
 
     def identical(self, first: str, second: str) -> bool:
-        """Whether two tensors hold the same bytes; holds neither in memory."""
+        """Return True when two tensors hold the same bytes. Neither is held in memory whole."""
         a, b = self._tensors[first], self._tensors[second]
         if (a.dtype, a.shape) != (b.dtype, b.shape):
             return False
@@ -110,12 +112,12 @@ class SafetensorsFolder:
 
 
 class SafetensorsWriter:
-    """Writes ``model.safetensors``, or shards and their index, from tensors that arrive one at a time.
+    """Writer of ``model.safetensors``, or of shards and their index, from tensors that arrive one at a time.
 
     Args:
       folder: an existing folder to write into.
       specs: name -> (dtype, shape) of every tensor, in the order they will be written.
-      max_shard_bytes: a new shard begins before a tensor that would exceed it.
+      max_shard_bytes: size of a shard; a tensor that would exceed it begins the next shard.
     """
 
     def __init__(self, folder: Path, specs: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
@@ -138,7 +140,7 @@ class SafetensorsWriter:
         self._open_name, self._open = None, None
 
     def write(self, name: str, tensor: np.ndarray) -> None:
-        """Append one tensor; names must come in the order of ``specs``."""
+        """Append a tensor to the current shard, or begin the next one; names must come in the order of ``specs``."""
         expected = next(self._remaining, None)
         if name != expected or (tensor.dtype, tensor.shape) != self._specs[name]:
             raise ValueError(f"expected {expected} {self._specs.get(expected)}, got {name} {tensor.dtype} "
@@ -148,7 +150,7 @@ class SafetensorsWriter:
         self._open.write(memoryview(as_bytes(tensor)))
 
     def close(self) -> None:
-        """Close the last shard and write the index where there are several."""
+        """Close the last shard, and write the index when there are several shards."""
         if self._open:
             self._open.close()
         if len(self._shards) > 1:
@@ -156,6 +158,7 @@ class SafetensorsWriter:
             (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
     def _start(self, file: str) -> None:
+        """Begin a shard file and write its header."""
         if self._open:
             self._open.close()
         header, offset = {"__metadata__": {"format": "pt"}}, 0  # transformers refuses a file without this mark
@@ -171,12 +174,12 @@ class SafetensorsWriter:
 
 
 def as_bytes(tensor: np.ndarray) -> np.ndarray:
-    """A uint8 view of a C-contiguous array (bfloat16 arrays have no buffer interface of their own)."""
+    """Return a uint8 view of a C-contiguous array (bfloat16 arrays have no buffer interface of their own)."""
     return tensor.reshape(-1).view(np.uint8)
 
 
 def check_finite(name: str, tensor: np.ndarray) -> None:
-    """Raise UserError naming ``tensor`` when it holds NaN or Inf; temporaries stay at a few MB."""
+    """Raise UserError with ``name`` when the tensor holds NaN or Inf. Temporary arrays stay at a few MB."""
     flat = tensor.reshape(-1)
     if tensor.dtype.itemsize == 2:  # all-ones exponent; ml_dtypes' isfinite is several times slower than integers
         limit = 0x7F80 if tensor.dtype == DTYPES["BF16"] else 0x7C00
@@ -202,7 +205,8 @@ def _read(name: str, location: _Location) -> np.ndarray:
 
 
 def _shards(folder: Path) -> dict[Path, list[str]]:
-    """Shard file -> the tensors its index promises (empty for a single file)."""
+    """Return the folder's weight files, each with the names of the tensors that the index lists in it (none for a
+    single file)."""
     index = folder / INDEX
     if (folder / SINGLE).is_file():
         return {folder / SINGLE: []}
@@ -231,6 +235,10 @@ def _shards(folder: Path) -> dict[Path, list[str]]:
 
 
 def _read_header(file: Path) -> dict[str, tuple[str, _Location]]:
+    """Read a safetensors file's header: return each tensor's element type, as the format spells it, and place.
+
+    Raises UserError for a damaged file.
+    """
     try:
         with safe_open(file, framework="np"):  # checks the header against itself and the file's length
             pass
@@ -240,9 +248,10 @@ def _read_header(file: Path) -> dict[str, tuple[str, _Location]]:
         length = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(length))
     header.pop("__metadata__", None)
-    found = {}
+    tensors = {}
     for name, info in header.items():
         start, end = info["data_offsets"]
         dtype = _STORED.get(info["dtype"], np.dtype(np.uint8))
-        found[name] = info["dtype"], _Location(file, dtype, tuple(info["shape"]), 8 + length + start, end - start)
-    return found
+        location = _Location(file, dtype, shape=tuple(info["shape"]), offset=8 + length + start, nbytes=end - start)
+        tensors[name] = info["dtype"], location
+    return tensors

@@ -1,8 +1,8 @@
-"""One copy of a checkpoint in a machine's memory, for all processes there that load it.
+"""A copy of a checkpoint in a machine's shared memory, for all processes of the machine that load it.
 
 A converted checkpoint is decoded and checked against its hashes once, into a folder of safetensors in shared memory
-(tmpfs), which every process then reads; what it puts on its devices is its own. A Hugging Face folder needs none of
-this: reading it already goes through the one copy in the kernel's page cache.
+(tmpfs), which every process then reads; the arrays that it puts on its devices are its own. A Hugging Face folder needs
+no copy: all processes read it through the kernel's page cache.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from qwen_jax.errors import UserError
 from qwen_jax.quantization import E4M3
 
 logger = logging.getLogger(__name__)
-_held: dict[Path, int] = {}  # copies that this process uses, by open folders with a shared lock
+_locks: dict[Path, int] = {}  # copies that this process uses -> file descriptors that hold a shared lock on them
 
 
 def shared_copy(source: Source, root: Path | None = None) -> Source:
-    """The copy of a checkpoint in shared memory, made by the first process that asks; the others wait for it.
+    """Return the copy of a checkpoint in shared memory, which the first caller makes while the others wait.
 
-    It stays until no process that asked for it is alive. ``source`` itself comes back where there is nothing to copy
+    The copy stays until no process that asked for it is alive. Returns ``source`` itself where there is nothing to copy
     (a Hugging Face folder, a checkpoint in FP8, whose scales a copy would lose), no shared memory, or not enough.
     Raises UserError for a damaged checkpoint.
 
@@ -53,24 +53,24 @@ def shared_copy(source: Source, root: Path | None = None) -> Source:
                 logger.info("there is no room for %s in shared memory: it is read from the disk", source.path)
                 return source
             export(source.path, folder)
-        if folder not in _held:
-            _held[folder] = handle = os.open(folder, os.O_RDONLY)
+        if folder not in _locks:
+            _locks[folder] = handle = os.open(folder, os.O_RDONLY)
             fcntl.flock(handle, fcntl.LOCK_SH)
     return Source("hf", folder)
 
 
 @atexit.register
 def release() -> None:
-    """Lets go of this process's copies; those that nobody else uses are removed."""
-    for folder in list(_held):
+    """Give up this process's copies of checkpoints in shared memory, and remove those that no other process uses."""
+    for folder in list(_locks):
         with _locked(folder.parent):
-            os.close(_held.pop(folder))
+            os.close(_locks.pop(folder))
             _remove_unused(folder.parent)
 
 
 @contextmanager
 def _locked(root: Path) -> Iterator[None]:
-    """What makes, takes or removes copies does so alone."""
+    """Hold the lock on ``root`` under which a process makes, takes or removes copies of checkpoints."""
     handle = os.open(root, os.O_RDONLY)
     try:
         if os.fstat(handle).st_uid != os.getuid():
@@ -82,7 +82,7 @@ def _locked(root: Path) -> Iterator[None]:
 
 
 def _remove_unused(root: Path) -> None:
-    """Copies that no living process has, and unfinished ones: the lock on ``root`` is ours."""
+    """Remove copies of checkpoints that are unfinished or that no living process uses. The caller holds `_locked`."""
     for folder in root.iterdir():
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Where weights are: a Hugging Face folder, a converted checkpoint, a hub id, or the bundled model."""
+"""Finding a model and its files: a Hugging Face folder, a converted checkpoint, a hub id, or the bundled model."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ MANIFEST, PARAMS = "qwen_jax.json", "params"
 FORMAT_VERSION = 1
 SHIPPED = {name: Path(__file__).resolve().parent.parent / name for name in ("bundled", "student", "yardstick")}
 
-SPARSITY = "sparse_attention.json"  # how sparse its attention may be
-EIGHT_BIT = "eight_bit.json"  # what of it may be 8-bit
+SPARSITY = "sparse_attention.json"  # how sparse the model's attention may be
+EIGHT_BIT = "eight_bit.json"  # which parameters and KV caches may be 8-bit
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
                    "added_tokens.json", "chat_template.jinja", "chat_template.json")
@@ -38,20 +38,21 @@ class Source(NamedTuple):
 
     @property
     def config(self) -> ModelConfig:
-        """The architecture in ``config.json``; raises UserError when it is not one that is implemented."""
+        """Architecture of the model, read from ``config.json``; UserError when it is not implemented."""
         return ModelConfig.from_hf(self.path)
 
     @property
     def params(self) -> Path:
-        """The Orbax folder of a converted checkpoint."""
+        """Folder of a converted checkpoint in which Orbax stores the parameters."""
         return self.path / PARAMS
 
 
 def resolve(ref: str | Path | Source) -> Source:
-    """Find a model: a local folder first, then a shipped one (`SHIPPED`), then a hub id, which is downloaded.
+    """Find the folder of a model: a local one first, then one shipped with this package (`SHIPPED`), then a hub id,
+    which is downloaded.
 
-    Raises UserError for anything else, for GGUF and other quantised weights, and for another architecture (a hub
-    model's config is looked at before its weights are fetched).
+    Raises UserError for any other reference, for GGUF and other quantised weights, and for another architecture (a hub
+    model's config is read before its weights are downloaded).
     """
     if isinstance(ref, Source):
         return ref
@@ -82,7 +83,7 @@ def resolve(ref: str | Path | Source) -> Source:
 
 
 def find_config(ref: str | Path) -> tuple[ModelConfig, str]:
-    """The architecture of a model or of a preset such as ``qwen2.5-7b``, and where it was found."""
+    """Return the architecture of a model or of a preset such as ``qwen2.5-7b``, and a text that says where it is."""
     name = str(ref)
     looks_like_preset = "/" not in name or name.lower().removeprefix("qwen/") in PRESETS
     if looks_like_preset and name not in SHIPPED and not Path(ref).exists():
@@ -92,10 +93,10 @@ def find_config(ref: str | Path) -> tuple[ModelConfig, str]:
 
 
 def read_manifest(source: Source) -> dict[str, Any]:
-    """A converted checkpoint's manifest, checked against the files and ``config.json`` beside it.
+    """Read a converted checkpoint's manifest, and check it against the files and ``config.json`` beside it.
 
     Raises UserError when the manifest is damaged, from another version, or of another model, and when a file is
-    missing or has another length (found here, because Orbax logs pages about it).
+    missing or has another length (checked here, because Orbax logs pages about it).
     """
     manifest = read_json(source.path / MANIFEST)
     version, tensors, files = (manifest.get(key) for key in ("format_version", "tensors", "files"))
@@ -114,16 +115,16 @@ def read_manifest(source: Source) -> dict[str, Any]:
 
 
 def load_generation_config(source: Source) -> GenerationDefaults:
-    """What ``generation_config.json`` asks for, or what the model's config implies where there is none."""
+    """Return a model's generation defaults from ``generation_config.json``, or from its config without that file."""
     return GenerationDefaults.from_hf(read_json(source.path / GENERATION_CONFIG), source.config)
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerFast | None:
-    """The model's fast tokenizer, with its chat template; None when the folder has none."""
+    """Load the model's fast tokenizer, with its chat template; None when the folder has no tokenizer."""
     files = {name for name in TOKENIZER_FILES if (source.path / name).is_file()}
     if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= files:
         return None
-    from transformers import AutoTokenizer  # seconds to import: only for those who need text
+    from transformers import AutoTokenizer  # takes seconds to import: only where text is needed
 
     try:
         return AutoTokenizer.from_pretrained(source.path, local_files_only=True)
@@ -133,7 +134,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerFast | None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, ``{}`` where there is no such file."""
+    """Read a file that holds a JSON object; return ``{}`` when there is no such file."""
     if not path.is_file():
         return {}
     try:
@@ -146,12 +147,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def copy_side_files(src: Path, dst: Path, config: ModelConfig | None = None) -> None:
-    """Copy the tokenizer, the generation defaults and the licence, where there are any, and how the model was
-    calibrated, unless ``dst`` is to have another shape, of ``config``."""
-    own = config is None or not (src / "config.json").is_file() or _shape(config) == _shape(
+    """Copy a model folder's tokenizer, generation defaults, licence and calibration files, as far as it has them.
+
+    config: of the model in ``dst``, when it may differ from the model in ``src``. Calibration files are measured layer
+    by layer, so they are not copied to a model of another shape.
+    """
+    same_shape = config is None or not (src / "config.json").is_file() or _shape(config) == _shape(
         ModelConfig.from_hf(src))
     for name in SIDE_FILES:
-        if (src / name).is_file() and (own or name not in (SPARSITY, EIGHT_BIT)):
+        if (src / name).is_file() and (same_shape or name not in (SPARSITY, EIGHT_BIT)):
             shutil.copyfile(src / name, dst / name)
 
 
@@ -161,6 +165,7 @@ def _shape(config: ModelConfig) -> tuple[int, ...]:
 
 
 def _download(repo: str) -> Path:
+    """Download a hub model's config, tokenizer and safetensors, or find them in the hub's cache; return the folder."""
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -175,6 +180,6 @@ def _download(repo: str) -> Path:
                                                             "*.safetensors.index.json"]))
     except UserError:
         raise
-    except Exception as error:  # offline, no such repository, gated, proxy: one line each
+    except Exception as error:  # offline, no such repository, gated, proxy: each is reported in one line
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{repo} is neither a local folder nor could it be downloaded: {reason}") from error

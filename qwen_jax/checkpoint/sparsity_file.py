@@ -1,4 +1,4 @@
-"""How sparse a checkpoint's attention may be, as a file in its folder."""
+"""The file in a checkpoint's folder that says how sparse the attention of each of its layers may be."""
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,7 +12,7 @@ from qwen_jax.errors import UserError
 
 
 def write_sparsity(folder: str | Path, layers: Sequence[Sparsity], measured: dict[str, float]) -> Path:
-    """Writes the sparsity of every layer, and what was measured with it."""
+    """Write the attention sparsity of every layer, and the figures measured with it, to a file; return its path."""
     path = Path(folder) / SPARSITY
     try:
         facts = {"layers": [asdict(layer) for layer in layers], "measured": measured}
@@ -23,7 +23,10 @@ def write_sparsity(folder: str | Path, layers: Sequence[Sparsity], measured: dic
 
 
 def read_sparsity(folder: str | Path, config: ModelConfig) -> tuple[Sparsity, ...] | None:
-    """The sparsity of every layer, or None when the folder says nothing. UserError for a file that does not fit."""
+    """Read the attention sparsity of every layer of a model; None when its folder has no such file.
+
+    Raises UserError for a file that is damaged or of another model.
+    """
     path = Path(folder) / SPARSITY
     if not path.is_file():
         return None

@@ -1,4 +1,4 @@
-"""Export to StableHLO: the forward pass as a program that runs without this package, with its parameters beside it."""
+"""Export to StableHLO: the forward pass as a program that runs without this package, and its parameters beside it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from qwen_kernels.attention import causal_attention
 
+from qwen_jax.atomic import new_folder
 from qwen_jax.checkpoint import stablehlo_runner
-from qwen_jax.checkpoint.atomic import new_folder
 from qwen_jax.checkpoint.conversion import verify
 from qwen_jax.checkpoint.hf_layout import layout
-from qwen_jax.checkpoint.load import iter_params
+from qwen_jax.checkpoint.load import iter_params, placements_for
 from qwen_jax.checkpoint.safetensors_io import SINGLE, SafetensorsWriter
 from qwen_jax.checkpoint.source import (
     GENERATION_CONFIG,
@@ -44,14 +44,14 @@ def export_stablehlo(src: str | Path | Source, dst: str | Path, dtype: Any = "bf
     Args:
       src: a Hugging Face folder, a converted checkpoint, a hub id, or ``bundled``.
       dst: the folder to create. It appears complete or not at all.
-      dtype: of the parameters and the computation: bfloat16, float16 or float32.
+      dtype: element type of the parameters and the computation: bfloat16, float16 or float32.
 
     The folder holds
 
     - ``logits.jaxexport``: ``logits(parameters, tokens[B, T]) -> float32 [B, T, V]`` for any B and T, as
       ``jax.export.deserialize`` reads it, lowered for CPUs, NVIDIA GPUs and TPUs;
-    - ``parameters.safetensors``: its first argument, a dictionary of arrays by their names here;
-    - ``run.py``, which shows how to call it, and continues token ids greedily;
+    - ``parameters.safetensors``: the program's first argument, a dictionary of arrays by parameter path;
+    - ``run.py``, which shows how to call the program, and continues token ids greedily;
     - the tokenizer and the generation defaults.
 
     The program has no cache of keys and values, and its attention holds the scores of all pairs of tokens: it is for
@@ -62,7 +62,7 @@ def export_stablehlo(src: str | Path | Source, dst: str | Path, dtype: Any = "bf
     """
     dtype = as_dtype(dtype)
     try:
-        import flatbuffers  # noqa: F401  what jax.export serialises with
+        import flatbuffers  # noqa: F401  jax.export serialises with it
     except ImportError:
         raise UserError("writing StableHLO needs the package flatbuffers: pip install 'qwen-jax[stablehlo]'") from None
     source = resolve(src)
@@ -74,10 +74,10 @@ def export_stablehlo(src: str | Path | Source, dst: str | Path, dtype: Any = "bf
         (folder / stablehlo_runner.PROGRAM).write_bytes(_program(config, dtype))
         with progress(total, "exporting") as bar:
             writer = SafetensorsWriter(folder, specs, total)
-            for path, parameter in iter_params(source, config, dtype):
+            for path, parameter in iter_params(source, config, placements_for(config, dtype)):
                 writer.write(path, np.asarray(parameter))
                 bar.update(parameter.nbytes)
-                del parameter  # else it would be alive while the next is read
+                del parameter  # else it would be alive while the next parameter is read
             writer.close()
         (folder / SINGLE).rename(folder / stablehlo_runner.PARAMETERS)
         shutil.copyfile(stablehlo_runner.__file__, folder / "run.py")
@@ -89,6 +89,7 @@ def export_stablehlo(src: str | Path | Source, dst: str | Path, dtype: Any = "bf
 
 
 def _program(config: ModelConfig, dtype: np.dtype) -> bytes:
+    """Return the serialised program ``logits(parameters, tokens[B, T])`` for any B and T."""
     from qwen_jax.model.abstract import abstract, build
 
     def attend(_: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -108,7 +109,7 @@ def _program(config: ModelConfig, dtype: np.dtype) -> bytes:
 
 @contextmanager
 def _no_locations() -> Iterator[None]:
-    """Programs are lowered without the source lines they come from: these are paths of this machine."""
+    """Keep source locations, which are paths of this machine, out of the programs that are lowered in the block."""
     before = jax.config.jax_traceback_in_locations_limit
     jax.config.update("jax_traceback_in_locations_limit", 0)
     try:

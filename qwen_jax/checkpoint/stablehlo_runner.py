@@ -1,4 +1,4 @@
-"""Run an exported model. Needs jax, safetensors and flatbuffers, and nothing of what exported it.
+"""Run a model that was exported to StableHLO. Needs jax, safetensors and flatbuffers, and no qwen-jax.
 
     python run.py 12 345 6 --max-tokens 16                      token ids in, token ids that follow out (greedy)
     python run.py --tokens tokens.npy --logits logits.npy       integers [B, T] in, float32 [B, T, V] out
@@ -18,6 +18,7 @@ PAD = 64  # lengths are rounded up to multiples of this: each length is compiled
 
 
 def main() -> None:
+    """Continue the token ids of the command line, or compute the logits of a file of tokens."""
     parser = argparse.ArgumentParser(description="Continue token ids greedily, or compute logits.")
     parser.add_argument("ids", nargs="*", type=int, help="the token ids to continue")
     parser.add_argument("--max-tokens", type=int, default=32)

@@ -1,4 +1,4 @@
-"""Tensors as checkpoints store them: element types, hashes, and what belongs together."""
+"""Tensors as checkpoints store them: element types, SHA-256 hashes, and the scales of FP8 tensors."""
 
 from __future__ import annotations
 
@@ -18,20 +18,23 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.quantization import E4M3, FP8Tensor
 
-SCALE = ".scale"  # of an FP8 parameter, beside its values
+SCALE = ".scale"  # ending of the name under which an FP8 parameter's scales lie beside its values
 
 
 def split_stored(entry: Entry, stored: np.ndarray | FP8Tensor) -> Iterator[tuple[str, np.ndarray | FP8Tensor]]:
-    """Each Hugging Face tensor of a parameter: its name, and its value or, of FP8, its rows and their scales."""
+    """Split a stored parameter into its Hugging Face tensors: yield the name and value of each.
+
+    An FP8 tensor is yielded as its rows and their scales.
+    """
     if not isinstance(stored, FP8Tensor):
         yield from split(entry, stored)
         return
-    for part, (name, values) in zip(entry.parts, split(entry, stored.values), strict=True):
-        yield name, FP8Tensor(values, np.ascontiguousarray(stored.scale[part.index]).reshape(-1))
+    for tensor, (name, values) in zip(entry.tensors, split(entry, stored.values), strict=True):
+        yield name, FP8Tensor(values, np.ascontiguousarray(stored.scale[tensor.index]).reshape(-1))
 
 
 def open_tensors(source: Source) -> SafetensorsFolder:
-    """A Hugging Face folder's weights, with names and shapes checked against its config."""
+    """Open a Hugging Face folder's weights; UserError when their names or shapes are not those of its config."""
     tensors, config = SafetensorsFolder(source.path), source.config
     check_shapes(config, tensors.shapes(), str(source.path))
     if config.tie_word_embeddings and HEAD in tensors.shapes() and not tensors.identical(HEAD, EMBEDDING):
@@ -41,31 +44,30 @@ def open_tensors(source: Source) -> SafetensorsFolder:
 
 
 def stored_dtypes(config: ModelConfig, manifest: Mapping[str, Any]) -> dict[str, np.dtype]:
-    """Canonical path -> element type in a converted checkpoint."""
-    names = {path: manifest["tensors"][entry.parts[0].name]["dtype"] for path, entry in layout(config).items()}
+    """Return the element type of each parameter of a converted checkpoint, by the parameter's path."""
+    names = {path: manifest["tensors"][entry.tensors[0].name]["dtype"] for path, entry in layout(config).items()}
     return {path: E4M3 if name == str(E4M3) else as_dtype(name) for path, name in names.items()}
 
 
 def as_dtype(dtype: Any) -> np.dtype:
-    """One of the element types that weights are stored in; raises UserError for any other."""
+    """Return the NumPy element type that ``dtype`` names; UserError for one that weights are not stored in."""
     try:
-        found = jnp.dtype(dtype)
+        converted = jnp.dtype(dtype)
     except TypeError:
-        found = None
-    if found not in DTYPES.values():
+        converted = None
+    if converted not in DTYPES.values():
         raise UserError(f"dtype {str(dtype)!r} is not supported for weights: use bfloat16, float16 or float32")
-    return found
+    return converted
 
 
 def sha256(tensor: np.ndarray | FP8Tensor) -> str:
-    """Hexadecimal SHA-256 of a C-contiguous array's bytes; of FP8, of the values' and then the scales'."""
-    parts = (tensor.values, tensor.scale) if isinstance(tensor, FP8Tensor) else (tensor,)
+    """Return the hexadecimal SHA-256 of a C-contiguous array's bytes; of FP8, the values' and then the scales'."""
     digest = hashlib.sha256()
-    for part in parts:
-        digest.update(as_bytes(part))
+    for array in (tensor.values, tensor.scale) if isinstance(tensor, FP8Tensor) else (tensor,):
+        digest.update(as_bytes(array))
     return digest.hexdigest()
 
 
 def progress(total_bytes: int, label: str) -> tqdm:
-    """A progress bar in bytes on stderr, for work that lasts longer than a second."""
+    """Return a progress bar in bytes on stderr, which appears after a second."""
     return tqdm(total=total_bytes, desc=label, unit="B", unit_scale=True, delay=1, mininterval=0.5, file=sys.stderr)

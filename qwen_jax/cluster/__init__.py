@@ -1,1 +1,1 @@
-"""Replicas of the engine behind one router: where requests go, and how queues are evened out."""
+"""Several engines behind one address: routing, trials, response cache, fraud screening, Ray Serve, and a simulator."""

@@ -1,4 +1,4 @@
-"""What is added to a server here: trials of adapters, and the response cache that its command line asks for."""
+"""Extension of a server by trials of new versions, the response cache and the routes that screen payments."""
 
 from __future__ import annotations
 
@@ -9,56 +9,64 @@ from typing import Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from qwen_jax.cluster.canary.client import TrialLink
-from qwen_jax.cluster.canary.routes import trial_routes
-from qwen_jax.cluster.fraud_routes import fraud_routes
+from qwen_jax.cluster.canary.client import CanaryClient
+from qwen_jax.cluster.canary.routes import canary_routes
+from qwen_jax.cluster.fraud_routes import BATCH_PATH, SCREEN_PATH, fraud_routes, user_of
 from qwen_jax.cluster.response_cache.cache import ResponseCache
-from qwen_jax.cluster.response_cache.middleware import Cached
+from qwen_jax.cluster.response_cache.middleware import OPENAI_ROUTES, CachedRoute, CacheMiddleware
 from qwen_jax.cluster.response_cache.redis_store import RedisStore
 from qwen_jax.serving.http.service import Service
 from qwen_jax.serving.server import Extend, Extension
 
+# Nothing is drawn where payments are judged, and all payments of an account get the same version.
+FRAUD_ROUTES = {SCREEN_PATH: CachedRoute("fraud", deterministic=True, needs_model=False, user_of=user_of),
+                BATCH_PATH: CachedRoute("fraud batch", deterministic=True, needs_model=False)}
 
-def extension(link: TrialLink, megabytes: float, seconds: float, redis_url: str | None, identity: Any,
+
+def extension(link: CanaryClient, megabytes: float, seconds: float, redis_url: str | None, identity: Any,
               fraud: bool = False) -> Extend:
-    """
+    """Return a function that extends a server by trials of new versions, the response cache and payment screening.
+
     Args:
-      link: the server's.
-      megabytes, seconds: how much the cache keeps in the process, and how long; no cache for 0 without Redis.
-      redis_url: of the cache's second level; None for none.
-      identity: what beside the weights decides answers, such as their element type.
-      fraud: with the routes that screen card payments.
+      link: connection to the server's engines.
+      megabytes: memory of the response cache in this process; with 0 and without Redis there is no cache.
+      seconds: time for which an answer is cached.
+      redis_url: address of the cache's second level, or None.
+      identity: what decides answers beside the weights, such as their element type.
+      fraud: true to add the routes that screen card payments.
     """
     redis = RedisStore(redis_url) if redis_url else None
     cache = ResponseCache(int(megabytes * 1e6), seconds, redis) if megabytes or redis else None
 
     def extend(service: Service) -> Extension:
-        service.varies = lambda: None if link.running else link.everybody_has or ""
-        trials, routes = (trial_routes(service, link),), (fraud_routes(service),) if fraud else ()
+        service.varies = lambda: None if link.running else link.promoted_adapter or ""
+        admin, public = (canary_routes(service, link),), (fraud_routes(service, link),) if fraud else ()
         if cache is None:
-            return Extension(admin=trials, public=routes)
-        return Extension(partial(_cached, service, cache, identity), (CacheMetrics(cache),), trials, routes)
+            return Extension(admin=admin, public=public)
+        middleware = partial(CacheMiddleware, service=service, cache=cache, identity=identity,
+                             routes=OPENAI_ROUTES | (FRAUD_ROUTES if fraud else {}), adapter_for=link.adapter_for)
+        return Extension(inner=middleware, collectors=(CacheMetrics(cache),), admin=admin, public=public)
 
     return extend
 
 
-def _cached(service: Service, cache: ResponseCache, identity: Any, app: Any) -> Cached:
-    return Cached(app, service, cache, identity)
-
-
 class CacheMetrics(Collector):
+    """Prometheus metrics of a response cache."""
+
     def __init__(self, cache: ResponseCache) -> None:
         self._cache = cache
 
     def collect(self) -> Iterator[Metric]:
         stats = self._cache.stats()
-        lookups = CounterMetricFamily("qwen_jax_response_cache_requests", "By what became of them.", labels=["result"])
+        lookups = CounterMetricFamily("qwen_jax_response_cache_requests", "Lookups, by where the answer was found.",
+                                      labels=["result"])
         for result, count in (("local", stats.hits_local), ("redis", stats.hits_redis), ("shared", stats.shared),
                               ("miss", stats.misses)):
             lookups.add_metric([result], count)
         yield lookups
         yield CounterMetricFamily("qwen_jax_response_cache_errors", "Lookups to which Redis gave no answer in time.",
                                   value=stats.errors)
-        yield CounterMetricFamily("qwen_jax_response_cache_garbage", "What Redis held and did not verify.",
+        yield CounterMetricFamily("qwen_jax_response_cache_garbage", "Values in Redis that did not verify.",
                                   value=stats.garbage)
-        yield GaugeMetricFamily("qwen_jax_response_cache_bytes", "Held in the process.", value=stats.bytes)
+        yield GaugeMetricFamily("qwen_jax_response_cache_bytes", "Memory of the answers in the process.",
+                                value=stats.bytes)

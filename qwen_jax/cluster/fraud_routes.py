@@ -1,8 +1,8 @@
-"""Screening of card payments: a payment and its account as JSON, in the words the model was trained on, to a verdict.
+"""Routes that screen card payments: from a payment and its account, as JSON, to a verdict.
 
-The verdict is one prefill: how likely ``fraud`` and ``legit`` are as the first word of the answer. Only for a fraud
-there is a second request, for the one token that makes its reason code; the evidence is read off the fields that the
-code names, so it cannot be invented.
+The payment is put into the words that the model was trained on. The verdict is one prefill: the probabilities of
+``fraud`` and ``legit`` as the first word of the answer. Only a fraud takes a second request, for the token that makes
+its reason code; the evidence is read off the fields that the code names, so it cannot be invented.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
-from qwen_jax.cluster.canary.client import TrialLink
+from qwen_jax.cluster.canary.client import CanaryClient
 from qwen_jax.evaluation.fraud.accounts import CATEGORIES, DAYS, PATTERNS
 from qwen_jax.evaluation.fraud.request import evidence_of, prompt_of
 from qwen_jax.serving.http.protocol import Body, Number
 from qwen_jax.serving.http.service import Service
 from qwen_jax.serving.http.streaming import gone, note, unless
-from qwen_jax.serving.ipc.engine_client import Answer, Link, pieces
+from qwen_jax.serving.ipc.engine_client import Answer, pieces
 from qwen_jax.serving.ipc.messages import Piece
 
+SCREEN_PATH, BATCH_PATH = "/fraud/screen", "/fraud/screen/batch"
 FRAUD, LEGIT = "fraud", "legit"
-MOST_AT_ONCE = 64
-FIRST_TOKEN = {"max_tokens": 1, "temperature": 0.0, "logprobs": 4}
-CODE_BEGINS = f"{FRAUD} R0"  # of an answer; one digit makes it a code
+MAX_BATCH = 64
+ONE_TOKEN = {"max_tokens": 1, "temperature": 0.0, "logprobs": 4}
+CODE_PREFIX = f"{FRAUD} R0"  # beginning of an answer; one digit completes the reason code
 
 Name = Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9._-]{1,32}$", examples=["Kalmart"])]
 Word = Annotated[StrictStr, Field(pattern=r"^[a-z]{1,16}$", examples=["approved"])]
@@ -35,12 +36,17 @@ Amount = Annotated[StrictInt, Field(ge=0, le=10_000_000, examples=[436])]
 Day = Literal[*DAYS]
 
 
-class _Part(BaseModel):
+class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class ItemStatus(_Part):
-    """``standing``: what became of it, in the upstream system's word, such as active or lost."""
+class ItemStatus(_Section):
+    """A card, device or other item of an account, and its status.
+
+    Attributes:
+      name: name of the item.
+      standing: its status in the word of the upstream system, such as active or lost.
+    """
 
     name: Name
     standing: Word
@@ -49,7 +55,9 @@ class ItemStatus(_Part):
 Pair = Annotated[list[ItemStatus], Field(min_length=2, max_length=2)]
 
 
-class PastPayment(_Part):
+class PastPayment(_Section):
+    """An earlier payment in an account's history."""
+
     day: Day
     city: Name
     amount: Amount
@@ -58,12 +66,18 @@ class PastPayment(_Part):
     claim: Annotated[Word, Field(description="settled or disputed")]
 
 
-class AccountProfile(_Part):
-    """What is known of an account before the payment.
+class AccountProfile(_Section):
+    """Profile and history of an account before the payment to screen.
 
     Attributes:
-      limit: of one payment, in whole units of the currency, as all amounts (the bundled model knows 100 to 999).
-      card, device, user, category, travel: one in force and one that is not, in any order.
+      number: number of the account.
+      limit: limit of a payment, in whole units of the currency, like all amounts (the bundled model knows 100 to 999).
+      home: the city of the account's owner.
+      card: two cards, one in force and one not, in any order.
+      device: two devices, likewise.
+      user: two users, likewise.
+      category: two categories of merchants, likewise.
+      travel: two cities that were announced for travel, likewise.
       history: the four most recent payments, in the order of the week.
     """
 
@@ -78,7 +92,9 @@ class AccountProfile(_Part):
     history: Annotated[list[PastPayment], Field(min_length=4, max_length=4)]
 
 
-class NewPayment(_Part):
+class NewPayment(_Section):
+    """The payment to screen for fraud."""
+
     day: Day
     city: Name
     amount: Amount
@@ -90,7 +106,14 @@ class NewPayment(_Part):
 
 
 class ScreeningRequest(Body):
-    """``model``: the server's by default, or a loaded adapter."""
+    """Fields common to the requests for fraud screening.
+
+    Attributes:
+      model: the server's model, which is the default, or a loaded adapter.
+      priority: place in the queue, the smallest first.
+      timeout: deadline in seconds.
+      stream: must be false.
+    """
 
     model: StrictStr | None = None
     priority: Annotated[StrictInt, Field(ge=-2**30, le=2**30)] = 0
@@ -99,94 +122,112 @@ class ScreeningRequest(Body):
 
 
 class ScreenRequest(ScreeningRequest):
+    """Request to screen one payment for fraud."""
+
     account: AccountProfile
     payment: NewPayment
 
 
-class Screened(_Part):
+class Screening(_Section):
+    """A payment of a batch to screen, and its account."""
+
     account: AccountProfile
     payment: NewPayment
 
 
 class ScreenBatchRequest(ScreeningRequest):
-    screenings: Annotated[list[Screened], Field(min_length=1, max_length=MOST_AT_ONCE)]
+    """Request to screen a batch of payments for fraud."""
+
+    screenings: Annotated[list[Screening], Field(min_length=1, max_length=MAX_BATCH)]
 
 
-def fraud_routes(service: Service) -> APIRouter:
-    """For a server's own port."""
+def user_of(options: dict[str, Any]) -> str:
+    """Return the user of a request to screen a payment: its field ``user``, else the account's number.
+
+    A user gets the same version of the model for all requests while a trial runs.
+    """
+    return options.get("user") or options["account"]["number"]
+
+
+def fraud_routes(service: Service, link: CanaryClient) -> APIRouter:
+    """Return the routes of a server's public port that screen payments for fraud."""
     routes = APIRouter()
 
-    @routes.post("/fraud/screen")
+    @routes.post(SCREEN_PATH)
     async def screen(body: ScreenRequest, request: Request) -> Response:
-        """Whether a payment is fraudulent: the decision, how probable fraud is, and for a fraud the reason."""
-        verdict, = await _answered(body, request, [{"account": body.account.model_dump(),
-                                                    "payment": body.payment.model_dump()}])
-        answer = _json(verdict, [verdict])
-        if body.model in (None, service.model):  # the cache, which has to know who answered, reads no bodies
-            answer.headers["X-Adapter"] = verdict["adapter"] or ""
-        return answer
+        """Judge whether a payment is a fraud: return the decision, its probability and, for a fraud, the reason."""
+        screening = {"account": body.account.model_dump(), "payment": body.payment.model_dump()}
+        verdict, = await _verdicts(body, request, [screening])
+        response = _json(verdict, [verdict])
+        if body.model in (None, service.model):  # for the cache, which does not read the body
+            response.headers["X-Adapter"] = verdict["adapter"] or ""
+        return response
 
-    @routes.post("/fraud/screen/batch")
+    @routes.post(BATCH_PATH)
     async def screen_batch(body: ScreenBatchRequest, request: Request) -> Response:
-        """The same of several payments, in their order."""
-        verdicts = await _answered(body, request, [one.model_dump() for one in body.screenings])
+        """Judge whether payments are frauds; return a verdict for each, in the order of the payments."""
+        verdicts = await _verdicts(body, request, [screening.model_dump() for screening in body.screenings])
         return _json({"screenings": verdicts}, verdicts)
 
-    async def _answered(body: ScreeningRequest, request: Request, asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    async def _verdicts(body: ScreeningRequest, request: Request,
+                        screenings: list[dict[str, Any]]) -> list[dict[str, Any]]:
         service.check_open()
         body.check_fields()
-        user = (body.model_extra or {}).get("user")
+        named = (body.model_extra or {}).get("user")
         watching = asyncio.ensure_future(gone(request.receive))
         try:
             verdicts = await unless(watching, asyncio.gather(*(
-                _verdict(service, body, user or one["account"]["number"], one) for one in asked)))
+                _verdict(service, link, body, named or screening["account"]["number"], screening)
+                for screening in screenings)))
         finally:
             watching.cancel()
-        note(request, model=body.model or service.model, frauds=sum(one["decision"] == FRAUD for one in verdicts))
+        note(request, model=body.model or service.model,
+             frauds=sum(verdict["decision"] == FRAUD for verdict in verdicts))
         return verdicts
 
     return routes
 
 
-async def _verdict(service: Service, body: ScreeningRequest, user: str, asked: dict[str, Any]) -> dict[str, Any]:
-    """user: all of whose requests get the same version where one is on trial."""
-    prompt = prompt_of(asked)
-    # No await until the request is on its way: the trial decides likewise.
-    adapter = service.adapter(body.model) or adapter_on_trial(service.link, user) or None
-    piece = await _ended(service, service.start(body, prompt, FIRST_TOKEN, user=user))
-    same = {"user": user, **({"adapter": adapter} if adapter else {})}  # version, whatever becomes of a trial
-    likely = {text: value for text, value, *_ in piece.logprobs[0][2]}
-    if not {FRAUD, LEGIT} <= likely.keys():
-        scored = [await _ended(service, service.start(body, prompt, {}, continuation=label, **same))
-                  for label in (FRAUD, LEGIT)]
-        likely = {label: sum(one.score) for label, one in zip((FRAUD, LEGIT), scored)}
-    probability = 1 / (1 + math.exp(min(likely[LEGIT] - likely[FRAUD], 700)))
+async def _verdict(service: Service, link: CanaryClient, body: ScreeningRequest, user: str,
+                   screening: dict[str, Any]) -> dict[str, Any]:
+    """Return the verdict on a payment: the decision, the probability of fraud and, for a fraud, the reason.
+
+    Args:
+      user: user whose requests all get the same version while a trial runs.
+      screening: the account and the payment.
+    """
+    prompt = prompt_of(screening)
+    # No await between this line and the start of the request: a trial must decide the same for both.
+    adapter = service.adapter(body.model) or link.adapter_for(user) or None
+    piece = await _only_piece(service, service.start(body, prompt, ONE_TOKEN, user=user))
+    # Later requests get the same version even if the trial ends.
+    same_version = {"user": user, **({"adapter": adapter} if adapter else {})}
+    logprobs = {text: value for text, value, *_ in piece.logprobs[0][2]}
+    if not {FRAUD, LEGIT} <= logprobs.keys():
+        logprobs = {}
+        for label in (FRAUD, LEGIT):
+            answer = service.start(body, prompt, {}, continuation=label, **same_version)
+            logprobs[label] = sum((await _only_piece(service, answer)).score)
+    probability = 1 / (1 + math.exp(min(logprobs[LEGIT] - logprobs[FRAUD], 700)))
     verdict = {"decision": FRAUD if probability >= 0.5 else LEGIT, "probability": probability,
                "model": service.model, "adapter": adapter, "weight_version": piece.weight_version}
     if verdict["decision"] == FRAUD:
-        answer = service.start(body, prompt + CODE_BEGINS, FIRST_TOKEN, **same)
-        verdict["reason"] = _reason(asked, "R0" + (await _ended(service, answer)).text)
+        answer = service.start(body, prompt + CODE_PREFIX, ONE_TOKEN, **same_version)
+        verdict["reason"] = _reason(screening, "R0" + (await _only_piece(service, answer)).text)
     return verdict
 
 
-def _reason(asked: dict[str, Any], code: str) -> dict[str, str] | None:
-    """None when the model names no code that there is."""
-    return {"code": code, "what": PATTERNS[code], "evidence": evidence_of(asked, code)} if code in PATTERNS else None
-
-
-def adapter_on_trial(link: Link, user: str) -> str | None:
-    """Which adapter this user's requests for the base model get: "" for none, None where that cannot be told."""
-    if not isinstance(link, TrialLink) or link.canary is None or not link.canary.weight:
-        return ""
-    if not link.of_adapter:  # other weights
+def _reason(screening: dict[str, Any], code: str) -> dict[str, str] | None:
+    """Return the reason for a fraud by the model's reason code, with its evidence; None if the code is unknown."""
+    if code not in PATTERNS:
         return None
-    return link.canary.name if link.canary.gets(user) else ""
+    return {"code": code, "what": PATTERNS[code], "evidence": evidence_of(screening, code)}
 
 
-async def _ended(service: Service, answer: Answer) -> Piece:
-    """The only piece of a prefill."""
+async def _only_piece(service: Service, answer: Answer) -> Piece:
+    """Wait for an answer that the engine sends as a single `Piece`, such as that of a request for one token."""
     try:
-        return [piece async for some in pieces(answer) for piece in some][-1]
+        return [piece async for batch in pieces(answer) for piece in batch][-1]
     finally:
         service.link.close(answer)
 

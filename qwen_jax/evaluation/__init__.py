@@ -1,1 +1,1 @@
-"""Tasks and scores."""
+"""Evaluation of models: tasks and their scores, calibration, and measurements inside the model."""

@@ -1,4 +1,4 @@
-"""What of a checkpoint may be 8-bit: element types of pages, ranges of keys and values, layers, the tables."""
+"""Calibration of a checkpoint for 8 bits: chooses the parts to store in 8 bits, and measures keys and values."""
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,22 +12,24 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.evaluation.sparse_fidelity import losses
 from qwen_jax.model import Qwen2, build, build_layer, params_of
 from qwen_jax.model.rope import apply_rope, rope_tables
-from qwen_jax.quantization import Calibrated, Precision, Ranges, forms, rows, scales_of
+from qwen_jax.quantization import Calibrated, Precision, Ranges, page_formats, rows, scales_of
 from qwen_jax.quantization.precision import KV_DTYPES
 
-MOST = 0.01  # nats: how far the next token's distribution may be from the one in 16 bits
+MAX_DIVERGENCE = 0.01  # nats between the next token's distributions in 8 and in 16 bits
 
 
 @dataclass(frozen=True)
 class EightBitCalibration:
-    """What may be 8-bit, and what it costs.
+    """Result of a calibration for 8 bits: the parts of a checkpoint that may be 8-bit, and the accuracy lost.
 
     Attributes:
-      found: what may be.
-      errors: by element type ``[L]``, of each layer's attention: the error's norm over the output's.
-      divergence: mean Kullback-Leibler divergence of the next token's distribution from the model's own, in nats;
-        pages_divergence: with 8-bit pages alone; layer_divergence ``[L]``: with them and one layer's matrices.
-      loss, full_loss: mean negative log-likelihood of the next token in nats, in 8 bits and in full precision.
+      found: the parts that may be 8-bit, and the ranges of keys and values.
+      errors: relative error of each layer's attention output ``[L]``, by element type of the pages.
+      divergence: mean Kullback-Leibler divergence of the next token's distribution from the model's own, in nats.
+      pages_divergence: the divergence with 8-bit pages alone.
+      layer_divergence: the divergences ``[L]`` with 8-bit pages and the matrices of a single layer.
+      loss: mean negative log-likelihood of the next token in 8 bits, in nats.
+      full_loss: the same in full precision.
     """
     found: Calibrated
     errors: dict[str, np.ndarray]
@@ -40,22 +42,22 @@ class EightBitCalibration:
 
 def calibrate_eight_bit(model: Qwen2, texts: Sequence[Sequence[int]],
                         progress: Callable[[str], None] = lambda _: None) -> EightBitCalibration:
-    """Looks for what loses least, on a model in full precision.
+    """Find the 8-bit settings that lose least, on a model in full precision and on texts of token ids.
 
-    Ranges are the largest values over all texts. Pages of a layer have the element type whose attention is closer. Then
-    layers' matrices become 8-bit, those that change least alone first, as many as keep the divergence within `MOST`;
-    last the embedding and the head, if it stays within.
+    Ranges are the largest values over all texts. Pages of a layer get the element type with the smaller error. Then
+    layers' matrices become 8-bit, in ascending order of the divergence that each causes alone, as many as keep the
+    divergence within `MAX_DIVERGENCE`; last the embedding and the head, if the divergence stays within.
     """
-    one, count = _Texts(model, texts), model.config.num_layers
-    ranges = one.ranges()
+    runs, count = _TextRuns(model, texts), model.config.num_layers
+    ranges = runs.ranges()
     progress("ranges of keys and values: measured")
-    errors = one.page_errors(ranges)
+    errors = runs.page_errors(ranges)
     kinds = tuple(min(KV_DTYPES, key=lambda kind: errors[kind][layer]) for layer in range(count))
     progress("pages: " + ", ".join(kinds))
 
     def measure(layers: Sequence[int], tables: bool = False) -> tuple[float, float, float]:
         precision = Precision(tuple(layer in layers for layer in range(count)), tables, kinds)
-        return one.losses(precision, ranges)
+        return runs.losses(precision, ranges)
 
     pages = measure(())
     progress(f"8-bit pages: divergence {pages[2]:.5f} nats")
@@ -64,95 +66,107 @@ def calibrate_eight_bit(model: Qwen2, texts: Sequence[Sequence[int]],
         alone.append(measure((layer,))[2])
         progress(f"and the matrices of layer {layer} of {count}: {alone[-1]:.5f}")
     order = [int(layer) for layer in np.argsort(alone)]
-    some, best = 0, pages
+    eight_bit, best = 0, pages
     step = 1 << count.bit_length()
-    while step := step // 2:  # as many as possible, by bisection: more layers cost more
-        if some + step <= count and (tried := measure(order[:some + step]))[2] <= MOST:
-            some, best = some + step, tried
-            progress(f"the matrices of {some} layers: {best[2]:.5f}")
-    tables = (tried := measure(order[:some], tables=True))[2] <= MOST
+    while step := step // 2:  # bisection for the largest number: the divergence grows with the number of layers
+        if eight_bit + step <= count and (tried := measure(order[:eight_bit + step]))[2] <= MAX_DIVERGENCE:
+            eight_bit, best = eight_bit + step, tried
+            progress(f"the matrices of {eight_bit} layers: {best[2]:.5f}")
+    tables = (tried := measure(order[:eight_bit], tables=True))[2] <= MAX_DIVERGENCE
     progress(f"embedding and head: {tried[2]:.5f}")
     loss, full_loss, divergence = tried if tables else best
-    precision = Precision(tuple(layer in order[:some] for layer in range(count)), tables, kinds)
-    return EightBitCalibration(Calibrated(precision, ranges), errors, divergence, pages[2], np.array(alone), loss,
-                               full_loss)
+    precision = Precision(tuple(layer in order[:eight_bit] for layer in range(count)), tables, kinds)
+    return EightBitCalibration(found=Calibrated(precision, ranges), errors=errors, divergence=divergence,
+                               pages_divergence=pages[2], layer_divergence=np.array(alone), loss=loss,
+                               full_loss=full_loss)
 
 
-class _Texts:
-    """The model on all texts, padded to the same length, a layer at a time: layers that are alike share a program."""
+class _TextRuns:
+    """Runs of a model on texts padded to one length, layer by layer, in full precision or with 8-bit parts."""
 
     def __init__(self, model: Qwen2, texts: Sequence[Sequence[int]]):
         self.config, self.params = model.config, params_of(model)
         width = -(-max(map(len, texts)) // PAGE) * PAGE
         self.texts = [(jnp.asarray(list(text) + [0] * (width - len(text)), jnp.int32), len(text)) for text in texts]
-        self.turns = rope_tables(model.config.rope, model.config.head_dim, jnp.arange(width)[None])
+        self.rotations = rope_tables(model.config.rope, model.config.head_dim, jnp.arange(width)[None])
         self.frequencies, self.magnitude = model.config.rope.frequencies(model.config.head_dim)
         self.full = [self._final(tokens, Precision((False,) * self.config.num_layers), None)
                      for tokens, _ in self.texts]
 
     def layer(self, index: int) -> dict[str, jax.Array]:
-        here = f"layers.{index}."
-        return {path.removeprefix(here): value for path, value in self.params.items() if path.startswith(here)}
+        """Return the parameters of layer ``index`` by their names within the layer."""
+        prefix = f"layers.{index}."
+        return {path.removeprefix(prefix): value for path, value in self.params.items() if path.startswith(prefix)}
 
     def _forms(self, index: int, scales) -> tuple:
-        return forms(self.params[f"layers.{index}.attention.bqkv"], scales, self.frequencies, self.magnitude)
+        """Return the formats of layer ``index``'s 8-bit pages of keys and of values, with these scales."""
+        return page_formats(self.params[f"layers.{index}.attention.bqkv"], scales, self.frequencies, self.magnitude)
 
     def ranges(self) -> tuple[Ranges, ...]:
+        """Measure the largest absolute keys and values of each layer over all texts."""
         def observe(layer, x, length):
-            return _observe(self.config, self.layer(layer), x, self.turns, length)
+            return _observe(self.config, self.layer(layer), x, self.rotations, length)
 
-        seen = [self._walk(tokens, length, observe) for tokens, length in self.texts]
+        observed = [self._walk(tokens, length, observe) for tokens, length in self.texts]
         return tuple(Ranges(jnp.max(jnp.stack([keys for keys, _ in layer]), axis=0) / self.magnitude,
                             jnp.max(jnp.stack([values for _, values in layer]), axis=0))
-                     for layer in zip(*seen, strict=True))
+                     for layer in zip(*observed, strict=True))
 
     def page_errors(self, ranges: tuple[Ranges, ...]) -> dict[str, np.ndarray]:
-        """By element type, each layer's mean over the texts."""
+        """Measure the relative error that 8-bit pages cause in each layer's attention output, by element type.
+
+        Errors are means over the texts.
+        """
         scales = {kind: scales_of(self.params, Precision((), False, (kind,) * self.config.num_layers), ranges)
                   for kind in KV_DTYPES}
 
         def compare(layer, x, length):
-            ways = {kind: self._forms(layer, of[layer]) for kind, of in scales.items()}
-            return _compare(self.config, self.layer(layer), x, self.turns, length, ways)
+            forms_by_kind = {kind: self._forms(layer, layers[layer]) for kind, layers in scales.items()}
+            return _compare(self.config, self.layer(layer), x, rotations=self.rotations, length=length,
+                            forms_by_kind=forms_by_kind)
 
-        seen = [self._walk(tokens, length, compare) for tokens, length in self.texts]
-        return {kind: np.mean([[float(layer[kind]) for layer in text] for text in seen], axis=0) for kind in KV_DTYPES}
+        errors = [self._walk(tokens, length, compare) for tokens, length in self.texts]
+        return {kind: np.mean([[float(layer[kind]) for layer in text] for text in errors], axis=0)
+                for kind in KV_DTYPES}
 
     def losses(self, precision: Precision, ranges: tuple[Ranges, ...]) -> tuple[float, float, float]:
-        """Loss in 8 bits and in full precision, and the divergence: means over the texts."""
-        found = [_losses(self.config, precision.tables, self.params, self._final(tokens, precision, ranges), full,
-                         tokens, length)
-                 for (tokens, length), full in zip(self.texts, self.full, strict=True)]
-        return tuple(float(np.mean(values)) for values in zip(*found, strict=True))
+        """Measure next-token loss with 8-bit parts and in full precision, and the divergence of the former model.
 
-    def _walk(self, tokens: jax.Array, length: int, of_layer: Callable) -> list:
-        """What ``of_layer(layer, x, length)``, which also gives the next x, says of every layer in full precision."""
-        x, seen = rows(self.params["embed.weight"], tokens, jnp.float32)[None], []
+        Each is a mean over the texts.
+        """
+        per_text = [_losses(self.config, precision.tables, self.params, rounded=self._final(tokens, precision, ranges),
+                            full=full, tokens=tokens, length=length)
+                    for (tokens, length), full in zip(self.texts, self.full, strict=True)]
+        return tuple(float(np.mean(values)) for values in zip(*per_text, strict=True))
+
+    def _walk(self, tokens: jax.Array, length: int, run_layer: Callable) -> list:
+        """Run a text through the layers by ``run_layer(layer, x, length) -> (output, result)``; return the results."""
+        x, results = rows(self.params["embed.weight"], tokens, jnp.float32)[None], []
         for layer in range(self.config.num_layers):
-            x, said = of_layer(layer, x, length)
-            seen.append(said)
-        return seen
+            x, result = run_layer(layer, x, length)
+            results.append(result)
+        return results
 
     def _final(self, tokens: jax.Array, precision: Precision, ranges: tuple[Ranges, ...] | None) -> jax.Array:
-        """The last layer's output ``[S, D]``."""
+        """Return the last layer's output ``[S, D]`` for a text, before the final norm, with parts 8-bit as given."""
         scales = scales_of(self.params, precision, ranges)
         x = rows(precision.store("embed.weight", self.params["embed.weight"]), tokens, jnp.float32)[None]
         for layer in range(self.config.num_layers):
             kind = precision.kv_cache[layer] if precision.kv_cache else None
-            x = _layer(self.config, precision.weights[layer], kind, self.layer(layer), x, self.turns,
-                       self._forms(layer, scales[layer]) if kind else None)
+            x = _layer(self.config, precision.weights[layer], kind, self.layer(layer), x, rotations=self.rotations,
+                       kv_forms=self._forms(layer, scales[layer]) if kind else None)
         return x[0]
 
 
-def _bare(config: ModelConfig, params: Mapping[str, jax.Array], k: jax.Array, v: jax.Array, turns):
-    """Rotated keys and values without their biases."""
+def _bare(config: ModelConfig, params: Mapping[str, jax.Array], k: jax.Array, v: jax.Array, rotations):
+    """Return the rotated keys and the values of a layer without the biases of their projections."""
     bias = params["attention.bqkv"]
-    cos, sin = (table[:, :, None] for table in turns)
+    cos, sin = (table[:, :, None] for table in rotations)
     return k - apply_rope(jnp.broadcast_to(bias[:, -2], k.shape), cos, sin), v - bias[:, -1]
 
 
 def _rounded(kind: str, form, values: jax.Array) -> jax.Array:
-    """``values[1, S, K, H]``, rotated and bare, as pages hold them, with their biases."""
+    """Round keys or values without bias, ``[1, S, K, H]``, as 8-bit pages do, and return them with their biases."""
     pages = values.shape[1] // PAGE
     empty = EightBitPages(jnp.zeros((0, values.shape[2], PAGE, values.shape[3]), eight_bit_dtype(kind)), form)
     stored = empty.encode(values[0]).reshape(pages, PAGE, *values.shape[2:]).swapaxes(1, 2)
@@ -162,55 +176,69 @@ def _rounded(kind: str, form, values: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, static_argnums=0)
-def _observe(config: ModelConfig, params: Mapping[str, jax.Array], x: jax.Array, turns, length):
-    seen = []
+def _observe(config: ModelConfig, params: Mapping[str, jax.Array], x: jax.Array, rotations, length):
+    """Run a layer on a text: return its output, and its largest absolute keys and values ``[K, H]``.
+
+    Of keys, the lengths in rotary planes are measured.
+    """
+    largest = []
 
     def attend(q, k, v):
-        known = (jnp.arange(k.shape[1]) < length)[None, :, None, None]
-        keys, values = (jnp.where(known, jnp.abs(x), 0) for x in _bare(config, params, k, v, turns))
+        real = (jnp.arange(k.shape[1]) < length)[None, :, None, None]
+        keys, values = (jnp.where(real, jnp.abs(x), 0) for x in _bare(config, params, k, v, rotations))
         planes = jnp.tile(jnp.hypot(*jnp.split(keys, 2, axis=-1)), 2)
-        seen.append((jnp.max(planes, axis=(0, 1)), jnp.max(values, axis=(0, 1))))
+        largest.append((jnp.max(planes, axis=(0, 1)), jnp.max(values, axis=(0, 1))))
         return causal_attention(q, k, v)
 
-    return build_layer(config, params)(x, *turns, attend), seen[0]
+    return build_layer(config, params)(x, *rotations, attend), largest[0]
 
 
 @partial(jax.jit, static_argnums=0)
-def _compare(config: ModelConfig, params: Mapping[str, jax.Array], x: jax.Array, turns, length, ways):
-    """The error of attention over rounded keys and values, for each way to round them."""
+def _compare(config: ModelConfig, params: Mapping[str, jax.Array], x: jax.Array, rotations, length,
+             forms_by_kind):
+    """Run a layer on a text: return its output, and its attention's relative error with 8-bit pages of each type."""
     errors = {}
 
     def attend(q, k, v):
         exact = causal_attention(q, k, v)
-        known = (jnp.arange(k.shape[1]) < length)[None, :, None, None, None]
-        for kind, of in ways.items():
-            rounded = (_rounded(kind, form, x) for form, x in zip(of, _bare(config, params, k, v, turns), strict=True))
-            error = jnp.where(known, causal_attention(q, *rounded) - exact, 0)
-            errors[kind] = jnp.linalg.norm(error) / jnp.linalg.norm(jnp.where(known, exact, 0))
+        real = (jnp.arange(k.shape[1]) < length)[None, :, None, None, None]
+        for kind, kv_forms in forms_by_kind.items():
+            bare = _bare(config, params, k, v, rotations)
+            rounded = (_rounded(kind, form, x) for form, x in zip(kv_forms, bare, strict=True))
+            error = jnp.where(real, causal_attention(q, *rounded) - exact, 0)
+            errors[kind] = jnp.linalg.norm(error) / jnp.linalg.norm(jnp.where(real, exact, 0))
         return exact
 
-    return build_layer(config, params)(x, *turns, attend), errors
+    return build_layer(config, params)(x, *rotations, attend), errors
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _layer(config: ModelConfig, weights: bool, kind: str | None, params: Mapping[str, jax.Array], x: jax.Array, turns,
-           of) -> jax.Array:
+def _layer(config: ModelConfig, weights: bool, kind: str | None, params: Mapping[str, jax.Array], x: jax.Array,
+           rotations, kv_forms) -> jax.Array:
+    """Run a layer on hidden states ``x`` and return its output, with matrices or pages in 8 bits as asked.
+
+    weights: whether matrices are 8-bit. kind: element type of 8-bit pages, None for full precision.
+    """
     stored = Precision((weights,))
     layer = build_layer(config, {name: stored.store(f"layers.0.{name}", value) for name, value in params.items()})
 
     def attend(q, k, v):
         if kind:
-            k, v = (_rounded(kind, form, x) for form, x in zip(of, (k, v), strict=True))
+            k, v = (_rounded(kind, form, x) for form, x in zip(kv_forms, (k, v), strict=True))
         return causal_attention(q, k, v)
 
-    return layer(x, *turns, attend, bare=kind is not None)
+    return layer(x, *rotations, attend, bare=kind is not None)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _losses(config: ModelConfig, tables: bool, params: Mapping[str, jax.Array], ours: jax.Array, full: jax.Array,
+def _losses(config: ModelConfig, tables: bool, params: Mapping[str, jax.Array], rounded: jax.Array, full: jax.Array,
             tokens: jax.Array, length):
-    """Loss and divergence of final states before the norm; of the model only its two ends are used."""
+    """Return both models' next-token losses and their divergence, from outputs of the last layer.
+
+    rounded, full: the outputs with 8-bit parts and in full precision. Only the model's norm and head run.
+    """
     precision = Precision((False,) * config.num_layers, tables)
-    exact = build(config, params)
-    rounded = build(config, {path: precision.store(path, value) for path, value in params.items()})
-    return losses((rounded.logits, exact.logits), (exact.norm(ours), exact.norm(full)), tokens, length)
+    exact_model = build(config, params)
+    rounded_model = build(config, {path: precision.store(path, value) for path, value in params.items()})
+    return losses((rounded_model.logits, exact_model.logits), (exact_model.norm(rounded), exact_model.norm(full)),
+                  tokens, length)

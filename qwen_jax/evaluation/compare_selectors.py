@@ -1,4 +1,4 @@
-"""Selectors compared: how much of full attention each finds at the same density, as figures and as a picture."""
+"""Comparison of page selectors: the share of full attention that each finds when it selects as many pages."""
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,12 +19,13 @@ BUDGETS = (0.5, 1.0, 2.0, 4.0)
 
 @dataclass(frozen=True)
 class Point:
-    """One selector at one budget on texts of one length: means over texts, layers and KV heads.
+    """Quality of one page selector with one budget, as means over texts of one length, layers and KV heads.
 
     Attributes:
-      density: pages attended to, as a share of those before the queries.
-      recall: share of full attention that falls on them; reachable: the most that as many pages can hold.
-      found: share of the pages that some query gives over `recall.NEEDED` of its attention to.
+      density: pages attended to, as a share of the pages before the queries.
+      recall: share of full attention that falls on the selected pages.
+      reachable: largest recall that any selection of as many pages can have.
+      found: share selected of the pages that get over `sparse_recall.NEEDED` of some query's attention.
     """
     selector: str
     length: int
@@ -37,28 +38,32 @@ class Point:
 
 def compare(model: Qwen2, texts: Sequence[Sequence[int]], selectors: Sequence[str],
             budgets: Sequence[float] = BUDGETS, progress: Callable[[str], None] = lambda _: None) -> Iterator[Point]:
-    """Every selector at every budget, on queries and keys of full attention; no head is left dense."""
-    seen = []
+    """Measure how much of full attention the pages of every selector hold, at every budget of pages.
+
+    Queries and keys are those of the model with full attention; no heads are left dense.
+    """
+    observed = []
     for index, text in enumerate(texts):
-        seen.append(_queries_and_keys(model, text))
+        observed.append(_queries_and_keys(model, text))
         progress(f"full attention: text {index + 1} of {len(texts)}")
     length = round(float(np.mean([len(text) for text in texts])))
     for selector in selectors:
         for budget in budgets:
             sparsity = Sparsity(selector=selector, budget=budget)
-            sums = np.zeros(6)  # of attended, visible, recall, reachable, needed, found
-            for layers, count in seen:
+            sums = np.zeros(6)  # attended, visible, recall, reachable, needed, found
+            for layers, count in observed:
                 for layer in layers:
                     sums += np.asarray(_measure(*layer, count, sparsity))
-            layers = sum(len(layers) for layers, _ in seen)
-            point = Point(selector, length, budget, float(sums[0] / sums[1]), *map(float, sums[2:4] / layers),
-                          float(sums[5] / max(sums[4], 1)))
+            attended, visible, recall, reachable, needed, found = map(float, sums)
+            num_layers = sum(len(layers) for layers, _ in observed)
+            point = Point(selector=selector, length=length, budget=budget, density=attended / visible,
+                          recall=recall / num_layers, reachable=reachable / num_layers, found=found / max(needed, 1))
             progress(f"{selector}, budget {budget:g}: recall {point.recall:.3f} at density {point.density:.3f}")
             yield point
 
 
 def _queries_and_keys(model: Qwen2, text: Sequence[int]) -> tuple[list[tuple[jax.Array, jax.Array, Shares]], int]:
-    """Of every layer, queries, keys and full attention's shares; and the number of tokens."""
+    """Run a model on token ids; return every layer's queries, keys and softmax weights, and the number of tokens."""
     tokens = np.zeros(-(-len(text) // PAGE) * PAGE, np.int32)
     tokens[:len(text)] = text
     graph, params = nnx.split(model)
@@ -67,6 +72,7 @@ def _queries_and_keys(model: Qwen2, text: Sequence[int]) -> tuple[list[tuple[jax
 
 @partial(jax.jit, static_argnums=0)
 def _run(graph, params, tokens: jax.Array, length):
+    """Run the model with full attention on tokens: return (queries, keys, attention shares) of every layer."""
     layers = []
 
     def attend(layer, q, k, v):
@@ -79,6 +85,10 @@ def _run(graph, params, tokens: jax.Array, length):
 
 @partial(jax.jit, static_argnums=4)
 def _measure(q: jax.Array, k: jax.Array, shares: Shares, length, sparsity: Sparsity) -> jax.Array:
+    """Select pages in one layer and return six measures of them, of which `compare` makes a `Point`.
+
+    They are the pages attended to and visible, mean recall and reachable recall, and the pages needed and found.
+    """
     selection = Paged(k, k, length).select(q, sparsity)
     width = len(shares.mean)
     visible = jnp.sum(jnp.where(jnp.arange(width) * PAGE < length, jnp.arange(width) + 1, 0)) * k.shape[2]
@@ -88,7 +98,7 @@ def _measure(q: jax.Array, k: jax.Array, shares: Shares, length, sparsity: Spars
 
 
 def picture(points: Sequence[Point], path: str | Path, title: str) -> None:
-    """Recall over density, and pages found over density, a panel for each length and measure, as a PNG."""
+    """Draw recall, and needed pages found, against density as a PNG with a panel for each length and measure."""
     import matplotlib
     matplotlib.use("Agg")  # no display needed
     import matplotlib.pyplot as plt
@@ -100,9 +110,9 @@ def picture(points: Sequence[Point], path: str | Path, title: str) -> None:
         for panel, measure, label in zip(row, ("recall", "found"), ("share of full attention on selected pages",
                                                                     "share of needed pages selected"), strict=True):
             for name in dict.fromkeys(point.selector for point in points):
-                some = [point for point in points if (point.selector, point.length) == (name, length)]
-                panel.plot([point.density for point in some], [getattr(point, measure) for point in some], "-o", ms=4,
-                           lw=2.2 if name == "pyramid" else 1.2, label=name)
+                curve = [point for point in points if (point.selector, point.length) == (name, length)]
+                panel.plot([point.density for point in curve], [getattr(point, measure) for point in curve], "-o",
+                           ms=4, lw=2.2 if name == "pyramid" else 1.2, label=name)
             if measure == "recall":
                 best = {point.density: point.reachable for point in points if point.length == length}
                 panel.plot(*zip(*sorted(best.items()), strict=True), "--", color="0.5", lw=1, label="most reachable")

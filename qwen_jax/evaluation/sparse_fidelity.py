@@ -1,4 +1,4 @@
-"""How close sparse attention comes to full attention on given tokens, layer by layer."""
+"""Comparison of a model with sparse attention to the same with full attention on given tokens, layer by layer."""
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,16 +18,20 @@ from qwen_jax.quantization import rows
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Sparse against full attention, over blocks of queries that do not attend to everything (losses: over all).
+    """Closeness of sparse attention to full attention, over the blocks of queries that leave pages out.
+
+    Losses are over all tokens.
 
     Attributes:
-      density: pages attended to, as a share of those before the queries.
+      density: pages attended to, as a share of the pages before the queries.
       recall: ``[L, K]`` share of full attention that falls on the selected pages, per layer and KV head.
-      reachable: ``[L, K]`` the most that as many pages can hold.
-      needed: ``[L, K]`` how often a query gives over `recall.NEEDED` of its attention to a page that is not taken
-        anyway, counted once for each block and page; found: how many of these pages were selected.
-      cosine: ``[L]`` between the residual streams after each layer, sparse layers before it included.
-      loss, full_loss: mean negative log-likelihood of the next token in nats.
+      reachable: ``[L, K]`` largest recall that any selection of as many pages can have.
+      needed: ``[L, K]`` number of pages per block that get over `sparse_recall.NEEDED` of some query's attention and
+        are not among the first and last pages, which are always selected.
+      found: ``[L, K]`` number of needed pages that were selected.
+      cosine: ``[L]`` cosine of the residual streams of both models after each layer.
+      loss: mean negative log-likelihood of the next token with sparse attention, in nats.
+      full_loss: the same with full attention.
       divergence: mean Kullback-Leibler divergence of the next token's distribution from full attention's, in nats.
     """
     density: float
@@ -42,26 +46,30 @@ class Fidelity:
 
 
 def fidelity(model: Qwen2, tokens: Sequence[int], layers: Sequence[Sparsity]) -> Fidelity:
-    """Runs one text with full attention and with the sparsity of every layer.
+    """Run a text with full attention and with each layer's sparsity, and return how close the two are.
 
-    The text is taken for the middle of a prompt: its end is not attended to densely.
+    The text counts as the middle of a prompt: its end is not attended to densely.
     """
     length = len(tokens)
     padded = np.zeros(-(-length // PAGE) * PAGE, np.int32)
     padded[:length] = tokens
-    # Dense heads as an array: other heads need no other program.
+    # Dense heads are an array, so that other choices of dense heads need no other program.
     dense = np.zeros((model.config.num_layers, model.config.num_kv_heads), bool)
-    for layer, one in enumerate(layers):
-        dense[layer, list(one.dense_heads)] = True
+    for layer, sparsity in enumerate(layers):
+        dense[layer, list(sparsity.dense_heads)] = True
     ranked = tuple(replace(layer, dense_heads=()) for layer in layers)
     graph, params = nnx.split(model)
-    measured = jax.device_get(_measure(graph, ranked, params, jnp.asarray(padded), length, dense))
-    attended, visible, per_head, cosine, losses = measured
+    measured = _measure(graph, ranked, params, jnp.asarray(padded), length=length, dense=dense)
+    attended, visible, per_head, cosine, losses = jax.device_get(measured)
     return Fidelity(float(attended / visible), *per_head, cosine, *map(float, losses))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _measure(graph, layers: tuple[Sparsity, ...], params, tokens: jax.Array, length, dense: jax.Array):
+    """Run a text with full and sparse attention, and return the measures of which `fidelity` makes a `Fidelity`.
+
+    They are pages attended to and visible, recall by layer and head, cosines, and (loss, full loss, divergence).
+    """
     model: Qwen2 = nnx.merge(graph, params)
     positions = jnp.arange(len(tokens))[None]
     cos, sin = rope_tables(model.config.rope, model.config.head_dim, positions)
@@ -69,33 +77,33 @@ def _measure(graph, layers: tuple[Sparsity, ...], params, tokens: jax.Array, len
     per_head, cosines = [], []
     attended = visible = 0
     for index, (layer, sparsity) in enumerate(zip(model.layers, layers, strict=True)):
-        seen = {}
+        observed = {}
 
-        def attend_fully(q, k, v, index=index, sparsity=sparsity, seen=seen):
+        def attend_fully(q, k, v, index=index, sparsity=sparsity, observed=observed):
             pages = Paged(k, v, length)
             selection = pages.select(q, sparsity)
-            seen["selection"] = _with(selection, dense[index], length)
-            seen["per_head"] = recall_of(true_shares(q, k, length), seen["selection"], sparsity, length)
-            return pages.attend(q, _with(selection, True, length))
+            observed["selection"] = _with_dense(selection, dense[index], length)
+            observed["per_head"] = recall_of(true_shares(q, k, length), observed["selection"], sparsity, length)
+            return pages.attend(q, _with_dense(selection, True, length))
 
         def attend_sparsely(q, k, v, index=index, sparsity=sparsity):
             pages = Paged(k, v, length)
-            return pages.attend(q, _with(pages.select(q, sparsity), dense[index], length))
+            return pages.attend(q, _with_dense(pages.select(q, sparsity), dense[index], length))
 
         full = layer(full, cos, sin, attend_fully)
         sparse = layer(sparse, cos, sin, attend_sparsely)
-        attended += jnp.sum(seen["selection"].count)
-        visible += jnp.sum(_with(seen["selection"], True, length).count)
-        per_head.append(seen["per_head"])
-        known = jnp.arange(len(tokens)) < length
+        attended += jnp.sum(observed["selection"].count)
+        visible += jnp.sum(_with_dense(observed["selection"], True, length).count)
+        per_head.append(observed["per_head"])
+        real = jnp.arange(len(tokens)) < length
         similar = jnp.sum(full * sparse, -1) / (jnp.linalg.norm(full, axis=-1) * jnp.linalg.norm(sparse, axis=-1))
-        cosines.append(jnp.sum(jnp.where(known, similar[0], 0)) / length)
-    said = losses((model.logits,) * 2, (model.norm(sparse)[0], model.norm(full)[0]), tokens, length)
-    return attended, visible, jax.tree.map(lambda *x: jnp.stack(x), *per_head), jnp.stack(cosines), said
+        cosines.append(jnp.sum(jnp.where(real, similar[0], 0)) / length)
+    both = losses((model.logits,) * 2, (model.norm(sparse)[0], model.norm(full)[0]), tokens, length)
+    return attended, visible, jax.tree.map(lambda *x: jnp.stack(x), *per_head), jnp.stack(cosines), both
 
 
-def _with(selection: Selection, dense, length) -> Selection:
-    """A selection in which some heads, bool ``[K]``, attend to every page before each block."""
+def _with_dense(selection: Selection, dense, length) -> Selection:
+    """Return the selection of pages, changed so that the heads in `dense`, bool ``[K]``, attend to every page."""
     block = jnp.arange(selection.count.shape[1])[:, None]
     everything = jnp.where(block * PAGE < length, block + 1, 0)
     return selection._replace(count=jnp.where(dense, everything, selection.count),
@@ -104,20 +112,20 @@ def _with(selection: Selection, dense, length) -> Selection:
 
 def losses(logits: Sequence[Callable], states: Sequence[jax.Array], tokens: jax.Array, length
            ) -> tuple[jax.Array, ...]:
-    """Loss of two models, and the first one's divergence from the second, in nats per token.
+    """Return next-token losses of two models and the first model's divergence from the second, in nats per token.
 
-    logits: of each model, the function from hidden states; states: its final ones ``[S, D]``, S a multiple of PAGE;
-    tokens: ``[S]``, of which ``length`` are real. Logits exist for one page at a time.
+    logits: each model's function from hidden states to logits. states: each model's final states ``[S, D]``, S a
+    multiple of PAGE. tokens: ``[S]``, of which ``length`` are real. Only one page at a time has logits.
     """
     targets = jnp.roll(tokens, -1).reshape(-1, PAGE, 1)
-    wanted = (jnp.arange(len(tokens)) < length - 1).reshape(-1, PAGE)
+    counted = (jnp.arange(len(tokens)) < length - 1).reshape(-1, PAGE)
 
-    def one(item):
-        *states, targets, wanted = item
-        ours, theirs = (jax.nn.log_softmax(of(x), axis=-1) for of, x in zip(logits, states, strict=True))
-        divergence = jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1)
-        said = [-jnp.take_along_axis(x, targets, axis=1)[:, 0] for x in (ours, theirs)]
-        return tuple(jnp.sum(jnp.where(wanted, x, 0)) for x in (*said, divergence))
+    def of_page(item):
+        *states, targets, counted = item
+        first, second = (jax.nn.log_softmax(of(x), axis=-1) for of, x in zip(logits, states, strict=True))
+        divergence = jnp.sum(jnp.exp(second) * (second - first), axis=-1)
+        nll = [-jnp.take_along_axis(x, targets, axis=1)[:, 0] for x in (first, second)]
+        return tuple(jnp.sum(jnp.where(counted, x, 0)) for x in (*nll, divergence))
 
     pages = [x.reshape(-1, PAGE, x.shape[-1]) for x in states]
-    return tuple(jnp.sum(x) / (length - 1) for x in jax.lax.map(one, (*pages, targets, wanted)))
+    return tuple(jnp.sum(x) / (length - 1) for x in jax.lax.map(of_page, (*pages, targets, counted)))

@@ -1,4 +1,4 @@
-"""The network: Qwen2.5 in Flax NNX, and its description as data."""
+"""The network: Qwen2.5 in Flax NNX, and the description of its parameters as data."""
 
 from qwen_jax.model.abstract import ParamSpec, abstract, build, build_layer, empty, init, params_of
 from qwen_jax.model.qwen2 import Qwen2

@@ -1,8 +1,8 @@
-"""The model as data: names, shapes, dtypes and logical axes, from which everything else derives."""
+"""Description of the model's parameters as data (names, shapes, dtypes, logical axes), and models built from arrays."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from qwen_jax.model.qwen2 import Layer, Qwen2
 
 
 class ParamSpec(NamedTuple):
-    """One parameter: its shape, dtype, and the logical name of each axis."""
+    """Shape and dtype of a parameter, and the logical name of each of its axes."""
 
     shape: tuple[int, ...]
     dtype: jnp.dtype
@@ -31,8 +31,9 @@ def _create_layer(config: ModelConfig) -> Layer:
     return Layer(config, nnx.Rngs(0), jnp.float32)
 
 
-def _abstract_split(config: ModelConfig, dtype, **part):
-    return nnx.split(nnx.eval_shape(partial(_create, config, dtype, **part)), nnx.Param, ...)
+def _split(create: Callable):
+    """Return graph, parameter shapes and other state of the module that ``create`` makes, without allocating it."""
+    return nnx.split(nnx.eval_shape(create), nnx.Param, ...)
 
 
 def _dotted(path) -> str:
@@ -40,50 +41,51 @@ def _dotted(path) -> str:
 
 
 def abstract(config: ModelConfig, dtype="bfloat16") -> dict[str, ParamSpec]:
-    """Every parameter of the model by dotted path, e.g. ``layers.0.attention.wqkv``. Allocates nothing."""
-    _, params, _ = _abstract_split(config, jnp.dtype(dtype))
+    """Describe all parameters of the model by dotted path, e.g. ``layers.0.attention.wqkv``. Allocates nothing."""
+    _, params, _ = _split(partial(_create, config, jnp.dtype(dtype)))
     return {_dotted(path): ParamSpec(tuple(leaf.shape), jnp.dtype(leaf.dtype), leaf.get_metadata()["axes"])
             for path, leaf in nnx.to_flat_state(params)}
 
 
 def build(config: ModelConfig, params: Mapping[str, jax.Array], partition: Partition = WHOLE, first: bool = True,
           last: bool = True) -> Qwen2:
-    """The module around ``params`` (canonical path to array), without a copy. KeyError for missing or extra paths.
+    """Make a `Qwen2` whose parameters are ``params`` (canonical path to array), without copying them.
 
-    For a part of a network ``config`` is the part's own; the others are as in `Qwen2`, and a stage's layers count from
-    0.
+    For a part of a network, ``config`` is that of the part, and a stage's layers count from 0. partition, first, last:
+    as in `Qwen2`. Raises KeyError for missing or extra paths.
     """
-    return _fill(*_abstract_split(config, jnp.float32, partition=partition, first=first, last=last), params)
+    return _fill(partial(_create, config, jnp.float32, partition=partition, first=first, last=last), params)
 
 
-def _fill(graph, state, rest, params: Mapping[str, jax.Array]):
+def _fill(create: Callable, params: Mapping[str, jax.Array]):
+    """Make the module that ``create`` would make, with ``params`` as its parameters."""
+    graph, state, rest = _split(create)
     flat = nnx.to_flat_state(state)
     expected = {_dotted(path) for path, _ in flat}
     if expected != set(params):
-        raise KeyError(f"parameters differ from the model's: {sorted(expected ^ set(params))[:8]}")
+        raise KeyError(f"params must have the model's paths; missing or extra: {sorted(expected ^ set(params))[:8]}")
     leaves = [(path, leaf.replace(params[_dotted(path)])) for path, leaf in flat]
     return nnx.merge(graph, nnx.from_flat_state(leaves), rest)
 
 
 def build_layer(config: ModelConfig, params: Mapping[str, jax.Array]) -> Layer:
-    """One layer around its parameters, named as within a layer (``attention.wqkv``). KeyError when names differ."""
-    graph, state, rest = nnx.split(nnx.eval_shape(partial(_create_layer, config)), nnx.Param, ...)
-    return _fill(graph, state, rest, params)
+    """Make a transformer layer of ``params``, named as within it (``attention.wqkv``). KeyError if names differ."""
+    return _fill(partial(_create_layer, config), params)
 
 
 def params_of(model: Qwen2) -> dict[str, jax.Array]:
-    """The model's arrays by canonical path; the inverse of ``build``."""
+    """Return the model's parameters by canonical path (``layers.0.attention.wqkv``); the inverse of ``build``."""
     return {_dotted(path): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
 
 
 def empty(config: ModelConfig, dtype="bfloat16") -> Qwen2:
-    """A model with shapes where others have arrays."""
+    """Make a model whose parameters are shapes and dtypes instead of arrays."""
     return nnx.eval_shape(partial(_create, config, jnp.dtype(dtype)))
 
 
 def init(config: ModelConfig, seed: int = 0, dtype="float32") -> Qwen2:
-    """A model with random weights (normal, 1/sqrt(fan-in); biases zero), made in one compiled call."""
-    graph, params, rest = _abstract_split(config, jnp.dtype(dtype))
+    """Make a model with random weights (normal, 1/sqrt(fan-in); biases zero) in one compiled call."""
+    graph, _, rest = _split(partial(_create, config, jnp.dtype(dtype)))
 
     @jax.jit
     def create():

@@ -20,15 +20,18 @@ from qwen_jax.model.partition import WHOLE, Partition
 from qwen_jax.model.rope import apply_rope, rope_tables
 from qwen_jax.quantization import FP8Tensor, matrix, product
 
-# (layer index, q[B, T, K, G, H], k[B, T, K, H], v[B, T, K, H]) -> [B, T, K, G, H]
+# Attention of a layer: (layer index, q[B, T, K, G, H], k[B, T, K, H], v[B, T, K, H]) -> [B, T, K, G, H]
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
-# (layer index, site, input x[B, T, I], output y) -> what replaces y. Sites: "qkv" (y is [B, T, K, G + 2, H], before the
-# bias), "o" and "down" ([B, T, D]), "gate_up" ([2, B, T, F]).
+# Change of a product's output y: (layer index, site, input x[B, T, I], y) -> the new y. Sites: "qkv" (y is
+# [B, T, K, G + 2, H], before the bias), "o" and "down" ([B, T, D]), "gate_up" ([2, B, T, F]).
 Adapt = Callable[[int, str, jax.Array, jax.Array], jax.Array]
 
 
 def _param(shape: tuple[int, ...], axes: tuple[str, ...], rngs: nnx.Rngs, dtype, scale: float | None) -> nnx.Param:
-    """A parameter with its logical axes as metadata; ``scale`` is the normal's deviation, None for a constant."""
+    """Make a parameter with its logical axes as metadata.
+
+    scale: standard deviation of normal values; 0 for zeros, None for ones.
+    """
     if scale is None:
         value = jnp.ones(shape, dtype)
     elif scale == 0:
@@ -56,7 +59,7 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """The projections around attention; attention itself is given by the caller.
+    """Projections before and after attention; the caller computes attention itself.
 
     ``wqkv[K, G + 2, H, D]`` holds, for each KV head, its G query heads, then its key, then its value, so that a
     shard of the first axis is a whole group.
@@ -72,9 +75,9 @@ class Attention(nnx.Module):
 
     def project(self, x: jax.Array, cos: jax.Array, sin: jax.Array, adapt=_unchanged, bare: bool = False
                 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """``x[B, T, D]`` to rotated ``q[B, T, K, G, H]``, rotated ``k[B, T, K, H]``, and ``v[B, T, K, H]``.
+        """Project ``x[B, T, D]`` to rotated ``q[B, T, K, G, H]``, rotated ``k[B, T, K, H]``, and ``v[B, T, K, H]``.
 
-        bare: k and v without their biases.
+        bare: leave out the biases of k and v.
         """
         kv, rows, dim, _ = self.wqkv.shape
         qkv = product("btd,nd->btn", x, matrix(self.wqkv.get_value(), 1)).reshape(*x.shape[:2], kv, rows, dim)
@@ -84,15 +87,15 @@ class Attention(nnx.Module):
         return rotated[..., :-1, :], rotated[..., -1, :], qkv[..., -1, :]
 
     def output(self, attended: jax.Array, adapt=_unchanged) -> jax.Array:
-        """``[B, T, K, G, H]`` to ``[B, T, D]``."""
+        """Project the attended values ``[B, T, K, G, H]`` to ``[B, T, D]``."""
         flat = attended.reshape(*attended.shape[:2], -1)
         return adapt("o", flat, product("btn,dn->btd", flat, matrix(self.wo.get_value(), 3)))
 
 
 class MLP(nnx.Module):
-    """SwiGLU; ``gate_up[2, F, D]`` is one array so that both halves are one product, batched.
+    """Feed-forward part of a layer: SwiGLU, with gate and up as one array ``gate_up[2, F, D]`` and one product.
 
-    One matrix of 2F rows would be no faster, and a split of F over devices would not survive joining it with the 2.
+    A matrix of 2F rows would be no faster, and a split of F over devices would not survive joining it with the 2.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype) -> None:
@@ -108,7 +111,7 @@ class MLP(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """One pre-norm transformer block."""
+    """A pre-norm transformer block."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype) -> None:
         self.attention_norm = RMSNorm(config, rngs, dtype)
@@ -118,27 +121,29 @@ class Layer(nnx.Module):
 
     def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend, adapt=_unchanged,
                  bare: bool = False, partition: Partition = WHOLE) -> jax.Array:
-        """``x[B, T, D]`` to the same shape.
+        """Run the transformer block on hidden states ``x[B, T, D]``; the result has the same shape.
 
-        ``attend(q, k, v)`` does attention and any caching, of keys and values without their biases where ``bare``;
-        ``adapt(site, x, y)`` may change the output y of a product. In tensor parallelism, this is one device's part.
+        ``attend(q, k, v)`` does attention and any caching, of keys and values without their biases if ``bare``;
+        ``adapt(site, x, y)`` may change the output y of a product. In tensor parallelism, the layer is a device's part
+        in ``partition``.
         """
-        return self.transformed(self.attended(x, cos, sin, attend, adapt, bare, partition), adapt, partition)
+        x = self.add_attention(x, cos, sin, attend=attend, adapt=adapt, bare=bare, partition=partition)
+        return self.add_mlp(x, adapt, partition)
 
-    def attended(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend, adapt, bare: bool,
-                 partition: Partition) -> jax.Array:
-        """The first half of the block."""
+    def add_attention(self, x: jax.Array, cos: jax.Array, sin: jax.Array, *, attend, adapt, bare: bool,
+                      partition: Partition) -> jax.Array:
+        """Run the first half of the block: norm, attention, and the sum with the residual."""
         normed = partition.gathered(self.attention_norm(x))
         q, k, v = self.attention.project(normed, cos, sin, adapt, bare)
-        return x + partition.joined(self.attention.output(attend(q, k, v), adapt))
+        return x + partition.summed(self.attention.output(attend(q, k, v), adapt))
 
-    def transformed(self, x: jax.Array, adapt, partition: Partition) -> jax.Array:
-        """The second half."""
-        return x + partition.joined(self.mlp(partition.gathered(self.mlp_norm(x)), adapt))
+    def add_mlp(self, x: jax.Array, adapt, partition: Partition) -> jax.Array:
+        """Run the second half of the block: norm, MLP, and the sum with the residual."""
+        return x + partition.summed(self.mlp(partition.gathered(self.mlp_norm(x)), adapt))
 
 
 class Embedding(nnx.Module):
-    """A ``[V, D]`` table, looked up at the input and contracted at the output."""
+    """Embedding table ``[V, D]``, looked up for tokens at the input, or multiplied at the output to give logits."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype) -> None:
         self.weight = _param((config.vocab_size, config.hidden_size), ("vocab", "embed"), rngs, dtype,
@@ -149,10 +154,10 @@ class Qwen2(nnx.Module):
     """Qwen2.5 for causal language modelling.
 
     ``model(tokens[B, T])`` returns float32 logits ``[B, T, V]``. A tied head is the embedding itself: no second copy
-    exists, and ``model.head`` is None. Weights are random; ``build`` puts a checkpoint's in their place.
+    exists, and ``model.head`` is None. Weights are random; ``build`` puts those of a checkpoint in their place.
 
-    partition: of which this is one device's part, in tensor parallelism. first, last: whether it looks tokens up, and
-    whether it computes logits; a stage of a pipeline may do neither.
+    partition: the part of the network that this model is, in tensor parallelism. first, last: whether it looks tokens
+    up, and whether it computes logits; a stage of a pipeline may do neither.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, partition: Partition = WHOLE,
@@ -166,7 +171,7 @@ class Qwen2(nnx.Module):
 
     def __call__(self, tokens: jax.Array, *, positions: jax.Array | None = None,
                  segment_ids: jax.Array | None = None) -> jax.Array:
-        """Logits float32 ``[B, T, V]`` for ``tokens[B, T]``.
+        """Return float32 logits ``[B, T, V]`` for ``tokens[B, T]``.
 
         ``positions[B, T]`` default to 0..T-1. With ``segment_ids[B, T]``, a token sees only earlier tokens of its own
         segment: packed examples, or padding (give padding a segment of its own).
@@ -178,47 +183,49 @@ class Qwen2(nnx.Module):
 
     def hidden(self, tokens: jax.Array, positions: jax.Array, attend: Attend, adapt: Adapt | None = None,
                bare: Sequence[bool] = ()) -> jax.Array:
-        """Final normalised hidden states ``[B, T, D]``, with attention, and adapters if any, as the caller wants.
+        """Run the layers and the final norm: return hidden states ``[B, T, D]``, from which logits are computed.
 
+        A stage that is not the first takes hidden states ``[B, T, D]`` as ``tokens``; a stage that is not the last
+        returns the output of its last layer.
+
+        attend: does attention and any caching. Where the partition halves the tokens, it is called for each half, with
+        the ``offset`` of the half's first token.
+        adapt: changes the outputs of products, as adapters do.
         bare: for each layer, whether ``attend`` gets keys and values without their biases; by default with them.
-        Where the partition takes the tokens in halves, ``attend`` is called for each of them, and told the ``offset``
-        of its first token.
-        A stage that is not the first is given hidden states ``[B, T, D]`` for ``tokens``, and one that is not the last
-        returns what its last layer does.
         """
         partition = self.partition.for_step(positions)
         cos, sin = rope_tables(self.config.rope, self.config.head_dim, positions)
-        together = partition.slices(positions.shape[1])
+        slices = partition.token_slices(positions.shape[1])
         if self.embed is None:
-            x = [partition.share(tokens[:, some]) for some in together]
+            x = [partition.share(tokens[:, part]) for part in slices]
         else:
             table = self.embed.weight.get_value()
-            x = [partition.lookup(table, tokens[:, some], self.dtype) for some in together]
+            x = [partition.lookup(table, tokens[:, part], self.dtype) for part in slices]
         for index, layer in enumerate(self.layers):
-            changing = partial(adapt, index) if adapt else _unchanged
-            for at, some in enumerate(together):
-                here = partial(attend, index, offset=some.start) if partition.halved else partial(attend, index)
-                x[at] = layer.attended(x[at], cos[:, some], sin[:, some], here, changing, bool(bare) and bare[index],
-                                       partition)
-            x = [layer.transformed(one, changing, partition) for one in x]
-        x = [partition.gathered(one if self.norm is None else self.norm(one)) for one in x]
+            adapt_layer = partial(adapt, index) if adapt else _unchanged
+            for i, part in enumerate(slices):
+                attend_layer = partial(attend, index, offset=part.start) if partition.halved else partial(attend, index)
+                x[i] = layer.add_attention(x[i], cos[:, part], sin[:, part], attend=attend_layer, adapt=adapt_layer,
+                                           bare=bool(bare) and bare[index], partition=partition)
+            x = [layer.add_mlp(hidden, adapt_layer, partition) for hidden in x]
+        x = [partition.gathered(hidden if self.norm is None else self.norm(hidden)) for hidden in x]
         return jnp.concatenate(x, axis=1) if partition.halved else x[0]
 
     @property
     def dtype(self) -> jnp.dtype:
-        """The element type it computes in; 8-bit weights are stored in another."""
+        """Element type of the model's computation; 8-bit weights are stored in another."""
         return self.layers[0].attention_norm.scale.dtype
 
     @property
     def head_weight(self) -> jax.Array | FP8Tensor:
-        """``[V, D]``: the embedding's own when it is tied."""
+        """Weight ``[V, D]`` of the output head, which is the embedding table when they are tied."""
         return (self.embed if self.head is None else self.head).weight.get_value()
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Float32 logits ``[..., V]`` of ``hidden[..., D]``, the same on every device."""
+        """Return float32 logits ``[..., V]`` of final hidden states ``hidden[..., D]``, the same on every device."""
         flat = hidden.reshape(-1, hidden.shape[-1])
         # XLA:CPU widens the whole matrix for a bf16 product of a single row.
         padded = jnp.pad(flat, ((0, max(0, 2 - len(flat))), (0, 0)))
         logits = product("nd,vd->nv", padded, self.head_weight, jnp.float32)[: len(flat)]
-        logits = self.partition.whole_logits(logits, self.config.vocab_size)
+        logits = self.partition.gathered_logits(logits, self.config.vocab_size)
         return logits.reshape(*hidden.shape[:-1], -1)

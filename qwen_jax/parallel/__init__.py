@@ -1,1 +1,1 @@
-"""Meshes of devices and what is split over them."""
+"""Parallelism: meshes of devices, layouts of a model's parameters on them, and the planner that predicts their cost."""

@@ -1,4 +1,4 @@
-"""How a model's parameters are spread over the devices of the ``tensor`` axis, for any number of these.
+"""Layouts of a model's parameters on the devices of the ``tensor`` axis, for any number of devices.
 
 A device holds whole KV slots: a key head, a value head and some of the query heads that attend to them. Where the KV
 heads do not divide by the devices, heads are copied, each copy with a part of the head's queries, or slots without a
@@ -16,21 +16,22 @@ from functools import cached_property
 import numpy as np
 
 from qwen_jax.config import ModelConfig
-from qwen_jax.errors import UserError
+from qwen_jax.errors import check_positive_integer
 from qwen_jax.quantization import FP8Tensor
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes on all devices together, of one model.
+    """Sizes of a model's heads, MLP and vocabulary, padded so that they divide over tensor-parallel devices.
 
     Attributes:
-      tensor: devices; it divides all sizes.
-      config: of the model, unpadded.
-      copies: of each KV head.
-      slots: KV slots: the copies and slots without a head.
-      group: query heads per slot, as many as the largest part of a group has.
-      mlp, vocab: padded sizes.
+      tensor: number of devices, which divides ``slots``, ``mlp`` and ``vocab``.
+      config: the model, unpadded.
+      copies: number of copies of each KV head.
+      slots: number of KV slots: the copies, and slots without a head.
+      group: number of places for query heads in each slot.
+      mlp: padded size of the MLP's inner axis.
+      vocab: padded size of the vocabulary.
     """
 
     tensor: int
@@ -43,7 +44,7 @@ class Layout:
 
     @cached_property
     def heads(self) -> np.ndarray:
-        """int ``[slots]``: the KV head in each slot, -1 for none. Copies of a head are neighbours."""
+        """Index of the KV head in each KV slot, int ``[slots]``; -1 for a slot without one. Copies are neighbours."""
         heads = np.full(self.slots, -1)
         used = self.config.num_kv_heads * self.copies
         heads[:used] = np.arange(used) // self.copies
@@ -51,30 +52,29 @@ class Layout:
 
     @cached_property
     def queries(self) -> np.ndarray:
-        """int ``[slots, group]``: which query head of its group is in each place, -1 for none."""
+        """Index, within its KV head's group, of the query head in each place, int ``[slots, group]``; -1 for none."""
         first = np.arange(self.slots) % self.copies * self.group
         queries = first[:, None] + np.arange(self.group)
         return np.where((self.heads[:, None] >= 0) & (queries < self.config.group_size), queries, -1)
 
     @property
     def unchanged(self) -> bool:
-        """Whether `expand` changes nothing."""
-        one = self.config
-        return (self.slots, self.group, self.mlp, self.vocab) == (one.num_kv_heads, one.group_size,
-                                                                  one.intermediate_size, one.vocab_size)
+        """True if the layout neither pads nor copies anything, so that `expand` changes nothing."""
+        config = self.config
+        return (self.slots, self.group, self.mlp, self.vocab) == (config.num_kv_heads, config.group_size,
+                                                                  config.intermediate_size, config.vocab_size)
 
     @property
     def waste(self) -> dict[str, float]:
-        """What is computed or stored beyond the model's own, as fractions of it: query heads, KV heads, MLP columns
-        and rows of the vocabulary."""
-        one = self.config
-        return {"query_heads": self.slots * self.group / one.num_heads - 1,
-                "kv_heads": self.slots / one.num_kv_heads - 1,
-                "mlp": self.mlp / one.intermediate_size - 1, "vocabulary": self.vocab / one.vocab_size - 1}
+        """Fraction by which padding and copies enlarge the model's query heads, KV heads, MLP and vocabulary."""
+        config = self.config
+        return {"query_heads": self.slots * self.group / config.num_heads - 1,
+                "kv_heads": self.slots / config.num_kv_heads - 1,
+                "mlp": self.mlp / config.intermediate_size - 1, "vocabulary": self.vocab / config.vocab_size - 1}
 
     @property
     def local(self) -> ModelConfig:
-        """One device's part of the network as a model of its own; its vocabulary is the whole one."""
+        """Configuration of a device's part of the network, as a model of its own with the whole vocabulary."""
         slots = self.slots // self.tensor
         return replace(self.config, num_kv_heads=slots, num_heads=slots * self.group,
                        intermediate_size=self.mlp // self.tensor)
@@ -84,27 +84,32 @@ class Layout:
 
 
 def layouts(config: ModelConfig, tensor: int) -> list[Layout]:
-    """Every layout worth considering, that with the fewest KV slots first: none has at most as many slots and query
-    heads as another. UserError for a degree that is no positive integer."""
-    if isinstance(tensor, bool) or not isinstance(tensor, int) or tensor < 1:
-        raise UserError(f"the degree of tensor parallelism must be a positive integer, not {tensor!r}")
-    found: list[Layout] = []
+    """Return every layout worth considering on ``tensor`` devices, the one with the fewest KV slots first.
+
+    A layout is left out if another has neither more slots nor more query heads. Raises UserError if ``tensor`` is not a
+    positive integer.
+    """
+    check_positive_integer("the degree of tensor parallelism", tensor)
+    best: list[Layout] = []
     for group in range(config.group_size, 0, -1):
         copies = -(-config.group_size // group)
-        one = Layout(tensor, config, copies, _padded(config.num_kv_heads * copies, tensor), group,
-                     _padded(config.intermediate_size, tensor), _padded(config.vocab_size, tensor))
-        if not any(_at_most(other, one) for other in found):
-            found = [other for other in found if not _at_most(one, other)] + [one]
-    return sorted(found, key=lambda one: one.slots)
+        layout = Layout(tensor, config, copies, slots=_padded(config.num_kv_heads * copies, tensor), group=group,
+                        mlp=_padded(config.intermediate_size, tensor), vocab=_padded(config.vocab_size, tensor))
+        if not any(_at_most(known, layout) for known in best):
+            best = [known for known in best if not _at_most(layout, known)] + [layout]
+    return sorted(best, key=lambda layout: layout.slots)
 
 
-def _at_most(one: Layout, other: Layout) -> bool:
-    return one.slots <= other.slots and one.slots * one.group <= other.slots * other.group
+def _at_most(a: Layout, b: Layout) -> bool:
+    """Return whether layout ``a`` has no more KV slots and no more query heads than layout ``b``."""
+    return a.slots <= b.slots and a.slots * a.group <= b.slots * b.group
 
 
 def best_layout(config: ModelConfig, tensor: int, cached_tokens: int) -> Layout:
-    """The layout whose decode step reads the least: the attention's matrices, and the keys and values of
-    ``cached_tokens`` in all its rows together. Of equals the one with the fewest slots."""
+    """Return the layout whose decode step reads the least memory, among equals the one with the fewest slots.
+
+    A step reads the attention's matrices, and the keys and values of ``cached_tokens`` in all its sequences together.
+    """
     def read(layout: Layout) -> int:  # elements per layer and head dimension, on all devices
         heads = layout.slots * layout.group
         return (2 * heads + 2 * layout.slots) * config.hidden_size + 2 * layout.slots * cached_tokens
@@ -112,13 +117,8 @@ def best_layout(config: ModelConfig, tensor: int, cached_tokens: int) -> Layout:
     return min(layouts(config, tensor), key=read)
 
 
-def whole(config: ModelConfig) -> Layout:
-    """For a single device: the model as it is."""
-    return layouts(config, 1)[0]
-
-
 def expand(value: np.ndarray | FP8Tensor, axes: Sequence[str], layout: Layout) -> np.ndarray | FP8Tensor:
-    """A parameter, ``[...]`` with these logical axes (see model.abstract), as ``layout`` holds it.
+    """Pad a parameter with these logical axes (see model.abstract), and copy its KV heads, as ``layout`` says.
 
     "kv_heads" and "group" are neighbours; a group of G heads, or of G + 2 with key and value, is known by its size.
     """
@@ -136,7 +136,7 @@ def expand(value: np.ndarray | FP8Tensor, axes: Sequence[str], layout: Layout) -
 
 
 def contract(value: np.ndarray | FP8Tensor, axes: Sequence[str], layout: Layout) -> np.ndarray | FP8Tensor:
-    """The inverse of `expand`."""
+    """Remove padding and copies from a parameter that `expand` made: the exact inverse of `expand`."""
     config = layout.config
     if isinstance(value, FP8Tensor):
         return replace(value, values=contract(value.values, axes, layout),
@@ -154,8 +154,13 @@ def contract(value: np.ndarray | FP8Tensor, axes: Sequence[str], layout: Layout)
 
 
 def _places(layout: Layout, group: int | None) -> np.ndarray:
-    """For every place the flat index of what of the model is in it, -1 for nothing: int ``[slots]``, or ``[slots, g]``
-    where each head has ``group`` rows, the last of which (key and value) all copies share."""
+    """Return which head of the model, or row of a head's group, each place of a layout holds; -1 for none.
+
+    Heads and rows are numbered as in the flattened parameter.
+
+    Shape ``[slots]`` for ``group`` None; else each head has ``group`` rows, the last of which (key and value) all its
+    copies share, and the shape is ``[slots, places of a slot]``.
+    """
     if group is None:
         return layout.heads
     own = layout.config.group_size
@@ -165,21 +170,21 @@ def _places(layout: Layout, group: int | None) -> np.ndarray:
 
 
 def _inverse(places: np.ndarray, own: tuple[int, ...]) -> np.ndarray:
-    """For everything of the model, the first place that holds it."""
+    """Return the first place of a layout that holds each head or row of the model, in the shape ``own``."""
     known, first = np.unique(places.ravel(), return_index=True)
     return first[known >= 0].reshape(own)
 
 
 def _take_heads(value: np.ndarray, axis: int, places: np.ndarray) -> np.ndarray:
-    """``value`` whose axes from ``axis`` on, as many as ``places`` has, hold what ``places`` says; zeros for -1."""
+    """Gather heads: take flat indices ``places`` of the axes of ``value`` from ``axis`` on; zeros for -1."""
     flat = value.reshape(*value.shape[:axis], -1, *value.shape[axis + places.ndim:])
-    taken = np.take(flat, places.ravel(), axis=axis)  # -1 takes the last, which is replaced below
+    taken = np.take(flat, places.ravel(), axis=axis)  # -1 takes the last row, which is zeroed below
     taken[(slice(None),) * axis + (places.ravel() < 0,)] = 0
     return taken.reshape(*value.shape[:axis], *places.shape, *value.shape[axis + places.ndim:])
 
 
 def _resized(value: np.ndarray, axis: int, size: int) -> np.ndarray:
-    """``value`` cut off or filled up with zeros at the end of an axis."""
+    """Return ``value`` with one axis cut off at the end, or padded with zeros, to ``size``."""
     if size <= value.shape[axis]:
         return value[(slice(None),) * axis + (slice(size),)]
     new = np.zeros((*value.shape[:axis], size, *value.shape[axis + 1:]), value.dtype)
@@ -188,7 +193,7 @@ def _resized(value: np.ndarray, axis: int, size: int) -> np.ndarray:
 
 
 def expanded_shape(shape: Sequence[int], axes: Sequence[str], layout: Layout) -> tuple[int, ...]:
-    """The shape that `expand` gives a parameter of ``shape``."""
+    """Return the shape that `expand` gives a parameter of ``shape``."""
     sizes = {"kv_heads": layout.slots, "mlp": layout.mlp, "vocab": layout.vocab}
     more = layout.group - layout.config.group_size
     return tuple(sizes.get(name, size + more if name == "group" else size)
@@ -196,4 +201,5 @@ def expanded_shape(shape: Sequence[int], axes: Sequence[str], layout: Layout) ->
 
 
 def _padded(size: int, tensor: int) -> int:
+    """Return ``size`` rounded up to a multiple of ``tensor``."""
     return -(-size // tensor) * tensor

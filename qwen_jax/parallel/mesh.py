@@ -1,8 +1,8 @@
-"""Meshes of devices, and the one table that says which axis of an array is split over which axis of a mesh.
+"""Meshes of devices, and the table of rules that says which axis of an array is split over which axis of a mesh.
 
 Axes are Auto. Training leaves the collectives to XLA's partitioner, which propagates the parameters' shardings through
-the program. The engine's steps run in a ``shard_map`` over ``tensor``, where the model says which there are
-(`model.partition`); its ``data`` and ``stage`` axes are meshes of their own.
+the program. The engine's steps run in a ``shard_map`` over ``tensor``, with the collectives that the model names
+(`model.partition`); replicas and stages have meshes of their own.
 """
 
 from __future__ import annotations
@@ -18,26 +18,31 @@ from qwen_jax.errors import UserError
 from qwen_jax.parallel.plan import ParallelPlan
 
 DATA, TENSOR = "data", "tensor"
-# Logical axis of a parameter (see model.abstract) -> mesh axis. Tensor parallelism in Megatron's way: whole KV groups,
-# columns of the MLP's first product and rows of its second, the vocabulary of embedding and head. All else is whole
-# on every device.
+# Mesh axis of each logical axis of a parameter (see model.abstract). Tensor parallelism as in Megatron: whole KV
+# groups, columns of the MLP's first product and rows of its second, the vocabulary of embedding and head. All else is
+# whole on every device.
 RULES = {"kv_heads": TENSOR, "mlp": TENSOR, "vocab": TENSOR}
 
 
 def make_mesh(data: int = 1, tensor: int = 1) -> Mesh:
-    """The first ``data * tensor`` devices; neighbours share the tensor axis. UserError when there are too few."""
+    """Make a mesh of the first ``data * tensor`` devices; neighbours share the tensor axis.
+
+    Raises UserError when there are too few devices.
+    """
     devices = jax.devices()
     if data * tensor > len(devices):
-        raise UserError(f"a mesh of data={data} times tensor={tensor} needs {data * tensor} devices, and there are "
-                        f"{len(devices)}")
+        raise UserError(f"a mesh of data={data} times tensor={tensor} needs {data * tensor} devices, and there "
+                        f"{_are(len(devices))}: lower an axis")
     return jax.make_mesh((data, tensor), (DATA, TENSOR), axis_types=(AxisType.Auto,) * 2,
                          devices=devices[:data * tensor])
 
 
 def plan_meshes(plan: ParallelPlan) -> list[list[Mesh]]:
-    """A mesh with the one axis ``tensor`` for every stage of every replica, ``[replica][stage]``, of the first devices.
-    Neighbours share the tensor axis: they exchange the most, and come first on one host. UserError when there are too
-    few devices."""
+    """Make a mesh with the single axis ``tensor`` for every stage of every replica, ``[replica][stage]``.
+
+    It takes the first devices. Neighbours share the tensor axis: they exchange the most, and lie on the same host.
+    Raises UserError when there are too few devices.
+    """
     devices = jax.devices()
     if plan.devices > len(devices):
         raise UserError(f"the plan {plan} needs {plan.devices} devices and there {_are(len(devices))}: lower an axis")
@@ -46,28 +51,21 @@ def plan_meshes(plan: ParallelPlan) -> list[list[Mesh]]:
 
 
 def _are(count: int) -> str:
+    """Return "is 1" or "are N", for a message about a count of devices."""
     return f"is {count}" if count == 1 else f"are {count}"
 
 
-def spec_of(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh, rules: Mapping[str, str] = RULES
-            ) -> PartitionSpec:
-    """How an array with these logical axes is split; an axis that does not divide evenly stays whole.
-
-    UserError when the rules name an axis that the mesh does not have.
-    """
-    unknown = sorted(set(rules.values()) - set(mesh.shape))
-    if unknown:
-        raise UserError(f"the sharding rules name the mesh axis {', '.join(unknown)}, and the mesh has "
-                        f"{', '.join(mesh.shape)}: correct the rule")
-    return PartitionSpec(*(rules[axis] if axis in rules and size % mesh.shape[rules[axis]] == 0 else None
+def spec_of(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Return the partition spec that `RULES` give an array with these axes; one that does not divide stays whole."""
+    return PartitionSpec(*(RULES[axis] if axis in RULES and size % mesh.shape[RULES[axis]] == 0 else None
                            for axis, size in zip(axes, shape, strict=True)))
 
 
 def shardings_of(tree: Any, mesh: Mesh, specs: Mapping[str, PartitionSpec]) -> Any:
-    """A sharding for every leaf of a tree whose dictionaries are keyed by parameter.
+    """Return a sharding for every leaf of a tree whose dictionaries are keyed by parameter.
 
-    A leaf below the key ``name`` is split as ``specs[name]`` says, others are whole on every device. So an optimiser's
-    moments are split as their parameters are.
+    A leaf below the key ``name`` is split as ``specs[name]`` says; other leaves are whole on every device. So an
+    optimiser's moments are split as their parameters are.
     """
     def of_leaf(path, _leaf):
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in specs]

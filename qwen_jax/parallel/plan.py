@@ -1,4 +1,4 @@
-"""How many devices do what: a plan is data, decided before anything is placed."""
+"""Parallel plans: the number of model replicas, pipeline stages and devices per stage, and the layout on them."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from qwen_jax.config import ModelConfig
-from qwen_jax.errors import UserError
+from qwen_jax.errors import UserError, check_positive_integer
 from qwen_jax.parallel.layout import Layout, best_layout
 
 
 @dataclass(frozen=True)
 class ParallelPlan:
-    """``data`` replicas, each a row of ``stages``, each of ``layout.tensor`` devices.
+    """Division of a model over devices: ``data`` replicas, each of pipeline stages of ``layout.tensor`` devices.
 
     Attributes:
-      data: replicas of the model, each with pages and requests of its own.
-      stages: layers of each stage, first to last. The first also has the embedding, the last the norm and the head.
-      layout: of every stage's parameters.
+      data: number of replicas of the model, each with pages and requests of its own.
+      stages: number of layers of each stage, first to last. The first also has the embedding, the last the norm and the
+        head.
+      layout: layout of every stage's parameters on its devices.
     """
 
     data: int
@@ -26,15 +27,17 @@ class ParallelPlan:
 
     @property
     def tensor(self) -> int:
+        """Number of devices of each pipeline stage, which share its layers by tensor parallelism."""
         return self.layout.tensor
 
     @property
     def devices(self) -> int:
+        """Number of devices of all replicas and stages together."""
         return self.data * len(self.stages) * self.tensor
 
     @cached_property
     def first_layers(self) -> tuple[int, ...]:
-        """The first layer of each stage."""
+        """Index in the model of each pipeline stage's first layer."""
         return tuple(sum(self.stages[:stage]) for stage in range(len(self.stages)))
 
     def __str__(self) -> str:
@@ -43,23 +46,26 @@ class ParallelPlan:
 
 def make_plan(config: ModelConfig, data: int = 1, stage: int = 1, tensor: int = 1, cached_tokens: int = 65_536,
               layout: Layout | None = None) -> ParallelPlan:
-    """A plan with evenly filled stages; without a layout the best for ``cached_tokens`` (see `best_layout`).
+    """Make a plan with these numbers of replicas, stages and devices per stage, and evenly filled stages.
 
-    UserError for sizes that are no positive integers, and for more stages than layers.
+    layout: by default the best for ``cached_tokens`` (see `best_layout`). Raises UserError for sizes that are not
+    positive integers, and for more stages than layers.
     """
-    for name, size in (("data", data), ("stage", stage)):
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise UserError(f"the {name} axis must be a positive integer, not {size!r}")
+    check_positive_integer("the data axis", data)
+    check_positive_integer("the stage axis", stage)
     if stage > config.num_layers:
-        raise UserError(f"{stage} stages for {config.num_layers} layers: a stage needs a layer at least")
+        raise UserError(f"the stage axis must be at most the number of layers, {config.num_layers}, not {stage}")
     return ParallelPlan(data, split_layers(config.num_layers, stage),
                         layout or best_layout(config, tensor, cached_tokens))
 
 
 def split_layers(num_layers: int, stages: int) -> tuple[int, ...]:
-    """Layers of each stage; where they do not divide, the stages in the middle have one more than others: the first
-    also looks tokens up, and the last computes the logits, which takes as long as a layer or more."""
-    least, more = divmod(num_layers, stages)
+    """Return the number of layers of each pipeline stage, first to last.
+
+    If layers do not divide evenly, stages in the middle get one more: the first also looks tokens up, and the last
+    computes the logits, which takes as long as a layer or more.
+    """
+    layers, remainder = divmod(num_layers, stages)
     order = [*range(1, stages - 1), 0, stages - 1][:stages]
-    larger = set(order[:more])
-    return tuple(least + (stage in larger) for stage in range(stages))
+    larger = set(order[:remainder])
+    return tuple(layers + (stage in larger) for stage in range(stages))

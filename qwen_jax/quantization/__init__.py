@@ -17,11 +17,11 @@ from qwen_jax.quantization.precision import (
     Precision,
     Ranges,
     default_precision,
-    forms,
+    page_formats,
     scales_of,
 )
 from qwen_jax.quantization.product import multiplies_fp8, product
 
 __all__ = ["E4M3", "INPUTS", "Calibrated", "FP8Tensor", "Precision", "Ranges", "TrainedInFP8", "default_precision",
-           "forms", "matrix", "multiplies_fp8", "product", "quantize", "quantize_host", "rows", "saturate", "scales_of",
-           "widened"]
+           "matrix", "multiplies_fp8", "page_formats", "product", "quantize", "quantize_host", "rows", "saturate",
+           "scales_of", "widened"]

@@ -16,18 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 
 E4M3 = jnp.dtype(jnp.float8_e4m3fn)
-MOST = float(jnp.finfo(E4M3).max)  # 448
+E4M3_MAX = float(jnp.finfo(E4M3).max)  # 448
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FP8Tensor:
-    """A weight ``[*outputs, *inputs]``: ``values * scale``, with a scale for each output.
+    """Weight ``[*outputs, *inputs]`` in 8 bits: e4m3 ``values`` times a float32 ``scale`` for each output.
 
     Attributes:
       values: e4m3 ``[*outputs, *inputs]``; a product contracts the inputs.
       scale: float32 ``[*outputs]``.
-      wide: products take their other operand as it is, instead of rounding it to e4m3 too.
+      wide: whether products take their other operand as it is, instead of rounding it to e4m3 too.
     """
 
     values: jax.Array
@@ -42,24 +42,15 @@ class FP8Tensor:
     def dtype(self) -> jnp.dtype:
         return self.values.dtype
 
-    @property
-    def nbytes(self) -> int:
-        return self.values.nbytes + self.scale.nbytes
-
-    @property
-    def sharding(self) -> Any:
-        """Of the values."""
-        return self.values.sharding
-
     def dequantize(self, dtype) -> jax.Array:
-        """The weight as a plain array."""
+        """Return the weight as a plain array of element type ``dtype``: values times scales."""
         return (self.values.astype(jnp.float32) * _over(self.scale, self.values.ndim)).astype(dtype)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainedInFP8:
-    """A weight of more bits, of which products, forward and backward, are computed in 8 bits (`product`)."""
+    """Weight of more than 8 bits whose products, forward and backward, are computed in 8 bits (see `product`)."""
 
     value: jax.Array
 
@@ -69,22 +60,26 @@ class TrainedInFP8:
 
 
 def saturate(x: jax.Array, dtype=E4M3) -> jax.Array:
-    """``x`` as an 8-bit float, clipped to its range: a plain cast gives NaN beyond it. NaN stays NaN."""
-    most = float(jnp.finfo(dtype).max)
-    return jnp.clip(x, -most, most).astype(dtype)
+    """Cast ``x`` to an 8-bit float, clipped to its range: a plain cast gives NaN beyond it. NaN stays NaN."""
+    largest = float(jnp.finfo(dtype).max)
+    return jnp.clip(x, -largest, largest).astype(dtype)
 
 
 def quantize(weight: jax.Array, inputs: int) -> FP8Tensor:
-    """A weight whose last ``inputs`` axes a product contracts; its channels' largest values become 448.
+    """Quantise a weight whose last ``inputs`` axes a product contracts, with a scale for each output channel.
 
-    A channel of zeros has scale 1. Non-finite weights give non-finite scales: check before.
+    Each channel's largest absolute value becomes 448; a channel of zeros has scale 1. Non-finite weights give
+    non-finite scales: check before.
     """
-    values, scale = scaled(weight, tuple(range(weight.ndim - inputs, weight.ndim)))
+    values, scale = round_with_scale(weight, tuple(range(weight.ndim - inputs, weight.ndim)))
     return FP8Tensor(values, scale.reshape(weight.shape[:weight.ndim - inputs]))
 
 
-def scaled(x: jax.Array, axes: tuple[int, ...], dtype=E4M3) -> tuple[jax.Array, jax.Array]:
-    """``x`` as an 8-bit float with one scale over ``axes``, and the float32 scale, those axes of size 1."""
+def round_with_scale(x: jax.Array, axes: tuple[int, ...], dtype=E4M3) -> tuple[jax.Array, jax.Array]:
+    """Round ``x`` to an 8-bit float with a common scale along ``axes``.
+
+    Returns the values, and the float32 scales, in which those axes have size 1.
+    """
     wide = x.astype(jnp.float32)
     largest = jnp.max(jnp.abs(wide), axis=axes, keepdims=True)
     scale = jnp.where(largest == 0, 1, largest / float(jnp.finfo(dtype).max))
@@ -92,16 +87,16 @@ def scaled(x: jax.Array, axes: tuple[int, ...], dtype=E4M3) -> tuple[jax.Array, 
 
 
 def quantize_host(weight: np.ndarray, inputs: int) -> tuple[np.ndarray, np.ndarray]:
-    """`quantize` in NumPy: e4m3 values and float32 scales."""
+    """Quantise a weight as `quantize` does, with NumPy: return e4m3 values and float32 scales."""
     wide = np.asarray(weight, np.float32)
     largest = np.max(np.abs(wide), axis=tuple(range(wide.ndim - inputs, wide.ndim)))
-    scale = np.where(largest == 0, np.float32(1), largest / np.float32(MOST)).astype(np.float32)
-    scaled = wide / scale.reshape(scale.shape + (1,) * inputs)
-    return np.clip(scaled, -MOST, MOST).astype(E4M3), scale
+    scale = np.where(largest == 0, np.float32(1), largest / np.float32(E4M3_MAX)).astype(np.float32)
+    values = wide / scale.reshape(scale.shape + (1,) * inputs)
+    return np.clip(values, -E4M3_MAX, E4M3_MAX).astype(E4M3), scale
 
 
 def matrix(weight: jax.Array | FP8Tensor | TrainedInFP8, inputs: int) -> jax.Array | FP8Tensor | TrainedInFP8:
-    """``weight[*outputs, *inputs]``, of which the last ``inputs`` axes are inputs, as ``[outputs, inputs]``."""
+    """Reshape ``weight[*outputs, *inputs]``, whose last ``inputs`` axes are contracted, to ``[outputs, inputs]``."""
     if isinstance(weight, FP8Tensor):
         outputs = weight.scale.size
         return replace(weight, values=weight.values.reshape(outputs, -1), scale=weight.scale.reshape(outputs))
@@ -111,16 +106,17 @@ def matrix(weight: jax.Array | FP8Tensor | TrainedInFP8, inputs: int) -> jax.Arr
 
 
 def rows(weight: jax.Array | FP8Tensor, index: jax.Array, dtype) -> jax.Array:
-    """``weight[index]`` as ``dtype``: an embedding's look-up."""
-    taken = jax.tree.map(lambda x: jnp.take(x, index, axis=0), weight)
-    return taken.dequantize(dtype) if isinstance(taken, FP8Tensor) else taken
+    """Look up rows of an embedding table: return ``weight[index]``, dequantised to ``dtype`` if it is 8-bit."""
+    values = jax.tree.map(lambda x: jnp.take(x, index, axis=0), weight)
+    return values.dequantize(dtype) if isinstance(values, FP8Tensor) else values
 
 
 def widened(tree: Any) -> Any:
-    """A tree whose `FP8Tensor` are `wide`."""
+    """Mark each `FP8Tensor` in a tree as `wide`: products then do not round their other operand to 8 bits."""
     return jax.tree.map(lambda x: replace(x, wide=True) if isinstance(x, FP8Tensor) else x, tree,
                         is_leaf=lambda x: isinstance(x, FP8Tensor))
 
 
 def _over(scale: jax.Array, ndim: int) -> jax.Array:
+    """Append axes of size 1 to a weight's scales, so that they broadcast against its ``ndim`` axes."""
     return scale.reshape(scale.shape + (1,) * (ndim - scale.ndim))

@@ -1,4 +1,4 @@
-"""Products with weights of any kind, and their derivatives.
+"""Products of activations with weights, plain or 8-bit, and their derivatives.
 
 In 8 bits both operands are rounded, each vector that is contracted with a scale from its own largest value, and the
 scales are applied to the result, so that the product itself is one of two 8-bit operands, which hardware has. Values
@@ -12,18 +12,18 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from qwen_jax.quantization.fp8 import E4M3, FP8Tensor, TrainedInFP8, scaled
+from qwen_jax.quantization.fp8 import E4M3, FP8Tensor, TrainedInFP8, round_with_scale
 
 E5M2 = jnp.dtype(jnp.float8_e5m2)
 
 
 def product(spec: str, x: jax.Array, weight: jax.Array | FP8Tensor | TrainedInFP8, result=None) -> jax.Array:
-    """``einsum`` of ``x`` and a weight, accumulated in float32 and rounded once, to ``result`` or x's element type.
+    """Compute the einsum ``spec`` of ``x`` and a weight of any kind, accumulated in float32 and rounded once.
 
-    The weight's output axes come first in its part of ``spec`` and last in the result's. With an e4m3 weight, ``x``
-    is rounded to e4m3 as well (unless the weight is `wide`), and in the backward pass the result's gradient to e5m2;
-    the weight itself has no gradient. `TrainedInFP8` rounds both operands of all three products: forward, and those
-    that give the gradients of ``x`` and of the weight.
+    The result has the dtype ``result``, by default that of ``x``. The weight's output axes come first in its part of
+    ``spec`` and last in the result's. With an e4m3 weight, ``x`` is rounded to e4m3 as well (unless the weight is
+    `wide`), and in the backward pass the result's gradient to e5m2; the weight itself has no gradient. `TrainedInFP8`
+    rounds both operands of all three products: forward, and for the gradients of ``x`` and of the weight.
     """
     result = result or x.dtype
     if isinstance(weight, FP8Tensor):
@@ -35,6 +35,7 @@ def product(spec: str, x: jax.Array, weight: jax.Array | FP8Tensor | TrainedInFP
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _frozen(spec: str, x: jax.Array, weight: FP8Tensor) -> jax.Array:
+    """Compute the einsum of ``x`` and an 8-bit weight, which gets no gradient; the result is float32."""
     if weight.wide:
         out = jnp.einsum(spec, x, weight.values.astype(x.dtype), preferred_element_type=jnp.float32)
     else:
@@ -43,22 +44,23 @@ def _frozen(spec: str, x: jax.Array, weight: FP8Tensor) -> jax.Array:
 
 
 def _frozen_forward(spec, x, weight):
-    return _frozen(spec, x, weight), (weight, jnp.zeros((), x.dtype))
+    return _frozen(spec, x, weight), (weight, jnp.zeros((), x.dtype))  # a zero that keeps x's dtype
 
 
 def _frozen_backward(spec, residuals, gradient):
-    weight, like = residuals
+    weight, zero = residuals
     gradient, spec = gradient * _scale_of_outputs(spec, weight), _swapped(spec, 0)
     if weight.wide:
-        of_x = jnp.einsum(spec, gradient.astype(like.dtype), weight.values.astype(like.dtype),
-                          preferred_element_type=jnp.float32)
+        x_gradient = jnp.einsum(spec, gradient.astype(zero.dtype), weight.values.astype(zero.dtype),
+                                preferred_element_type=jnp.float32)
     else:
-        of_x = _multiply(spec, _rounded(spec, 0, gradient, E5M2), (weight.values, None))
-    return of_x.astype(like.dtype), jax.tree.map(jnp.zeros_like, weight)
+        x_gradient = _multiply(spec, _rounded(spec, 0, gradient, E5M2), (weight.values, None))
+    return x_gradient.astype(zero.dtype), jax.tree.map(jnp.zeros_like, weight)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _trained(spec: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """Compute the einsum of ``x`` and a weight, both rounded to 8 bits; the result is float32."""
     return _multiply(spec, _rounded(spec, 0, x), _rounded(spec, 1, weight))
 
 
@@ -69,9 +71,9 @@ def _trained_forward(spec, x, weight):
 def _trained_backward(spec, residuals, gradient):
     gradients = []
     for operand, other in enumerate(reversed(residuals)):
-        back = _swapped(spec, operand)
-        of = _multiply(back, _rounded(back, 0, gradient, E5M2), _rounded(back, 1, other))
-        gradients.append(of.astype(residuals[operand].dtype))
+        backward = _swapped(spec, operand)
+        result = _multiply(backward, _rounded(backward, 0, gradient, E5M2), _rounded(backward, 1, other))
+        gradients.append(result.astype(residuals[operand].dtype))
     return tuple(gradients)
 
 
@@ -82,19 +84,25 @@ Rounded = tuple[jax.Array, jax.Array | None]  # 8-bit values, and scales with ax
 
 
 def _rounded(spec: str, operand: int, x: jax.Array, dtype=E4M3) -> Rounded:
-    """One of the operands of ``spec``, rounded with a scale for each vector that is contracted."""
+    """Round an operand of the einsum ``spec`` to 8 bits, with a scale for each vector that is contracted.
+
+    operand: its index in ``spec``, 0 or 1.
+    """
     axes, out = spec.split("->")[0].split(",")[operand], spec.split("->")[1]
-    return scaled(x, tuple(index for index, axis in enumerate(axes) if axis not in out), dtype)
+    return round_with_scale(x, tuple(index for index, axis in enumerate(axes) if axis not in out), dtype)
 
 
 def multiplies_fp8() -> bool:
-    """Whether the default backend has products of 8-bit floats: GPUs from compute capability 8.9 (Ada, Hopper)."""
+    """Return whether the default backend multiplies 8-bit floats: GPUs from compute capability 8.9 (Ada, Hopper)."""
     capability = getattr(jax.devices()[0], "compute_capability", None)
     return jax.default_backend() == "gpu" and tuple(map(int, str(capability).split("."))) >= (8, 9)
 
 
 def _multiply(spec: str, a: Rounded, b: Rounded) -> jax.Array:
-    """``einsum`` in float32 of rounded operands; a missing scale is 1."""
+    """Multiply two 8-bit operands as the einsum ``spec``, accumulating in float32, and apply their scales.
+
+    A missing scale is 1.
+    """
     # Where nothing multiplies 8-bit floats, bfloat16 holds the same numbers.
     native = multiplies_fp8()
     values = (x if native else x.astype(jnp.bfloat16) for x, _ in (a, b))
@@ -108,17 +116,18 @@ def _multiply(spec: str, a: Rounded, b: Rounded) -> jax.Array:
 
 
 def _scale_of_outputs(spec: str, weight: FP8Tensor) -> jax.Array:
+    """Return the weight's scales, shaped to broadcast against the result of the einsum ``spec``."""
     axes, result = spec.split(",")[1].split("->")
     return _spread(weight.scale, [axis for axis in axes if axis in result], result)
 
 
 def _spread(x: jax.Array, axes: list[str], result: str) -> jax.Array:
-    """``x``, whose axes are in the order in which ``result`` has them, with axes of size 1 for the others."""
+    """Insert axes of size 1 in ``x``, which has ``axes`` of an einsum's ``result``, so that both broadcast."""
     return jnp.expand_dims(x, tuple(index for index, axis in enumerate(result) if axis not in axes))
 
 
 def _swapped(spec: str, operand: int) -> str:
-    """The product that gives the gradient of an operand from the result's gradient and the other operand."""
+    """Return the einsum that computes an operand's gradient from the result's gradient and the other operand."""
     operands, result = spec.split("->")
     operands = operands.split(",")
     return f"{result},{operands[1 - operand]}->{operands[operand]}"

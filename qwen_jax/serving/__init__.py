@@ -1,1 +1,1 @@
-"""HTTP: OpenAI's protocol, streaming, limits, metrics."""
+"""Server for an engine: HTTP routes with OpenAI's protocol, the engine's own process, and load tests."""

@@ -1,1 +1,1 @@
-"""Training: batches, loss, the step, the loop."""
+"""Training of a model: examples, batches, loss, the training step and loop, and fine-tuning by a recipe."""

@@ -1,4 +1,8 @@
-"""Training states on disk: complete or absent, the last few kept, restored bit for bit, on any mesh."""
+"""Training states on disk: complete or absent, restored bit for bit on any mesh, the oldest ones removed.
+
+Orbax's checkpoint manager is not used: it leaves a partial folder on a full disk, and does not flush a checkpoint
+before it removes older ones.
+"""
 import json
 import shutil
 from pathlib import Path
@@ -7,8 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from qwen_jax.atomic import new_folder
 from qwen_jax.checkpoint import orbax_store
-from qwen_jax.checkpoint.atomic import new_folder
 from qwen_jax.checkpoint.source import read_json
 from qwen_jax.errors import UserError
 
@@ -16,10 +20,10 @@ ARRAYS, FACTS = "state", "training.json"
 
 
 def save(folder: Path, step: int, state: Any, run: dict, keep: int) -> Path:
-    """Write `state`, any pytree of arrays, as ``step-{step}`` of `folder`, then remove all but the `keep` last ones.
+    """Write `state`, any pytree of arrays, to ``step-{step}`` in `folder`; remove all but the last `keep` checkpoints.
 
-    run: what a continued run must have in common with this one, as JSON. Raises UserError when the disk is full;
-    earlier checkpoints are then still there.
+    run: settings that a continued run must share with this one, as JSON values. Raises UserError when the disk is
+    full; earlier checkpoints are then still there.
     """
     arrays = {name: np.asarray(value) for name, value in _named(state).items()}
     path = folder / f"step-{step:08d}"
@@ -34,9 +38,10 @@ def save(folder: Path, step: int, state: Any, run: dict, keep: int) -> Path:
 
 
 def restore(folder: Path, like: Any, run: dict) -> tuple[int, Any] | None:
-    """The last (step, state) saved in `folder`, each array with the dtype and sharding of its counterpart in `like`.
+    """Read the last (step, state) saved in `folder`; arrays get the dtype and sharding of those in `like`.
 
-    None when there is none. UserError when it was saved by another `run` or has other arrays.
+    Returns None when there is no checkpoint. Raises UserError when it was saved with other `run` settings or has other
+    arrays.
     """
     folders = _folders(folder)
     if not folders:
@@ -48,15 +53,16 @@ def restore(folder: Path, like: Any, run: dict) -> tuple[int, Any] | None:
     leaves, tree = jax.tree.flatten(like)
     wanted = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
               for name, leaf in zip(_named(like), leaves, strict=True)}
-    found = orbax_store.read(folders[-1] / ARRAYS, wanted)
-    return facts["step"], jax.tree.unflatten(tree, [found[name] for name in wanted])
+    arrays = orbax_store.read(folders[-1] / ARRAYS, wanted)
+    return facts["step"], jax.tree.unflatten(tree, [arrays[name] for name in wanted])
 
 
 def _named(state: Any) -> dict[str, Any]:
-    """Leaves by a flat name that is also a file's."""
+    """Return the leaves of a state by flat names that can also name files."""
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf
             for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
 
 
 def _folders(folder: Path) -> list[Path]:
+    """Return the complete checkpoints in a run's folder, oldest first."""
     return sorted(path for path in folder.glob("step-*") if (path / FACTS).is_file())

@@ -1,4 +1,4 @@
-"""Pictures of a training run."""
+"""Plot of a training run's loss and accuracy."""
 import json
 from pathlib import Path
 
@@ -6,24 +6,24 @@ LABELS = {"accuracy": "accuracy", "reason": "label and reason code"}
 
 
 def plot_curves(metrics: str | Path, picture: str | Path) -> None:
-    """Loss over steps from a `metrics.jsonl` of `training.loop.fit`, as a PNG.
+    """Draw loss and accuracy over steps from a `metrics.jsonl` of `training.loop.fit` as a PNG.
 
-    Beside it, the fraction right on held-out examples where the run was evaluated, else of the tokens it trained on.
+    Accuracy is that on held-out examples if the run was evaluated, else that on the training tokens.
     """
     import matplotlib
     matplotlib.use("Agg")  # no display needed
     import matplotlib.pyplot as plt
 
     lines = [json.loads(line) for line in Path(metrics).read_text().splitlines()]
-    training, held_out = ([line for line in lines if ("loss" in line) == here] for here in (True, False))
+    training, held_out = ([line for line in lines if ("loss" in line) == is_training] for is_training in (True, False))
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     left.plot([x["step"] for x in training], [x["loss"] for x in training], lw=1)
     left.set(xlabel="step", ylabel="nats per token", yscale="log", title="training loss")
     if held_out:
-        for name, line in (("accuracy", "-o"), ("reason", "--o")):
+        for name, style in (("accuracy", "-o"), ("reason", "--o")):
             points = [(x["step"], x[name]) for x in held_out if name in x]
             if points:
-                right.plot(*zip(*points, strict=True), line, ms=3, label=LABELS[name])
+                right.plot(*zip(*points, strict=True), style, ms=3, label=LABELS[name])
         if "reason" in held_out[0]:
             right.axhline(.5, color="grey", lw=.8, ls=":", label="majority class")
         right.set(title="held-out accuracy")

@@ -1,7 +1,7 @@
-"""JSONL files of conversations or texts to packed batches, in an order that depends on the seed alone.
+"""Training examples from JSONL files of conversations or texts, packed into batches in an order set by the seed.
 
 A line is ``{"messages": [{"role": ..., "content": ...}, ...]}`` or ``{"text": ...}``. A conversation goes through the
-checkpoint's chat template, and only what the assistant says is learned; a text is learned whole.
+checkpoint's chat template, and only the assistant's messages are learned; a text is learned whole.
 """
 import json
 import sys
@@ -15,24 +15,22 @@ from qwen_jax.errors import UserError
 from qwen_jax.training.batch import Batch, empty
 
 ROLES = ("system", "user", "assistant", "tool")
-REFUSE, SKIP = "refuse", "skip"
+OPEN_ROWS = 64  # rows that packing considers for an example
 
 
 class Encoded(NamedTuple):
-    """One example. ``learned[t]``: whether tokens[t] is to be predicted."""
+    """Tokens of an example, and which of them the model learns to predict."""
     tokens: np.ndarray   # [n] int32
     learned: np.ndarray  # [n] bool
 
 
-def read_examples(paths: Iterable[str | Path], tokenizer: Any, length: int, on_bad: str = REFUSE) -> list[Encoded]:
-    """Every example of the files, in order; texts longer than `length` tokens become several.
+def read_examples(paths: Iterable[str | Path], tokenizer: Any, length: int, skip_bad: bool = False) -> list[Encoded]:
+    """Read every example of the files, in order; a text longer than `length` tokens becomes several examples.
 
-    tokenizer: a transformers fast tokenizer. A line that is no example, or a conversation longer than `length`, is a
-    UserError that names file and line; with ``on_bad="skip"`` it is left out, and how many were is said on stderr.
-    UserError also when nothing is left.
+    tokenizer: a transformers fast tokenizer. A line that is no example, or a conversation longer than `length`, raises
+    a UserError that names file and line; with `skip_bad` it is left out, and the number of such lines is printed on
+    stderr. Raises UserError also when no example is left.
     """
-    if on_bad not in (REFUSE, SKIP):
-        raise UserError(f"on_bad must be {REFUSE!r} or {SKIP!r}, not {on_bad!r}")
     examples, skipped, first = [], 0, ""
     for path in paths:
         try:
@@ -45,7 +43,7 @@ def read_examples(paths: Iterable[str | Path], tokenizer: Any, length: int, on_b
             try:
                 examples += _encode_line(line, tokenizer, length)
             except UserError as error:
-                if on_bad == REFUSE:
+                if not skip_bad:
                     raise UserError(f"{path}, line {number}: {error}") from None
                 skipped, first = skipped + 1, first or f"{path}, line {number}: {error}"
     if skipped:
@@ -56,6 +54,7 @@ def read_examples(paths: Iterable[str | Path], tokenizer: Any, length: int, on_b
 
 
 def _encode_line(line: str, tokenizer: Any, length: int) -> list[Encoded]:
+    """Return the training examples of a JSONL line. UserError when it is not a conversation or text."""
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
@@ -70,7 +69,7 @@ def _encode_line(line: str, tokenizer: Any, length: int) -> list[Encoded]:
     for message in messages:
         if (not isinstance(message, dict) or message.get("role") not in ROLES
                 or not isinstance(message.get("content"), str)):
-            raise UserError(f"a message needs a role ({', '.join(ROLES)}) and a content, a text; this is not one: "
+            raise UserError(f"a message needs a role ({', '.join(ROLES)}) and a content that is a text, not "
                             f"{json.dumps(message)[:80]}")
     encoded = encode_conversation(messages, tokenizer)
     if len(encoded.tokens) > length:
@@ -81,9 +80,10 @@ def _encode_line(line: str, tokenizer: Any, length: int) -> list[Encoded]:
 
 
 def encode_conversation(messages: Sequence[dict], tokenizer: Any) -> Encoded:
-    """Tokens of the whole conversation; learned are the assistant's, up to and with the token that ends its turn.
+    """Encode a whole conversation. Learned tokens are the assistant's, including the token that ends its turn.
 
-    What the assistant says is what the template adds to the conversation before it with its generation prompt.
+    An assistant's message is the text that the template adds after the earlier messages and the generation prompt.
+    UserError when the template does not keep earlier messages as they are.
     """
     def render(count: int, prompt: bool) -> str:
         return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
@@ -93,8 +93,8 @@ def encode_conversation(messages: Sequence[dict], tokenizer: Any) -> Encoded:
         if message["role"] == "assistant":
             before, after = render(index, True), render(index + 1, False)
             if not after.startswith(before) or not text.startswith(after):
-                raise UserError("the chat template changes earlier turns when later ones come: what the assistant says "
-                                "cannot be told apart")
+                raise UserError("the chat template must not change earlier turns when later turns are added: the "
+                                "assistant's messages cannot be told apart")
             end = after.rfind(tokenizer.eos_token, len(before)) if tokenizer.eos_token else -1
             spans.append((len(before), end + len(tokenizer.eos_token) if end >= 0 else len(after)))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -105,14 +105,14 @@ def encode_conversation(messages: Sequence[dict], tokenizer: Any) -> Encoded:
     return Encoded(np.array(encoded["input_ids"], np.int32), learned)
 
 
-def pack(lengths: Sequence[int], order: Iterable[int], capacity: int, open_rows: int = 64) -> list[list[int]]:
-    """Rows of example indices whose lengths sum to at most `capacity`, filled first-fit in the given order.
+def pack(lengths: Sequence[int], order: Iterable[int], capacity: int) -> list[list[int]]:
+    """Pack examples into rows: return for each row the indices of examples whose lengths sum to at most `capacity`.
 
-    At most `open_rows` rows are considered for an example, so packing takes linear time.
+    Examples go first-fit, in the given order, into the last `OPEN_ROWS` rows, so packing takes linear time.
     """
     rows, space = [], []
     for index in order:
-        for row in range(max(0, len(rows) - open_rows), len(rows)):
+        for row in range(max(0, len(rows) - OPEN_ROWS), len(rows)):
             if space[row] >= lengths[index]:
                 break
         else:
@@ -125,14 +125,14 @@ def pack(lengths: Sequence[int], order: Iterable[int], capacity: int, open_rows:
 
 
 def batch_function(examples: Sequence[Encoded], rows: int, length: int, seed: int, pad: int) -> Callable[[int], Batch]:
-    """``batch_of(step)``, steps counted from 1: the same batch whenever asked, so resuming needs no other position.
+    """Return a function ``batch_of(step)`` that gives the training batch of a step; steps count from 1.
 
-    Every epoch sees each example once, in its own order and packing; what does not fill a last batch begins the next
-    epoch's first one.
+    A step always has the same batch, so a run resumes from its step number alone. Every epoch sees each example once,
+    in its own order and packing; rows that do not fill the last batch of an epoch begin the next epoch's first batch.
     """
     lengths = [len(example.tokens) for example in examples]
     plans: dict[int, list[list[int]]] = {}
-    starts = [0]  # of each epoch, in rows
+    starts = [0]  # first row of each epoch
 
     def plan(epoch: int) -> list[list[int]]:
         if epoch not in plans:
@@ -156,10 +156,10 @@ def batch_function(examples: Sequence[Encoded], rows: int, length: int, seed: in
             end = 0
             for segment, index in enumerate(row_at((step - 1) * rows + row)):
                 tokens, learned = examples[index]
-                here = slice(end, end := end + len(tokens))
-                batch.tokens[row, here], batch.weights[row, here] = tokens, learned
-                batch.weights[row, here.start] = 0
-                batch.segment_ids[row, here], batch.positions[row, here] = segment, np.arange(len(tokens))
+                span = slice(end, end := end + len(tokens))
+                batch.tokens[row, span], batch.weights[row, span] = tokens, learned
+                batch.weights[row, span.start] = 0
+                batch.segment_ids[row, span], batch.positions[row, span] = segment, np.arange(len(tokens))
         return batch
 
     return batch_of

@@ -1,11 +1,12 @@
-"""Fine-tuning and distillation as a recipe describes them: ``qwen-jax train``."""
+"""Fine-tuning and distillation by a recipe: ``qwen-jax train``."""
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import msgspec
 from jax.sharding import Mesh, NamedSharding
 
 from qwen_jax.checkpoint import load_params, load_tokenizer, resolve, save_hf
@@ -37,20 +38,20 @@ RESULT = "result"
 
 
 class Job(NamedTuple):
-    """What is trained: parameters, what stays as it is beside them, and a loss for either setting of recompute."""
+    """Trained and frozen parameters of a training run, and its loss with and without recomputed activations."""
     config: ModelConfig
     trainable: Params
     frozen: Params
-    dtypes: dict[str, jnp.dtype]  # of the model's parameters, by canonical path
+    dtypes: dict[str, jnp.dtype]  # canonical path -> dtype of the model's parameter
     loss_with: dict[bool, Loss]   # recompute -> loss
 
 
 def train(recipe: Recipe) -> Path:
-    """Runs a recipe, or continues it, and returns the folder of the result.
+    """Train a model by a recipe, or continue an interrupted run, and return the folder of the result.
 
     The result is a Hugging Face checkpoint in the model's own dtype, or with ``[lora]`` an adapter in PEFT's format.
     The output folder also gets ``metrics.jsonl`` and ``curves.png``. Raises UserError before any work for a model, data
-    or setting that cannot be used, and for an output that is finished already.
+    or setting that cannot be used, and for an output folder that already has a result.
     """
     output = Path(recipe.output)
     if (output / RESULT).exists():
@@ -64,7 +65,7 @@ def train(recipe: Recipe) -> Path:
                         f"{source.config.max_context}")
     mesh = make_mesh(recipe.devices.data, recipe.devices.tensor) if recipe.devices else None
     teacher = _teacher(recipe, source, tokenizer)
-    examples = read_examples(recipe.data, tokenizer, recipe.sequence_length, recipe.on_bad)
+    examples = read_examples(recipe.data, tokenizer, recipe.sequence_length, recipe.on_bad == "skip")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     batch_of = batch_function(examples, recipe.batch_size, recipe.sequence_length, recipe.seed, pad)
 
@@ -73,9 +74,10 @@ def train(recipe: Recipe) -> Path:
     print(f"{count:,} of {job.config.num_parameters:,} parameters are trained, on {len(examples)} examples with "
           f"{sum(len(e.tokens) for e in examples):,} tokens", file=sys.stderr)
     rows = jax.tree.map(lambda x: x[:len(x) // recipe.accumulate // (recipe.devices.data if mesh else 1)], batch_of(1))
-    kept = {on: kept_for_backward(loss, job.trainable, job.frozen, rows) / 1e6 for on, loss in job.loss_with.items()}
-    print(f"from the forward to the backward pass {kept[recipe.recompute]:,.0f} MB are kept with recompute = "
-          f"{str(recipe.recompute).lower()}; {kept[not recipe.recompute]:,.0f} MB would be with "
+    megabytes = {recompute: kept_for_backward(loss, job.trainable, job.frozen, rows) / 1e6
+                 for recompute, loss in job.loss_with.items()}
+    print(f"from the forward to the backward pass {megabytes[recipe.recompute]:,.0f} MB are kept with recompute = "
+          f"{str(recipe.recompute).lower()}; {megabytes[not recipe.recompute]:,.0f} MB would be with "
           f"{str(not recipe.recompute).lower()}", file=sys.stderr)
 
     optimizer = make_optimizer(recipe.optimizer, recipe.steps)
@@ -84,8 +86,10 @@ def train(recipe: Recipe) -> Path:
     state = init_state(job.trainable, optimizer)
     if mesh:
         state = jax.device_put(state, shardings_of(state, mesh, specs))
-    facts = {name: value for name, value in asdict(recipe).items() if name != "devices"}  # a run may change its mesh
-    run = Run(output, recipe.steps, recipe.checkpoint_every, recipe.keep, recipe.max_skipped, facts)
+    # A continued run may use another mesh.
+    facts = {name: value for name, value in msgspec.to_builtins(recipe).items() if name != "devices"}
+    run = Run(folder=output, steps=recipe.steps, checkpoint_every=recipe.checkpoint_every, keep=recipe.keep,
+              max_skipped=recipe.max_skipped, facts=facts)
     state = fit(state, step, job.frozen, batch_of, run)
 
     if lora:
@@ -103,7 +107,10 @@ def _lora(recipe: Recipe) -> LoraConfig | None:
 
 def _load(source: Source, dtype, mesh: Mesh | None, precision: Precision | None = None
           ) -> tuple[Params, dict[str, jnp.dtype]]:
-    """Stacked parameters, split over the mesh, and their dtypes by canonical path."""
+    """Load a model's parameters, stacked over the layers and split over the mesh; return them and their dtypes.
+
+    The dtypes are by canonical path, with one for each layer.
+    """
     places = {path: NamedSharding(mesh, spec_of(param.axes, param.shape, mesh))
               for path, param in abstract(source.config).items()} if mesh else None
     params = load_params(source, source.config, dtype, places, precision)
@@ -113,23 +120,24 @@ def _load(source: Source, dtype, mesh: Mesh | None, precision: Precision | None 
     return stacked, dtypes
 
 
-def _wide(params: Params) -> Params:
-    """What is trained is float32."""
+def _float32(params: Params) -> Params:
     return {path: value.astype(jnp.float32) for path, value in params.items()}
 
 
 def _tuning(recipe: Recipe, source: Source, lora: LoraConfig | None, mesh: Mesh | None) -> Job:
+    """Return the job that trains an adapter, or without `lora` the whole model, on the data alone."""
     precision = _precision(source.config, recipe)
     params, dtypes = _load(source, recipe.compute_dtype if lora else None, mesh, precision if lora else None)
-    trainable, frozen = (init_adapter(source.config, lora, recipe.seed), params) if lora else (_wide(params), {})
+    trainable, frozen = (init_adapter(source.config, lora, recipe.seed), params) if lora else (_float32(params), {})
     assert not lora or sum(value.size for value in trainable.values()) == num_parameters(source.config, lora)
     return Job(source.config, trainable, frozen, dtypes, {
-        on: language_model_loss(source.config, lora=lora, recompute=on, compute_dtype=recipe.compute_dtype,
-                                fp8=precision.weights)
-        for on in (False, True)})
+        recompute: language_model_loss(source.config, lora=lora, recompute=recompute,
+                                       compute_dtype=recipe.compute_dtype, fp8=precision.weights)
+        for recompute in (False, True)})
 
 
 def _precision(config: ModelConfig, recipe: Recipe) -> Precision:
+    """Return which layers multiply in 8 bits under a recipe. UserError when ``fp8 = true`` leaves no such layer."""
     precision = default_precision(config, recipe.fp8, None)
     if recipe.fp8 and not any(precision.weights):
         raise UserError(f"fp8 = true changes nothing: of {config.num_layers} layers the first and the last stay as "
@@ -138,7 +146,7 @@ def _precision(config: ModelConfig, recipe: Recipe) -> Precision:
 
 
 def _teacher(recipe: Recipe, source: Source, tokenizer) -> Source:
-    """The teacher of a distillation, else the model itself. UserError when student and teacher do not fit."""
+    """Return the checkpoint of a distillation's teacher, else the model's. UserError when the two do not fit."""
     if recipe.distill is None:
         return source
     teacher = resolve(recipe.distill.teacher) if recipe.distill.teacher else source
@@ -151,11 +159,12 @@ def _teacher(recipe: Recipe, source: Source, tokenizer) -> Source:
                         f"{teacher.config.max_context}")
     layers, count = recipe.distill.layers or (0,), source.config.num_layers
     if min(layers) < 0 or max(layers) >= count or len(set(layers)) < len(layers):
-        raise UserError(f"layers={list(layers)} should name some of the model's layers, 0 to {count - 1}, once each")
+        raise UserError(f"layers must name some of the model's layers, 0 to {count - 1}, once each, not {list(layers)}")
     return teacher
 
 
 def _distillation(recipe: Recipe, source: Source, teacher: Source, mesh: Mesh | None) -> Job:
+    """Return the job that trains a student, made of all or some of the model's layers, on data and teacher."""
     params, dtypes = _load(source, None, mesh)
     config, layers = source.config, recipe.distill.layers
     if layers:
@@ -163,7 +172,7 @@ def _distillation(recipe: Recipe, source: Source, teacher: Source, mesh: Mesh | 
         params = {path: value[jnp.array(layers)] if path.startswith(LAYERS) else value
                   for path, value in params.items()}
     frozen, _ = _load(teacher, recipe.compute_dtype, mesh)
-    return Job(config, _wide(params), frozen, dtypes, {
-        on: distillation_loss(config, teacher.config, recipe.distill, recompute=on, compute_dtype=recipe.compute_dtype,
-                              fp8=_precision(config, recipe).weights)
-        for on in (False, True)})
+    return Job(config, _float32(params), frozen, dtypes, {
+        recompute: distillation_loss(config, teacher.config, recipe.distill, recompute=recompute,
+                                     compute_dtype=recipe.compute_dtype, fp8=_precision(config, recipe).weights)
+        for recompute in (False, True)})

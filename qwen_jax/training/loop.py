@@ -1,6 +1,5 @@
 """The training loop: steps, progress, evaluation, checkpoints that survive an interruption."""
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from qwen_jax.atomic import replace_file
 from qwen_jax.errors import UserError
 from qwen_jax.training import checkpoints
 from qwen_jax.training.batch import Batch
@@ -20,31 +20,31 @@ REPORT_EVERY = 10  # steps between looks at the metrics: each look waits for the
 
 @dataclass(frozen=True)
 class Run:
-    """How long a training runs and what it leaves behind."""
-    folder: Path           # of checkpoints and metrics
+    """Settings of a training run: its length, its folder, and when it writes checkpoints or gives up."""
+    folder: Path           # place of checkpoints and metrics
     steps: int
     checkpoint_every: int  # steps
-    keep: int              # checkpoints
-    max_skipped: int       # steps in a row without effect, because of non-finite gradients, that end the run
-    facts: dict[str, Any]  # what a continued run must have in common with the interrupted one, as JSON
+    keep: int              # number of checkpoints
+    max_skipped: int       # steps in a row with non-finite gradients, and so without effect, that end the run
+    facts: dict[str, Any]  # settings that a continued run must share with the interrupted run, as JSON values
 
 
 def fit(state: TrainState, train_step: Callable, frozen: Any, batch_of: Callable[[int], Batch], run: Run,
         evaluate: Callable[[TrainState], dict[str, float]] | None = None) -> TrainState:
-    """Trains up to step `run.steps` and returns the last state.
+    """Train up to step `run.steps`, from the last checkpoint if there is one, and return the last state.
 
-    batch_of(step) gives the step's batch, the same whenever asked, so a run that is started again in the same folder
-    continues bit for bit where its last checkpoint was. Writes ``step-*`` (checkpoints) and ``metrics.jsonl``; each
-    line of the latter has a ``step`` and either training metrics or what `evaluate`, called at every checkpoint,
-    returned. TensorBoard, where it is installed, can be shown the folder too. Progress goes to stderr. UserError when
-    gradients stay non-finite, naming the first parameter concerned.
+    ``batch_of(step)`` always gives the same batch for a step, so a run that is started again in the same folder
+    continues bit for bit from its last checkpoint. Writes ``step-*`` (checkpoints) and ``metrics.jsonl``; each line of
+    the latter has a ``step`` and either training metrics or the result of `evaluate`, which is called at every
+    checkpoint. Where TensorBoard is installed, its event files are written too. Progress goes to stderr. Raises
+    UserError, which names the first parameter concerned, when gradients stay non-finite.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
-    found, first = checkpoints.restore(run.folder, state, run.facts), 0
-    if found:
-        first, state = found
+    restored, first = checkpoints.restore(run.folder, state, run.facts), 0
+    if restored:
+        first, state = restored
         print(f"continuing at step {first}", file=sys.stderr)
-    _cut(run.folder / "metrics.jsonl", first)
+    _drop_lines_after(run.folder / "metrics.jsonl", first)
     board = _tensorboard(run.folder)
     with open(run.folder / "metrics.jsonl", "a", encoding="utf-8") as log:
         def record(step: int, values: dict[str, float]) -> None:
@@ -84,7 +84,7 @@ def fit(state: TrainState, train_step: Callable, frozen: Any, batch_of: Callable
 
 
 def _tensorboard(folder: Path) -> Any:
-    """A writer of event files, or None where TensorBoard is not installed."""
+    """Return a writer of event files, or None where TensorBoard is not installed."""
     try:
         from tensorboard.summary import Writer
     except ImportError:
@@ -93,6 +93,7 @@ def _tensorboard(folder: Path) -> Any:
 
 
 def _check(state: TrainState, metrics: dict, limit: int) -> None:
+    """Raise UserError when the gradients of `limit` steps in a row were not finite."""
     in_a_row = int(state.skipped_in_a_row)
     if in_a_row >= limit:
         bad = [name for name, finite in metrics["finite"].items() if not np.asarray(finite)]
@@ -101,17 +102,16 @@ def _check(state: TrainState, metrics: dict, limit: int) -> None:
                         "data")
 
 
-def _cut(path: Path, step: int) -> None:
-    """Drops the lines after `step`, which the continued run writes again, and a line that was cut off."""
+def _drop_lines_after(path: Path, step: int) -> None:
+    """Remove the metrics after `step`, which the continued run writes again, and an incomplete last line."""
     if not path.exists():
         return
-    kept = []
+    lines = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         if not line.endswith("\n") or json.loads(line)["step"] > step:
             break
-        kept.append(line)
-    path.with_suffix(".part").write_text("".join(kept), encoding="utf-8")
-    os.replace(path.with_suffix(".part"), path)
+        lines.append(line)
+    replace_file(path, "".join(lines).encode())
 
 
 def _duration(seconds: float) -> str:

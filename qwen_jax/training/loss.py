@@ -1,14 +1,17 @@
-"""Next-token loss, over a vocabulary too large for its logits to exist all at once."""
+"""Losses of next-token prediction and distillation, for a vocabulary too large for all logits to exist at once."""
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-LOGITS_AT_ONCE = 1 << 24  # numbers: 64 MiB in float32
+LOGITS_AT_ONCE = 1 << 24  # elements: 64 MiB in float32
 
 
 def _chunked(length: int, rows: int, vocab: int):
-    """A function that cuts ``[B, T, ...]`` into ``[chunks, B, c, ...]``, zeros at the end, for chunks of logits."""
+    """Return a function that cuts ``[B, T, ...]`` along T into ``[chunks, B, c, ...]``, padded with zeros at the end.
+
+    The chunks are so short that the logits of one fit into `LOGITS_AT_ONCE`.
+    """
     chunk = min(length, max(-(-64 // rows), LOGITS_AT_ONCE // (rows * vocab)))
 
     def cut(x):
@@ -20,13 +23,15 @@ def _chunked(length: int, rows: int, vocab: int):
 
 def cross_entropy(hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array,
                   train_head: bool = True) -> tuple[jax.Array, jax.Array]:
-    """Sums over all tokens of ``weight · -log p(target)``, in nats, and of the weights of tokens predicted right.
+    """Return the weighted cross-entropy summed over all tokens, in nats, and the weights of tokens predicted right.
 
-    hidden ``[B, T, D]``, head ``[V, D]``, targets (int32) and weights (float32) ``[B, T]``. Returns two float32
-    scalars. A token is predicted right when no other has a higher probability.
+    The sums are those of ``weight · -log p(target)`` and of ``weight``, two float32 scalars. A token is predicted right
+    when no other token has a higher probability. hidden ``[B, T, D]``, head ``[V, D]``, targets (int32) and weights
+    (float32) ``[B, T]``.
 
-    Never more than a chunk of each row's tokens has logits. Gradients are made with the loss, chunk by chunk, so no
-    logits are computed twice; that of the head only with `train_head` (else it is zero). Targets and weights have none.
+    Only one chunk of each row's tokens has logits at a time. Gradients are computed with the loss, chunk by chunk, so
+    no logits are computed twice. The head has a gradient only with `train_head` (else it is zero), targets and weights
+    have none.
     """
     cut = _chunked(hidden.shape[1], hidden.shape[0], len(head))
     return _summed(train_head, cut(hidden), head, cut(targets), cut(weights))
@@ -42,9 +47,9 @@ def _summed(train_head, hidden, head, targets, weights):
 
 
 def _chunk(head, hidden, targets, weights):
-    """Sums of one chunk, and the gradient ``[B, c, V]`` of its loss with respect to its logits: p - onehot, weighted.
+    """Return `cross_entropy`'s two sums for a chunk, and the gradient ``[B, c, V]`` of its loss by its logits.
 
-    Reductions over the vocabulary are sums and maxima, so that they can run where a split head's logits are.
+    Reductions over the vocabulary are sums and maxima, which also run when the head and its logits are split.
     """
     logits = jnp.einsum("bcd,vd->bcv", hidden, head, preferred_element_type=jnp.float32)
     top = logits.max(axis=-1, keepdims=True)
@@ -59,25 +64,25 @@ def _chunk(head, hidden, targets, weights):
 
 def _forward(train_head, hidden, head, targets, weights):
     def body(carry, item):
-        nll, right, of_head = carry
-        more, more_right, of_logits = _chunk(head, *item)
-        of_logits = of_logits.astype(head.dtype)
-        of_hidden = jnp.einsum("bcv,vd->bcd", of_logits, head, preferred_element_type=jnp.float32)
+        nll, right, head_gradient = carry
+        more, more_right, logits_gradient = _chunk(head, *item)
+        logits_gradient = logits_gradient.astype(head.dtype)
+        hidden_gradient = jnp.einsum("bcv,vd->bcd", logits_gradient, head, preferred_element_type=jnp.float32)
         if train_head:
-            of_head += jnp.einsum("bcv,bcd->vd", of_logits, item[0], preferred_element_type=jnp.float32)
-        return (nll + more, right + more_right, of_head), of_hidden.astype(hidden.dtype)
+            head_gradient += jnp.einsum("bcv,bcd->vd", logits_gradient, item[0], preferred_element_type=jnp.float32)
+        return (nll + more, right + more_right, head_gradient), hidden_gradient.astype(hidden.dtype)
 
-    of_head = jnp.zeros(head.shape if train_head else (), jnp.float32)
-    (nll, right, of_head), of_hidden = jax.lax.scan(body, (jnp.float32(0), jnp.float32(0), of_head),
+    head_gradient = jnp.zeros(head.shape if train_head else (), jnp.float32)
+    (nll, right, head_gradient), hidden_gradient = jax.lax.scan(body, (jnp.float32(0), jnp.float32(0), head_gradient),
                                                     (hidden, targets, weights))
-    return (nll, right), (of_hidden, of_head, head)
+    return (nll, right), (hidden_gradient, head_gradient, head)
 
 
 def _backward(train_head, residuals, cotangents):
-    of_hidden, of_head, head = residuals
-    scale, _ = cotangents  # counting what is right has no gradient
-    of_head = (of_head * scale).astype(head.dtype) if train_head else jnp.zeros_like(head)
-    return (of_hidden * scale).astype(of_hidden.dtype), of_head, None, None
+    hidden_gradient, head_gradient, head = residuals
+    scale, _ = cotangents  # the count of right predictions has no gradient
+    head_gradient = (head_gradient * scale).astype(head.dtype) if train_head else jnp.zeros_like(head)
+    return (hidden_gradient * scale).astype(hidden_gradient.dtype), head_gradient, None, None
 
 
 _summed.defvjp(_forward, _backward)
@@ -86,10 +91,11 @@ _summed.defvjp(_forward, _backward)
 def distillation(hidden: jax.Array, head: jax.Array, teacher_hidden: jax.Array, teacher_head: jax.Array,
                  targets: jax.Array, weights: jax.Array, temperature: float, kl_weight: float
                  ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Weighted sums over all tokens: the loss of `recipe.Distill`, the tokens predicted right, the divergence.
+    """Return the distillation loss (`recipe.Distill`), tokens predicted right and KL divergence, as weighted sums.
 
     hidden ``[B, T, D]``, head ``[V, D]`` of the student and of the teacher (their D may differ); targets and weights
-    ``[B, T]``. Three float32 scalars, in nats. Chunk by chunk; the backward pass makes the logits again.
+    ``[B, T]``. Returns three float32 scalars; loss and divergence are in nats. Works chunk by chunk; the backward pass
+    computes the logits again.
     """
     cut = _chunked(hidden.shape[1], hidden.shape[0], len(head))
     wide = head.astype(jnp.float32)  # gradients of all chunks are added in float32
@@ -104,8 +110,8 @@ def distillation(hidden: jax.Array, head: jax.Array, teacher_hidden: jax.Array, 
         nll = jax.nn.logsumexp(student, axis=-1) - chosen
         log_p, log_q = (jax.nn.log_softmax(logits / temperature) for logits in (student, teacher))
         kl = (jnp.exp(log_q) * (log_q - log_p)).sum(axis=-1)
-        each = (1 - kl_weight) * nll + kl_weight * temperature ** 2 * kl
-        new = (each * weights).sum(), ((chosen >= student.max(axis=-1)) * weights).sum(), (kl * weights).sum()
+        loss = (1 - kl_weight) * nll + kl_weight * temperature ** 2 * kl
+        new = (loss * weights).sum(), ((chosen >= student.max(axis=-1)) * weights).sum(), (kl * weights).sum()
         return jax.tree.map(jnp.add, sums, new), None
 
     zero = jnp.float32(0)

@@ -1,7 +1,7 @@
-"""The model as training runs it: the parameters of all layers stacked, one traced layer scanned over them.
+"""The model for training: the parameters of all layers stacked, and one traced layer scanned over them.
 
-Scanning compiles one layer instead of all, and is what lets `recompute` save memory (on XLA:CPU `jax.checkpoint` saves
-nothing in unrolled layers). The mathematics is the model's own: each step of the scan is its `Layer`.
+Scanning compiles one layer instead of all, and lets `recompute` save memory (on XLA:CPU `jax.checkpoint` saves nothing
+in unrolled layers). The mathematics is the model's own: each step of the scan is its `Layer`.
 """
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
@@ -20,13 +20,13 @@ from qwen_jax.quantization import INPUTS, FP8Tensor, TrainedInFP8
 LAYERS = "layers."
 
 
-# One parameter of all layers: an array [L, ...], or where only some of them are FP8Tensors a tuple, a stack for each
-# run of layers that are alike.
+# A parameter of all layers is an array [L, ...]. Where only some layers have FP8Tensors it is a tuple with a stack for
+# each run of layers of one kind.
 Stacked = Mapping[str, jax.Array | tuple[jax.Array | FP8Tensor, ...]]
 
 
 def stack(params: Mapping[str, jax.Array | FP8Tensor]) -> dict[str, jax.Array | tuple[jax.Array | FP8Tensor, ...]]:
-    """Canonical parameters with ``layers.{i}.{name}`` joined to ``layers.{name}``."""
+    """Stack canonical parameters: ``layers.{i}.{name}`` of all layers become ``layers.{name}``."""
     names = {path.split(".", 2)[2] for path in params if path.startswith(LAYERS)}
     count = sum(path.endswith("attention.wo") for path in params)
     stacked = {path: value for path, value in params.items() if not path.startswith(LAYERS)}
@@ -38,18 +38,18 @@ def stack(params: Mapping[str, jax.Array | FP8Tensor]) -> dict[str, jax.Array | 
 
 
 def unstack(stacked: Stacked) -> dict[str, jax.Array | FP8Tensor]:
-    """The inverse of `stack`."""
+    """Split stacked parameters into the canonical parameters of every layer: the inverse of `stack`."""
     params = {path: value for path, value in stacked.items() if not path.startswith(LAYERS)}
     for path, value in stacked.items():
         if path.startswith(LAYERS):
             runs = value if isinstance(value, tuple) else (value,)
-            each = (jax.tree.map(lambda x: x[i], run) for run in runs for i in range(run.shape[0]))  # noqa: B023
-            params |= {f"{LAYERS}{i}.{path.removeprefix(LAYERS)}": layer for i, layer in enumerate(each)}
+            layers = (jax.tree.map(lambda x: x[i], run) for run in runs for i in range(run.shape[0]))  # noqa: B023
+            params |= {f"{LAYERS}{i}.{path.removeprefix(LAYERS)}": layer for i, layer in enumerate(layers)}
     return params
 
 
 def stacked_specs(config: ModelConfig, mesh: Mesh) -> dict[str, PartitionSpec]:
-    """How stacked parameters are split over a mesh."""
+    """Return for each stacked parameter how it is split over a mesh."""
     specs = {}
     for path, param in abstract(config).items():
         if path.startswith(f"{LAYERS}0."):
@@ -62,18 +62,19 @@ def stacked_specs(config: ModelConfig, mesh: Mesh) -> dict[str, PartitionSpec]:
 def hidden(config: ModelConfig, stacked: Stacked, tokens: jax.Array, positions: jax.Array, attend, *,
            adapter: Mapping[str, jax.Array] | None = None, scale: float = 1.0, recompute: bool = False,
            compute_dtype="float32", fp8: Sequence[bool] = ()) -> tuple[jax.Array, Qwen2]:
-    """Final normalised hidden states ``[B, T, D]`` of ``tokens[B, T]`` as ``Qwen2.hidden`` computes them; the model.
+    """Compute the final normalised hidden states ``[B, T, D]`` of ``tokens[B, T]``; return them and the model.
 
-    attend: ``(q, k, v) -> [B, T, K, G, H]``, the same in every layer. adapter: a LoRA adapter (``{target}.a``
-    ``[L, r, I]``, ``{target}.b`` ``[L, O, r]``) and its scale. recompute: keep only each layer's input for the backward
-    pass and compute the layer again there. compute_dtype: what parameters are cast to, each layer's where it is used.
-    fp8: for each layer, whether its matrices multiply in 8 bits, forward and backward; by default none does.
+    The result is that of ``Qwen2.hidden``. attend: ``(q, k, v) -> [B, T, K, G, H]``, the same in every layer. adapter:
+    a LoRA adapter (``{target}.a`` ``[L, r, I]``, ``{target}.b`` ``[L, O, r]``), multiplied by `scale`. recompute: keep
+    only each layer's input for the backward pass and compute the layer again there. compute_dtype: dtype to which
+    parameters are cast, layer by layer. fp8: for each layer, whether its matrices multiply in 8 bits, forward and
+    backward; by default none does.
     """
     def cast(params):
         return {name: value if isinstance(value, FP8Tensor) else value.astype(compute_dtype)
                 for name, value in params.items()}
 
-    model = build(config, cast(unstack(stacked)))  # for its two ends: unused layers cost nothing once compiled
+    model = build(config, cast(unstack(stacked)))  # used for embedding, norm and head: unused layers are not compiled
     cos, sin = rope_tables(config.rope, config.head_dim, positions)
 
     def layer_in(fp8: bool):
@@ -83,20 +84,27 @@ def hidden(config: ModelConfig, stacked: Stacked, tokens: jax.Array, positions: 
                 params = {name: TrainedInFP8(value) if name in INPUTS and not isinstance(value, FP8Tensor) else value
                           for name, value in params.items()}
             layer = build_layer(config, params)
-            return layer(x, cos, sin, attend, lambda site, x, y: adapt_site(config, factors, scale, site, x, y)), None
 
-        # Inside a scan nothing can be shared with the forward pass.
+            def adapt(site, x, y):
+                return adapt_site(config, factors, scale, site=site, x=x, y=y)
+
+            return layer(x, cos, sin, attend, adapt), None
+
+        # prevent_cse is not needed in a scan: its forward and backward loops share no computation.
         return jax.checkpoint(run, prevent_cse=False) if recompute else run
 
     layers = {path.removeprefix(LAYERS): value for path, value in stacked.items() if path.startswith(LAYERS)}
     x = jnp.take(model.embed.weight[...], tokens, axis=0)
-    for on, part in _runs(fp8 or (False,) * config.num_layers):
-        x, _ = jax.lax.scan(layer_in(on), x, (part(layers), part(dict(adapter or {}))))
+    for in_fp8, part in _runs(fp8 or (False,) * config.num_layers):
+        x, _ = jax.lax.scan(layer_in(in_fp8), x, (part(layers), part(dict(adapter or {}))))
     return model.norm(x), model
 
 
 def _runs(flags: Sequence[bool]) -> Iterator[tuple[bool, Callable]]:
-    """For each run of equal flags, the flag and a function that takes that part of stacked parameters."""
+    """Yield for each run of consecutive layers with equal flags the flag and a function that selects these layers.
+
+    The function takes stacked parameters of all layers.
+    """
     start = 0
     for index, (flag, run) in enumerate(groupby(flags)):
         stop = start + len(list(run))

@@ -1,1 +1,1 @@
-"""Which shapes and thresholds are fastest on this device, for a model's shape."""
+"""Search for the shapes of steps and the thresholds with which an engine is fastest on a device (``qwen-jax tune``)."""

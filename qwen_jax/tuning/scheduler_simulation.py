@@ -1,4 +1,4 @@
-"""How long a trace would take: the real scheduler, with measured costs in the device's place."""
+"""Prediction of the time that a request trace takes: the real scheduler runs on measured costs instead of a device."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from qwen_jax.tuning.workloads import Trace
 
 def simulate(trace: Trace, table: tuple[Bucket, ...], limits: Limits, policy: SchedulePolicy, num_pages: int,
              costs: dict[Bucket, Cost], step_seconds: float = 0.0) -> float:
-    """Seconds until every request is answered. step_seconds: of the host, between two steps."""
+    """Return the predicted seconds until every request of a trace is answered.
+
+    costs: cost of a step of each bucket. step_seconds: time of the host between two steps.
+    """
     scheduler = Scheduler(table, limits, PagePool(num_pages), policy, prefix_cache=False)
     for number, (prompt, answer) in enumerate(zip(trace.prompts, trace.answers, strict=True)):
         scheduler.add(Sequence(number, [0] * prompt, answer))
-    total, last = 0.0, None  # seconds; of the last decode step, per token
-    while (plan := scheduler.plan(max(1, int(DISPATCH_SECONDS / (last or DISPATCH_SECONDS))))) is not None:
+    total, token_seconds = 0.0, None  # token_seconds: seconds per token of the last decode step
+    while (plan := scheduler.plan(max(1, int(DISPATCH_SECONDS / (token_seconds or DISPATCH_SECONDS))))) is not None:
         took = seconds_of(plan, costs)
         total += took + step_seconds
         if plan.bucket.phase == "decode":
-            last = took / max(row.count for row in plan.rows)
+            token_seconds = took / max(row.count for row in plan.rows)
             scheduler.commit(plan, [[0] * row.count for row in plan.rows])
         else:
             scheduler.commit(plan, [[0] for _ in plan.rows])

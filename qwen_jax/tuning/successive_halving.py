@@ -1,4 +1,4 @@
-"""Which of a few choices is really the fastest, by running them beside the default."""
+"""Race of a few tuning choices against the default, by successive halving."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from dataclasses import dataclass, field
 from statistics import geometric_mean, median
 from typing import Any
 
-LEAST_ROUNDS = 3  # that decide something
-MOST_ROUNDS = 9  # of the last comparison
-# What counts as no loss on a trace: a median within noise of the default's, and few rounds that say otherwise.
-LEAST_MEDIAN, LEAST_QUARTILE = 0.99, 0.95
-LEAST_GAIN = 1.02  # over all traces, for a change to be worth it
+MIN_ROUNDS = 3  # rounds that a decision needs
+MAX_ROUNDS = 9  # rounds of the last comparison
+# A choice does not lose on a trace if its median and lower quartile of (default's seconds / its own) are at least:
+MIN_MEDIAN, MIN_QUARTILE = 0.99, 0.95
+MIN_GAIN = 1.02  # mean ratio over all traces for which a change is worth it
 
 
 @dataclass
-class Heats:
-    """What one choice took, by trace: seconds of the default and its own, of the same round."""
+class PairedTimings:
+    """Measured times of one candidate setting: per trace and repetition a pair (default's, candidate's seconds)."""
 
     pairs: dict[Any, list[tuple[float, float]]] = field(default_factory=dict)
 
     def ratio(self, trace: Any) -> float:
-        """The median of the rounds: above 1 where the choice is faster."""
+        """Return the speed-up on a trace: the median over rounds of the default's seconds / the choice's own."""
         return median(self._ratios(trace))
 
     def _ratios(self, trace: Any) -> list[float]:
@@ -30,66 +30,75 @@ class Heats:
 
     @property
     def holds(self) -> bool:
-        """Whether it gains something, and loses on no trace."""
+        """True if the timings show that the choice is faster than the default over all traces, and slower on none."""
         quartiles = [ratios[len(ratios) // 4] for ratios in map(self._ratios, self.pairs)]
-        return self.rounds >= LEAST_ROUNDS and self.mean >= LEAST_GAIN and self.worst >= LEAST_MEDIAN and (
-            min(quartiles) >= LEAST_QUARTILE)
+        return self.rounds >= MIN_ROUNDS and self.mean >= MIN_GAIN and self.worst >= MIN_MEDIAN and (
+            min(quartiles) >= MIN_QUARTILE)
 
     @property
     def mean(self) -> float:
+        """Geometric mean over the traces of the choice's speed-up over the default."""
         return geometric_mean([self.ratio(trace) for trace in self.pairs])
 
     @property
     def worst(self) -> float:
+        """Smallest speed-up over the default among the traces."""
         return min(self.ratio(trace) for trace in self.pairs)
 
     @property
     def rounds(self) -> int:
+        """Number of rounds in which the choice has been timed on every trace."""
         return min(map(len, self.pairs.values()), default=0)
 
 
 def race(default: Any, choices: Sequence[Any], traces: Sequence[Any], run: Callable[[Any, Any, int], float],
          deadline: float, clock: Callable[[], float] = time.monotonic, tick: Callable[[str], None] = lambda _: None
-         ) -> tuple[Any | None, dict[Any, Heats]]:
-    """The winner, or None when no choice `holds` beside the default; and all that was measured.
+         ) -> tuple[Any | None, dict[Any, PairedTimings]]:
+    """Time choices against the default; return the fastest that `holds`, or None, and the timings of every choice.
 
-    Successive halving: all run once beside the default, the better half twice more, and so on; the one that is left
-    runs `MOST_ROUNDS` times. It is accepted if it loses on no trace; else the next best is asked. The order alternates
-    from round to round. ``run(choice, trace, round)`` gives seconds. Stops at the ``deadline`` of ``clock``: then it
-    goes by what there is, if that is `LEAST_ROUNDS`.
+    Successive halving: every choice runs once beside the default, the better half twice more, and so on; the last
+    choice runs up to `MAX_ROUNDS` times. It wins if it is slower on no trace; else the next best choice runs as often.
+    The order of choices alternates from round to round.
+
+    run: ``run(choice, trace, round)`` returns seconds. deadline: time of ``clock`` after which no run starts; the
+    decision then rests on the rounds so far, if they are at least `MIN_ROUNDS`. tick receives a text after every trace.
     """
-    heats = {choice: Heats() for choice in choices}
+    timings = {choice: PairedTimings() for choice in choices}
 
-    def round_of(group: Sequence[Any]) -> bool:
+    def run_round(group: Sequence[Any]) -> bool:
+        """Time the default and a group of choices once on every trace. Return False if the deadline came first."""
         for trace in traces:
             if clock() > deadline:
                 return False
             order = [default, *group]
-            number = len(heats[group[0]].pairs.get(trace, ()))
+            number = len(timings[group[0]].pairs.get(trace, ()))
             if number % 2:
                 order.reverse()
             took = {choice: run(choice, trace, number) for choice in order}
             for choice in group:
-                heats[choice].pairs.setdefault(trace, []).append((took[default], took[choice]))
-            tick(f"{len(group)} left, {geometric_mean([heats[one].mean for one in group]):.2f} x")
+                timings[choice].pairs.setdefault(trace, []).append((took[default], took[choice]))
+            tick(f"{len(group)} left, {geometric_mean([timings[choice].mean for choice in group]):.2f} x")
         return True
+
+    def rank(choice: Any) -> float:
+        return -_score(timings[choice])
 
     alive, rounds, going = list(choices), 1, True
     while going and len(alive) > 1:
         for _ in range(rounds):
-            going = going and round_of(alive)
-        alive.sort(key=lambda choice: -_standing(heats[choice]))
+            going = going and run_round(alive)
+        alive.sort(key=rank)
         alive = alive[:(len(alive) + 1) // 2]
         rounds *= 2
-    for choice in [*alive, *sorted(set(choices) - set(alive), key=lambda one: -_standing(heats[one]))]:
-        while heats[choice].rounds < MOST_ROUNDS and round_of([choice]):
-            if heats[choice].rounds >= LEAST_ROUNDS and heats[choice].worst < 0.95:
-                break  # it will not recover
-        if heats[choice].holds:
-            return choice, heats
-    return None, heats
+    for choice in [*alive, *sorted(set(choices) - set(alive), key=rank)]:
+        while timings[choice].rounds < MAX_ROUNDS and run_round([choice]):
+            if timings[choice].rounds >= MIN_ROUNDS and timings[choice].worst < 0.95:
+                break  # further rounds cannot make up for such a loss
+        if timings[choice].holds:
+            return choice, timings
+    return None, timings
 
 
-def _standing(heats: Heats) -> float:
-    """The mean, and what the worst trace lacks."""
-    return heats.mean + 3 * min(0.0, heats.worst - 1) if heats.pairs else 0.0
+def _score(timings: PairedTimings) -> float:
+    """Return the mean speed-up of a choice, less a penalty when a trace gets slower: the higher the better."""
+    return timings.mean + 3 * min(0.0, timings.worst - 1) if timings.pairs else 0.0

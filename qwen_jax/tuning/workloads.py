@@ -1,4 +1,4 @@
-"""Loads that a choice of shapes has to serve well: requests by their lengths, all submitted at once."""
+"""Request traces by which tuning choices are judged: the lengths of requests that are all submitted at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from qwen_jax.engine.api.sampling_params import SamplingParams
 
 @dataclass(frozen=True)
 class Load:
-    """requests: how many. prompt: their tokens, log-uniform from the first to the second; answer: uniform."""
+    """A kind of workload: number of requests, and ranges of the lengths of their prompts and answers in tokens.
+
+    Attributes:
+      requests: number of requests.
+      prompt: smallest and largest length of a prompt, drawn log-uniformly.
+      answer: smallest and largest length of an answer, drawn uniformly.
+    """
 
     requests: int
     prompt: tuple[int, int]
@@ -21,22 +27,22 @@ class Load:
 LOADS = {
     "chat": Load(12, (16, 128), (32, 64)),  # some short conversations
     "documents": Load(6, (512, 1536), (8, 32)),  # long prompts, short answers
-    "crowd": Load(64, (8, 64), (32, 64)),  # many rows that decode
-    "classify": Load(48, (32, 512), (1, 1)),  # prefill alone
+    "crowd": Load(64, (8, 64), (32, 64)),  # many rows in decode
+    "classify": Load(48, (32, 512), (1, 1)),  # prefill only
     "mixed": Load(32, (16, 1024), (1, 128)),
 }
 
 
 @dataclass(frozen=True)
 class Trace:
-    """Lengths of one load's requests, by a seed."""
+    """Lengths in tokens of the prompts and answers of a load's requests, drawn by a seed."""
 
     name: str
     prompts: tuple[int, ...]
     answers: tuple[int, ...]
 
     def requests(self, vocab_size: int, salt: int) -> tuple[list[list[int]], list[SamplingParams]]:
-        """Prompts of random tokens, others for another salt, and greedy options for answers of just these lengths."""
+        """Return random prompts, different for every salt, and options for greedy answers of exactly these lengths."""
         rng = np.random.default_rng((salt, len(self.prompts)))
         return ([rng.integers(0, vocab_size, length).tolist() for length in self.prompts],
                 [SamplingParams(max_tokens=length, temperature=0.0, repetition_penalty=1.0, ignore_eos=True)
@@ -44,12 +50,12 @@ class Trace:
 
 
 def trace(name: str, seed: int, max_seq_len: int, share: float = 1.0) -> Trace:
-    """One of `LOADS`, cut down to what fits, or to a share of its requests."""
+    """Draw request lengths of a load in `LOADS`, up to the engine's maximum, for a share of its requests."""
     return of_load(name, LOADS[name], seed + 1000 * list(LOADS).index(name), max_seq_len, share)
 
 
 def of_load(name: str, load: Load, seed: int, max_seq_len: int, share: float = 1.0) -> Trace:
-    """One of a load of your own."""
+    """Draw request lengths of a load that need not be in `LOADS`; see `trace`."""
     rng = np.random.default_rng(seed)
     count = max(1, round(load.requests * share))
     low, high = np.log(load.prompt[0]), np.log(load.prompt[1] + 1)
@@ -61,5 +67,5 @@ def of_load(name: str, load: Load, seed: int, max_seq_len: int, share: float = 1
 
 
 def traces(seed: int, max_seq_len: int, share: float = 1.0) -> list[Trace]:
-    """All of them."""
+    """Draw request lengths of every load in `LOADS`; see `trace`."""
     return [trace(name, seed, max_seq_len, share) for name in LOADS]

@@ -1,15 +1,16 @@
-"""Load balancing policies on a skewed trace, in the simulator: how long requests take, and how even the load is.
+"""Compare load-balancing policies in a simulator, on skewed traces of requests: latency, and how even the load is.
 
     python scripts/bench/balance.py [--replicas 8,200] [--seconds 120] [--rate 3] [--seeds 8] [--picture FILE.png]
                                     [--measure bundled]
 
-Equal replicas; up to 50 of them also with a quarter at half speed. Every policy gets the same traces (`skewed_trace`),
-one for each seed; more than 50 replicas get three at most. Columns are means over seeds. In flight: requests queued or
-running, averaged over time; busy: share of the time with a step in progress. Then throughput with more requests than
-the replicas can answer, against one replica with the same trace at its share of the rate. How long a replica takes is
-given by options; the defaults are assumptions, not measurements. With --measure an engine runs steps of many sizes here
-first, and a line through their times takes the options' place; rates are then such that replicas are as busy as with
-the defaults. Takes minutes, most of them for 200 replicas.
+The replicas are equal; up to 50 replicas are also simulated with a quarter of them at half speed. Every policy gets the
+same traces (`skewed_trace`), one trace per seed; more than 50 replicas get three seeds at most. Columns are means over
+seeds. In flight: requests queued or running, averaged over time; busy: share of the time with a step in progress. The
+last lines give the throughput with more requests than the replicas can answer, against a single replica with the same
+trace at its share of the rate. The options set a replica's service times; the defaults are assumptions, not
+measurements. With --measure an engine runs steps of many sizes on this machine first, and a line through their times
+replaces the options; the rates are then scaled so that replicas are as busy as with the defaults. The script takes
+minutes, most of them for 200 replicas.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ import time
 import numpy as np
 from workload import say
 
-from qwen_jax.cluster.routing.policies import RoundRobin, choose, least_loaded, random_choice, two_choices
+from qwen_jax.cluster.routing.policies import choose
+from qwen_jax.cluster.simulation.policies import RoundRobin, least_loaded, random_choice, two_choices
 from qwen_jax.cluster.simulation.simulator import Result, ServiceTimes, imbalance, simulate
 from qwen_jax.cluster.simulation.traces import skewed_trace
 
 OURS, MOVES = "ours", ", moves"
-MANY = 50  # replicas: above, a simulation takes ten seconds
-POLICIES = {  # what makes a policy, and whether queues are evened out
+MANY = 50  # replicas above which a simulation takes ten seconds or more
+POLICIES = {  # name: (factory of the policy, whether `rebalance_load` evens out the queues)
     "random": (lambda: random_choice, False),
     "round robin": (RoundRobin, False),
     "round robin" + MOVES: (RoundRobin, True),
@@ -54,18 +56,18 @@ COLUMNS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--replicas", default="8,200")
-    parser.add_argument("--seconds", type=float, default=120, help="of arrivals")
+    parser.add_argument("--seconds", type=float, default=120, help="length of the trace")
     parser.add_argument("--rate", type=float, default=3, help="requests per second and replica")
     parser.add_argument("--saturating-rate", type=float, default=10)
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--report-seconds", type=float, default=0.1)
     parser.add_argument("--rebalance-seconds", type=float, default=1.0)
     parser.add_argument("--prefill-tokens-per-second", type=float, default=5000)
-    parser.add_argument("--step-ms", type=float, default=4, help="a step's base")
-    parser.add_argument("--row-ms", type=float, default=0.2, help="a row's decode step")
+    parser.add_argument("--step-ms", type=float, default=4, help="fixed cost of a step")
+    parser.add_argument("--row-ms", type=float, default=0.2, help="cost of one row in a decode step")
     parser.add_argument("--max-batch", type=int, default=32)
     parser.add_argument("--picture", metavar="FILE.png")
-    parser.add_argument("--measure", metavar="MODEL", help="whose steps are timed on this machine")
+    parser.add_argument("--measure", metavar="MODEL", help="model whose steps are timed on this machine")
     args = parser.parse_args()
     times = ServiceTimes(args.step_ms / 1e3, 1 / args.prefill_tokens_per_second, args.row_ms / 1e3, args.max_batch)
     if args.measure:
@@ -87,7 +89,7 @@ def main() -> None:
 
 
 def measured(model: str, max_batch: int) -> ServiceTimes:
-    """A line through the times of an engine's steps: least squares, weighted so that relative errors count."""
+    """Time an engine's steps on this machine and fit `ServiceTimes` to them by least squares of relative errors."""
     from qwen_jax import Engine, SamplingParams
 
     engine = Engine.from_pretrained(model, max_batch_size=max_batch, max_seq_len=2048, prefix_cache=False)
@@ -127,24 +129,27 @@ def measured(model: str, max_batch: int) -> ServiceTimes:
 
 
 def work_of_a_request(times: ServiceTimes) -> float:
-    """Seconds of a mean request of the trace, a quarter of the batch beside it."""
+    """Return the seconds that the mean request of `skewed_trace` takes in a batch that is a quarter full."""
     trace = skewed_trace(2000, 1.0, 0)
-    prompt, answer = (np.mean([getattr(one, name) for one in trace]) for name in ("prompt_tokens", "output_tokens"))
+    prompt = np.mean([request.prompt_tokens for request in trace])
+    answer = np.mean([request.output_tokens for request in trace])
     steps = prompt / times.chunk_tokens + answer / (times.max_batch / 4)
     return float(steps * times.base + prompt * times.per_prefill_token + answer * times.per_decode_row)
 
 
 def slower(times: ServiceTimes) -> ServiceTimes:
+    """Return the service times of a replica at half the speed of one with `times`."""
     return dataclasses.replace(times, base=2 * times.base, per_prefill_token=2 * times.per_prefill_token,
                                per_decode_row=2 * times.per_decode_row)
 
 
 def seeds(count: int, args) -> range:
+    """Return the seeds of the traces for `count` replicas: at most three above `MANY` replicas, which take long."""
     return range(args.seeds if count <= MANY else min(args.seeds, 3))
 
 
 def run(policy: str, replicas: list[ServiceTimes], rate: float, seed: int, args) -> Result:
-    """rate: requests per second and replica."""
+    """Simulate one load-balancing policy on the trace of `seed`, with `rate` requests per second for each replica."""
     make, moves = POLICIES[policy]
     total = rate * len(replicas)
     return simulate(skewed_trace(int(total * args.seconds), total, seed), replicas, make(), seed=seed,
@@ -152,6 +157,7 @@ def run(policy: str, replicas: list[ServiceTimes], rate: float, seed: int, args)
 
 
 def compare(title: str, replicas: list[ServiceTimes], args) -> dict[str, list[Result]]:
+    """Simulate every policy with every seed, print a row of latencies and loads per policy, and return all results."""
     results = {}
     print(f"\n{title}, {args.rate:g} requests/s each for {args.seconds:g} s, {len(seeds(len(replicas), args))} seed(s)")
     print(f"{'':>22}" + "".join(f"{name:>{max(9, len(name) + 2)}}" for name in COLUMNS) + "   max/mean of seeds")
@@ -167,21 +173,25 @@ def compare(title: str, replicas: list[ServiceTimes], args) -> dict[str, list[Re
 
 
 def throughput(replicas: list[ServiceTimes], args) -> None:
-    """Per second, of requests that ended while others still arrived."""
+    """Print requests and tokens per second under saturation, for all replicas and for one of them.
+
+    Requests that end after the last arrival do not count.
+    """
     cells = []
-    for some in (replicas[:1], replicas):
-        all_of_it = [run(OURS, some, args.saturating_rate, seed, args) for seed in seeds(len(replicas), args)]
-        cells.append([np.mean([value(result) for result in all_of_it]) for value in (
+    for group in (replicas[:1], replicas):
+        results = [run(OURS, group, args.saturating_rate, seed, args) for seed in seeds(len(replicas), args)]
+        cells.append([np.mean([value(result) for result in results]) for value in (
             lambda result: result.requests_per_second, lambda result: result.tokens_per_second,
             lambda result: result.utilisation.mean())])
-    (one, one_tokens, one_busy), (many, many_tokens, many_busy) = cells
+    (single, single_tokens, single_busy), (many, many_tokens, many_busy) = cells
     print(f"\n{len(replicas)} replicas, {args.saturating_rate:g} requests/s each: {many:.1f} requests/s and "
-          f"{many_tokens:.0f} tokens/s, busy {many_busy:.3f}; one: {one:.2f}, {one_tokens:.0f} and {one_busy:.3f}. "
-          f"{many / one:.2f} x the requests, {many_tokens / one_tokens:.2f} x the tokens", flush=True)
+          f"{many_tokens:.0f} tokens/s, busy {many_busy:.3f}; one: {single:.2f}, {single_tokens:.0f} and "
+          f"{single_busy:.3f}. {many / single:.2f} x the requests, {many_tokens / single_tokens:.2f} x the tokens",
+          flush=True)
 
 
 def draw(drawn: dict[int, dict[str, list[Result]]], args) -> None:
-    """A row for each number of replicas: latency, evenness, and the load of each replica of the first seed."""
+    """Draw a row of panels per number of replicas: p99 latency and max / mean load by policy, load of each replica."""
     import matplotlib
 
     matplotlib.use("Agg")  # no display needed

@@ -1,4 +1,4 @@
-"""How soon a bad version is taken back, and how often the same version is: simulated trials.
+"""Simulate canary trials of new model versions: how soon a worse one is taken back, and how often an equal one is.
 
     python scripts/bench/canary.py [--runs 200]
 """

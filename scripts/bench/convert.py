@@ -1,4 +1,4 @@
-"""Time and memory of converting a checkpoint, against copying and hashing the same files.
+"""Measure the time and memory of converting a checkpoint, against copying and hashing the same files.
 
     python scripts/bench/convert.py [--preset qwen2.5-1.5b] [--layers N] [--shards 4] [--rounds 3] [--folder DIR]
 
@@ -50,7 +50,7 @@ print(imported - start, done - imported, peak)
 
 
 def make_checkpoint(folder: Path, config: ModelConfig, shards: int) -> int:
-    """Write random finite bfloat16 weights; returns the bytes of the largest tensor."""
+    """Write a checkpoint of random finite bfloat16 weights and return the size of its largest tensor in bytes."""
     shapes = hf_shapes(config)
     dtype = np.dtype(ml_dtypes.bfloat16)
     total = sum(int(np.prod(shape)) for shape in shapes.values()) * 2
@@ -70,7 +70,7 @@ def make_checkpoint(folder: Path, config: ModelConfig, shards: int) -> int:
 
 
 def copy_and_hash(src: Path, dst: Path, openssl: bool = False) -> float:
-    """Seconds for `cp`, fsync of each file, and a SHA-256 of each file."""
+    """Copy a checkpoint's files with `cp`, fsync the copies, and hash the files with SHA-256; return the seconds."""
     files = sorted(src.iterdir())
     start = time.perf_counter()
     dst.mkdir()
@@ -88,7 +88,7 @@ def copy_and_hash(src: Path, dst: Path, openssl: bool = False) -> float:
 
 
 def run(work: str, src: Path, dst: Path) -> tuple[float, int]:
-    """Seconds of the whole process, and its peak resident bytes."""
+    """Run `work` ("convert", "export" or "load") on a checkpoint in a fresh process; return seconds and peak memory."""
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", CHILD, work, str(src), str(dst)], check=True, stdout=subprocess.PIPE,
                           text=True)

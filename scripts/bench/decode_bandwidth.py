@@ -1,11 +1,11 @@
-"""A decode step against reading the weights once at the machine's memory bandwidth. Bars: 2.6 x at 8 rows, 3.3 x at 32.
+"""Compare the time of a decode step with that of reading the weights once at the machine's memory bandwidth.
 
     python scripts/bench/decode_bandwidth.py [--batches 8,32] [--rounds 5] [--tokens 96]
 
-0.5B shape, random weights, bf16, contexts of 80-176 tokens. A step is what another token for every row costs: the time
-of long answers less that of short ones, prefills taken out of both; scheduling and delivery count. Bandwidth is read in
-each round, just before: the best of several ways to read as many bytes as the weights have, each a few times. What else
-runs on the machine slows both sides.
+Bars: a step takes at most 2.6 times as long at 8 rows, 3.3 times at 32 rows. 0.5B shape, random weights, bf16, contexts
+of 80-176 tokens. A step's time is that of long answers less that of short answers, divided by the extra tokens;
+prefills are taken out of both, scheduling and delivery count. Bandwidth is measured just before each step: the best of
+several ways to read as many bytes as the weights have, each tried three times. Other work on the machine slows both.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main() -> int:
 
 
 def decode(engine: Engine, rng: np.random.Generator, batch: int, tokens: int) -> float:
-    """Seconds per decode step of ``batch`` rows."""
+    """Return the seconds that the engine takes per decode step of ``batch`` sequences, without prefill."""
     prompts = [token_ids(rng, PROMPT, engine.config.vocab_size) for _ in range(batch)]
 
     def decoding(count: int) -> float:
@@ -79,11 +79,12 @@ def decode(engine: Engine, rng: np.random.Generator, batch: int, tokens: int) ->
 
 
 def prefilling(engine: Engine) -> float:
+    """Return the seconds that the engine has spent in prefill steps so far."""
     return sum(bucket.seconds for bucket in engine.stats().buckets if bucket.bucket.startswith("prefill/"))
 
 
 def readers(size: int) -> dict:
-    """Ways to read ``size`` bytes of memory with all cores."""
+    """Return functions, by name, that each read ``size`` bytes of memory once with all cores."""
     cores = os.cpu_count()
     words = np.random.default_rng(0).integers(0, 2**62, size // 8)
     pool = ThreadPoolExecutor(cores)  # numpy lets go of the interpreter's lock

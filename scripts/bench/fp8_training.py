@@ -1,10 +1,9 @@
-"""The yardstick's recipe in FP8 and in bf16, side by side on the same batches: losses, steps without effect.
+"""Train the yardstick model in FP8 and in bf16 on the same batches; compare the losses and the skipped steps.
 
     python scripts/bench/fp8_training.py               # the whole recipe, twice
     python scripts/bench/fp8_training.py --shrink 10   # a tenth of the steps of every stage
 """
 import argparse
-import dataclasses
 import os
 import sys
 import tempfile
@@ -12,20 +11,22 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 
 import jax  # noqa: E402
+import msgspec  # noqa: E402
 import numpy as np  # noqa: E402
+from model_folder import model_config  # noqa: E402
+from model_recipes import YardstickRecipe  # noqa: E402
 from train_yardstick import FAMILIES, Material, initial_params, run_tokenizer  # noqa: E402
+from turn_rows import OPENING  # noqa: E402
 
 from qwen_jax.quantization import default_precision  # noqa: E402
-from qwen_jax.training.new_model import model_config  # noqa: E402
-from qwen_jax.training.recipe import YardstickRecipe, load_recipe  # noqa: E402
+from qwen_jax.training.recipe import load_recipe  # noqa: E402
 from qwen_jax.training.stacked import stack  # noqa: E402
 from qwen_jax.training.step import init_state, language_model_loss, make_optimizer, make_train_step  # noqa: E402
-from qwen_jax.training.turns import OPENING  # noqa: E402
 
-HELD_OUT = 4  # batches of every family
+HELD_OUT = 4  # held-out batches of every family
 
 
 def main() -> None:
@@ -35,9 +36,9 @@ def main() -> None:
     parser.add_argument("--curves", help="file to append a line of losses to every 10 steps")
     args = parser.parse_args()
     recipe = load_recipe(args.recipe, YardstickRecipe)
-    recipe = dataclasses.replace(recipe, stages=tuple(
-        dataclasses.replace(stage, steps=max(1, stage.steps // args.shrink)) for stage in recipe.stages),
-        optimizer=dataclasses.replace(recipe.optimizer, warmup_steps=recipe.optimizer.warmup_steps // args.shrink))
+    recipe = msgspec.structs.replace(recipe, stages=tuple(
+        msgspec.structs.replace(stage, steps=max(1, stage.steps // args.shrink)) for stage in recipe.stages),
+        optimizer=msgspec.structs.replace(recipe.optimizer, warmup_steps=recipe.optimizer.warmup_steps // args.shrink))
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = run_tokenizer(recipe, Path(folder))
     config, material = model_config(recipe.model, tokenizer), Material(recipe, tokenizer)
@@ -68,7 +69,7 @@ def main() -> None:
     print(f"{'':8} {'loss, last tenth':>18} {'held out':>10} {'without effect':>16}")
     table = {}
     for name, state in states.items():
-        # Both are judged in bf16: the trained weights, not the rounding of one more product.
+        # Both are judged in bf16, so that only the trained weights differ.
         total = [jax.jit(losses["bf16"])(state.trainable, {}, batch) for batch in batches]
         held_out = float(sum(nll for nll, _ in total) / sum(weight for _, (weight, _) in total))
         table[name] = np.mean(recent[name][-last:]), held_out

@@ -1,6 +1,8 @@
-"""Bag-of-features baseline on the fraud task: gradient boosting over token counts. It should fail: order decides here.
+"""Score a bag-of-features baseline on the fraud task: gradient boosting over token counts.
 
     python scripts/bench/fraud_baseline.py [--train 20000] [--test 4000]
+
+It should fail, because the order of the words decides.
 """
 import argparse
 import re
@@ -20,7 +22,7 @@ TOKEN = re.compile(r"[A-Za-z]+|\d")  # words and single digits, as the model's t
 
 
 def features(name: str, limit: int):
-    """A vectoriser of texts: the `limit` most frequent n-grams, counted, or weighted and reduced to 64 components."""
+    """Return the vectoriser called `name`: counts of the `limit` commonest n-grams, or 64 components of tf-idf."""
     options = dict(token_pattern=None, tokenizer=TOKEN.findall, lowercase=False, max_features=limit)
     if name == "counts":
         return CountVectorizer(**options)

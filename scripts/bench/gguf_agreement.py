@@ -1,10 +1,11 @@
-"""Greedy tokens of llama.cpp on an exported GGUF file against this engine's: the share of prompts with the same ones.
+"""Compare llama.cpp's greedy tokens on an exported GGUF file with this engine's: the share of equal answers.
 
     python scripts/bench/gguf_agreement.py --python ENV/bin/python [--model bundled] [--dtype float16] [--prompts 50]
 
-Prompts are card transactions to judge (`qwen_jax.evaluation.fraud.task`), in the model's chat template. Both are given
-the same token ids; whether llama.cpp's tokenizer makes the same ids of the prompt's text is counted beside it. ENV is
-an environment with llama-cpp-python, which `llama_cpp.py` tells how to make. Exits with 1 below `--bar`.
+Prompts are card transactions to judge (`qwen_jax.evaluation.fraud.task`), in the model's chat template. Both programs
+get the same token ids; a second count says for how many prompts llama.cpp's tokenizer makes the same ids of the text.
+ENV is an environment with llama-cpp-python (`llama_cpp.py` says how to make it). Exits with 1 when the share is below
+`--bar`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--python", required=True, help="the Python of an environment with llama-cpp-python")
     parser.add_argument("--model", default="bundled")
-    parser.add_argument("--dtype", default="float16", help="of the GGUF file's matrices: float16, bfloat16 or q8_0")
+    parser.add_argument("--dtype", default="float16", help="of the GGUF file: float16, bfloat16 or q8_0")
     parser.add_argument("--engine-dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--max-tokens", type=int, default=32)
@@ -48,12 +49,12 @@ def main() -> None:
         theirs = [peer.ask(text=text, tokens=tokens, stop=stop, max_tokens=args.max_tokens)
                   for text, tokens in zip(texts, prompts)]
         peer.close()
-    same = [mine.token_ids == other["continued"] for mine, other in zip(ours, theirs)]
-    split = sum(tokens == other["tokenized"] for tokens, other in zip(prompts, theirs))
-    for index, (mine, other) in enumerate(zip(ours, theirs)):
+    same = [output.token_ids == peer_output["continued"] for output, peer_output in zip(ours, theirs)]
+    split = sum(tokens == peer_output["tokenized"] for tokens, peer_output in zip(prompts, theirs))
+    for index, (output, peer_output) in enumerate(zip(ours, theirs)):
         if not same[index]:
-            print(f"prompt {index}: ours {mine.text!r}, llama.cpp {tokenizer.decode(other['continued'])!r}")
-    tokens = sum(len(mine.token_ids) for mine in ours)
+            print(f"prompt {index}: ours {output.text!r}, llama.cpp {tokenizer.decode(peer_output['continued'])!r}")
+    tokens = sum(len(output.token_ids) for output in ours)
     print(f"same greedy tokens: {sum(same)} of {len(same)} prompts ({tokens} tokens), GGUF {args.dtype} against the "
           f"engine in {args.engine_dtype}; same token ids of the text: {split} of {len(same)}")
     sys.exit(sum(same) < args.bar * len(same))

@@ -1,4 +1,6 @@
-"""llama.cpp on a GGUF file, behind a pipe: one JSON object per line in, one out. `gguf_agreement.py` runs it.
+"""Run llama.cpp on a GGUF file behind a pipe: a JSON object per line in, a JSON object per line out.
+
+`gguf_agreement.py` starts this script.
 
     {"gguf": "model.gguf", "context": 1024}  ->  {"ready": true}   (the first line)
     {"text": "Hi", "tokens": [1, 2, 3], "stop": [7], "max_tokens": 16}  ->  {"tokenized": [1, 2], "continued": [4, 7]}
@@ -29,7 +31,7 @@ def main() -> None:
 
 
 def without_extra_buffers() -> None:
-    """Weights stay as the file has them: llama.cpp's AMX kernels for 8-bit ones (0.3.36) crash on some machines."""
+    """Keep llama.cpp from repacking the file's weights for its AMX kernels, which crash on some machines (0.3.36)."""
     defaults = llama_cpp.llama_model_default_params
 
     def changed():

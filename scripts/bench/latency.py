@@ -1,4 +1,4 @@
-"""Time to the first token under load, through `AsyncEngine`: 0.5B shape, random weights, bf16.
+"""Measure the time to the first token under load, through `AsyncEngine`: 0.5B shape, random weights, bf16.
 
     python scripts/bench/latency.py ttft [--requests 100] [--interval 6] [--long 8192]
     python scripts/bench/latency.py poisson [--minutes 5] [--load 0.8]
@@ -6,13 +6,13 @@
 Times count from the moment a request was due, not from when it was accepted; percentiles are of all requests.
 
 ttft: long prompts are prefilled all the time, and prompts of 32 tokens arrive at random. Bar: the 99th percentile of
-their time to the first token is at most 3 times what one prefill chunk takes, which is the mean step, during the run,
-of the largest prefill bucket that ran.
+their time to the first token is at most 3 times the duration of a prefill chunk, which is the mean step, during the
+run, of the largest prefill bucket that ran.
 
-poisson: the capacity is what CLIENTS clients, each with one request under way, get through of the mixed trace (see
-`throughput.py`), from the CLIENTS-th answer on and until nothing is left to submit. Then requests of the same kind
-arrive at random at LOAD of it for MINUTES. Bars: none lost, and the 99th percentile of the time to the first token at
-most 4 times the 50th.
+poisson: CLIENTS clients, each with one open request, first work through the mixed trace of `throughput.py`; the
+capacity is their rate from the CLIENTS-th answer until the last request is submitted. Then requests of the same kind
+arrive at random at LOAD times the capacity for MINUTES. Bars: no request is lost, and the 99th percentile of the time
+to the first token is at most 4 times the 50th.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ def main() -> int:
 
 
 async def serve(engine: Engine, args) -> int:
+    """Run the measurement that the command line names on an `AsyncEngine` of `engine`; return the exit code."""
     served = AsyncEngine(engine)
     try:
         return await args.run(served, engine.config.vocab_size, args)
@@ -78,6 +79,7 @@ async def serve(engine: Engine, args) -> int:
 # --- short prompts beside long ones
 
 async def short_beside_long(engine: AsyncEngine, vocab: int, args) -> int:
+    """Measure the time to the first token of short prompts beside long prompts; return 1 if the bar is missed."""
     rng = np.random.default_rng(args.seed)
     finished = itertools.count(1)
 
@@ -104,7 +106,7 @@ async def short_beside_long(engine: AsyncEngine, vocab: int, args) -> int:
 
 
 def prefills(stats) -> dict[str, tuple[int, float, tuple[int, ...]]]:
-    """Steps, seconds and (rows, tokens) of every prefill bucket."""
+    """Return (steps so far, their seconds, (rows, tokens)) by the name of each prefill bucket (batch shape)."""
     return {bucket.bucket: (bucket.steps, bucket.seconds, tuple(map(int, bucket.bucket.split()[-1].split("x"))))
             for bucket in stats.buckets if bucket.bucket.startswith("prefill/")}
 
@@ -112,6 +114,7 @@ def prefills(stats) -> dict[str, tuple[int, float, tuple[int, ...]]]:
 # --- random arrivals
 
 async def random_arrivals(engine: AsyncEngine, vocab: int, args) -> int:
+    """Measure the time to the first token with random arrivals below the capacity; return 1 if a bar is missed."""
     ranges = (min(16, args.longest[0]), args.longest[0]), (1, args.longest[1])
     capacity = await closed_loop(engine, trace(args.capacity_requests, args.seed, 0, *ranges), args.clients)
     rate = args.load * capacity
@@ -138,7 +141,7 @@ async def random_arrivals(engine: AsyncEngine, vocab: int, args) -> int:
 
 
 async def closed_loop(engine: AsyncEngine, requests: list[Request], clients: int) -> float:
-    """Requests per second while every client has one under way."""
+    """Return the requests per second that the engine answers while every client has one open request."""
     queue, ends = iter(requests), []
 
     async def client() -> None:
@@ -149,27 +152,27 @@ async def closed_loop(engine: AsyncEngine, requests: list[Request], clients: int
             say(f"capacity: {len(ends)} of {len(requests)}")
 
     await asyncio.gather(*(client() for _ in range(clients)))
-    first, last = clients - 1, len(ends) - clients  # the last of the queue was submitted at the end before this one
+    first, last = clients - 1, len(ends) - clients  # when request `last` ends, the queue is empty
     return (last - first) / (ends[last] - ends[first])
 
 
 # --- both
 
 async def arrivals(engine: AsyncEngine, requests: list[Request], due: np.ndarray) -> list[float]:
-    """Seconds from each request's moment to its first token; inf for what was lost."""
+    """Submit each request at its `due` second; return the seconds from then to its first token, inf if it is lost."""
     began = time.perf_counter()
 
-    async def one(request: Request, moment: float) -> float:
+    async def arrive(request: Request, moment: float) -> float:
         await asyncio.sleep(began + moment - time.perf_counter())
         took = await first_token(engine, request, began + moment)
         say(f"{moment:.1f} s: {len(request.prompt)} tokens, the first after {took:.2f} s")
         return took
 
-    return list(await asyncio.gather(*(one(request, moment) for request, moment in zip(requests, due.tolist()))))
+    return list(await asyncio.gather(*(arrive(request, moment) for request, moment in zip(requests, due.tolist()))))
 
 
 async def first_token(engine: AsyncEngine, request: Request, due: float) -> float:
-    """Runs a request to its end. Seconds from ``due`` to the first token; inf if any token is missing."""
+    """Run a request to its end; return the seconds from ``due`` to the first token, inf if any token is missing."""
     first, tokens = math.inf, 0
     try:
         async for delta in engine.stream(request.prompt, request.params):
@@ -182,7 +185,10 @@ async def first_token(engine: AsyncEngine, request: Request, due: float) -> floa
 
 
 def verdict(times: list[float], unit: float | None, name: str, bar: float) -> int:
-    """Prints the percentiles and holds the 99th against ``unit`` seconds, by default the 50th."""
+    """Print percentiles of the times to the first token; return 1 if one is infinite or p99 is over the bar.
+
+    The bar is ``bar`` times ``unit`` seconds (default: p50); ``name`` says what the unit is.
+    """
     p50, p99 = np.percentile(times, [50, 99], method="higher")
     unit, lost = unit or p50, sum(map(math.isinf, times))
     print(f"time to the first token of {len(times)} requests: p50 {p50:.3f} s, p99 {p99:.3f} s; lost: {lost}\n"

@@ -1,10 +1,11 @@
-"""Prefill of 512 tokens and decode of one row against llama.cpp: same weights, same run, alternating.
+"""Compare this engine's speed with llama.cpp's: prefill of 512 tokens, decode of one sequence, same weights.
 
     python scripts/bench/llama_cpp.py --python ENV/bin/python [--rounds 5] [--type f16] [--folder HF]
 
-0.5B shape with random weights, or a Hugging Face folder in bf16. Ours runs in bf16; llama.cpp reads a GGUF of the same
-weights in f16 (or bf16), written by `llama_cpp_runner.py`. Its decode step is given its token, ours draws it (greedy).
-Ratios are llama.cpp's time over ours: above 1, we are faster.
+Both run in alternation. 0.5B shape with random weights, or a Hugging Face folder in bf16. Ours runs in bf16; llama.cpp
+reads a GGUF of the same weights in f16 (or bf16), written by `llama_cpp_runner.py`. A decode step of llama.cpp gets its
+token as an argument, a decode step of ours samples it (greedy). Ratios are llama.cpp's time over ours: above 1, we are
+faster.
 
 ENV has llama-cpp-python, which is published as source only. Building it needs a C++ compiler and CMake 3.21 or newer,
 and takes several minutes on two cores:
@@ -53,6 +54,7 @@ def main() -> None:
 
 
 def compare(engine: Engine, peer: Peer, args) -> None:
+    """Time the engine and llama.cpp (``peer``) in alternation; print tokens per second of both, and their ratio."""
     def ours(prompt: list[int], tokens: int) -> float:
         return seconds(lambda: engine.generate([prompt], exactly(tokens)))
 
@@ -68,8 +70,8 @@ def compare(engine: Engine, peer: Peer, args) -> None:
     print(f"{'':18} {'ours':>10} {'llama.cpp':>10} {'ratio':>7}   tokens/s, medians of {args.rounds} alternating "
           f"rounds, bf16 against {args.type}")
     for name, (tokens, times) in measures.items():
-        mine, other = map(statistics.median, zip(*times[1:]))
-        print(f"{name:18} {tokens / mine:10.1f} {tokens / other:10.1f} {other / mine:7.2f}")
+        our, their = map(statistics.median, zip(*times[1:]))
+        print(f"{name:18} {tokens / our:10.1f} {tokens / their:10.1f} {their / our:7.2f}")
 
 
 if __name__ == "__main__":

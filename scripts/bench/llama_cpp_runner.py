@@ -1,9 +1,11 @@
-"""llama.cpp behind a pipe: one JSON object per line in, one out. `llama_cpp.py` runs it and says what it needs.
+"""Time llama.cpp's prefill and decode behind a pipe: a JSON object per line in, a JSON object per line out.
+
+`llama_cpp.py` starts this script and says what it needs.
 
     {"folder": "HF", "gguf": "model.gguf", "type": "f16", "context": 1024}  ->  {"ready": true}   (the first line)
     {"tokens": [1, 2, 3], "more": 16}  ->  {"prefill": 0.2, "decode": 0.5}   (seconds)
 
-A decode step is given its token; nothing is sampled.
+A decode step gets its token from the request; nothing is sampled.
 """
 
 import json
@@ -39,7 +41,7 @@ def main() -> None:
 
 
 def write_gguf(folder: Path, path: Path, kind: str) -> None:
-    """A Hugging Face folder of a bf16 Qwen2 as GGUF, without a tokenizer; matrices in ``kind``, f16 or bf16."""
+    """Write the bf16 Qwen2 of a Hugging Face folder as GGUF, without a tokenizer; matrices in ``kind``, f16 or bf16."""
     config = json.loads((folder / "config.json").read_text())
     layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
     writer = gguf.GGUFWriter(path, "qwen2")
@@ -71,7 +73,7 @@ def write_gguf(folder: Path, path: Path, kind: str) -> None:
 
 
 def safetensors_bf16(file: Path):
-    """(name, bits as uint16) of every tensor."""
+    """Yield (name, bits as uint16) of every tensor of a safetensors file, all of which have to be bf16."""
     with open(file, "rb") as stream:
         size, = struct.unpack("<Q", stream.read(8))
         header = json.loads(stream.read(size))

@@ -1,10 +1,11 @@
-"""A fraud pattern the bundled model has never seen, learned by a LoRA adapter of less than 1 % of its parameters.
+"""Teach the bundled model a new fraud pattern through a LoRA adapter of less than 1 % of its parameters.
 
     python scripts/bench/new_pattern.py [--steps 200] [--rank 3]
 
-The pattern: users can be *suspended*, a word that no training example contains. Twins exchange the suspended user and
-the one in force. The adapter learns from accounts of the training split, half of them with the new pattern; scores are
-of the held-out split, before and after, for the new pattern and for the eight old ones.
+The pattern: users can be *suspended*, a word that no training example contains. In a fraud's twin the suspended user
+and the valid user are exchanged. The adapter learns from accounts of the training split, half of them with the new
+pattern; the scores are those of the held-out split before and after training, for the new pattern and for the eight old
+patterns.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ NEW, BASE = "R09", "R08"  # the new pattern takes the place of the deleted user
 
 
 def suspended(examples: list[Example]) -> list[Example]:
-    """Examples about a deleted user, with a suspended one instead."""
+    """Return those of the examples that are about a deleted user, changed so that the user is suspended instead."""
     changed = []
     for example in examples:
         if example.pattern == BASE:

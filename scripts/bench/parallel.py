@@ -1,7 +1,8 @@
-"""Every plan that fits eight devices, with every released size's heads, against one device.
+"""Compare answers of every parallel plan that fits eight devices with those of one device, for every released size.
 
-Widths are shrunk, so that it runs on a CPU with simulated devices. Prints one JSON line for each combination and a
-summary; exit code 1 when one differs by more than 1e-4 or in a token.
+A plan is a number of data, pipeline and tensor parallel parts. Models have the heads of the released size and smaller
+widths, so that the script runs on a CPU with simulated devices. It prints a JSON line for each combination and a
+summary; the exit code is 1 when a log-probability differs by more than 1e-4, or a token does.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""The planner's memory for twenty (model, mesh, bucket) triples against XLA's analysis of the engine's programs.
+"""Compare the memory that the planner predicts for twenty programs of the engine with XLA's analysis of them.
 
     python scripts/bench/planner_memory.py [--dtype float32]
 
-Released widths with fewer layers, on simulated devices; compiled and not run. Exit code 1 when one is over 10 %
-off.
+A program belongs to a model, a mesh of devices and a bucket (batch shape). The models have released widths and fewer
+layers, on simulated devices; programs are compiled and not run. The exit code is 1 when a prediction is off by more
+than 10 %.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "parallel
 
 from memory_bench import Case, compare  # noqa: E402
 
-CASES = (  # size, layers, tensor, stages, rows, prefill
-    Case("0.5b", 24, 1, 1, 16, (4, 512)),
-    Case("0.5b", 4, 3, 1, 32, (1, 4096)),
-    Case("1.5b", 4, 2, 1, 32, (8, 1024)),
-    Case("3b", 4, 4, 1, 16, (1, 2048)),
-    Case("7b", 4, 1, 1, 8, (2, 4096)),
-    Case("7b", 4, 4, 1, 32, (2, 4096)),
-    Case("14b", 4, 5, 1, 32, (8, 1024)),
-    Case("14b", 4, 2, 2, 16, (4, 1024)),
-    Case("32b", 4, 8, 1, 32, (2, 4096)),
-    Case("72b", 4, 8, 1, 32, (2, 4096)),
+CASES = (
+    Case("0.5b", layers=24, tensor=1, stages=1, rows=16, prefill=(4, 512)),
+    Case("0.5b", layers=4, tensor=3, stages=1, rows=32, prefill=(1, 4096)),
+    Case("1.5b", layers=4, tensor=2, stages=1, rows=32, prefill=(8, 1024)),
+    Case("3b", layers=4, tensor=4, stages=1, rows=16, prefill=(1, 2048)),
+    Case("7b", layers=4, tensor=1, stages=1, rows=8, prefill=(2, 4096)),
+    Case("7b", layers=4, tensor=4, stages=1, rows=32, prefill=(2, 4096)),
+    Case("14b", layers=4, tensor=5, stages=1, rows=32, prefill=(8, 1024)),
+    Case("14b", layers=4, tensor=2, stages=2, rows=16, prefill=(4, 1024)),
+    Case("32b", layers=4, tensor=8, stages=1, rows=32, prefill=(2, 4096)),
+    Case("72b", layers=4, tensor=8, stages=1, rows=32, prefill=(2, 4096)),
 )
 
 
@@ -39,11 +40,11 @@ def main() -> int:
     args = parser.parse_args()
     ratios = []
     for case in CASES:
-        for found in compare(case, args.dtype):
-            ratios.append(found.ratio)
-            print(f"{case.size:>4} x {case.layers} layers, tensor {case.tensor}, stage {found.stage + 1} of "
-                  f"{case.stages}, {found.bucket:<32} predicted {found.predicted / 1e6:9,.0f} MB, "
-                  f"XLA {found.compiled / 1e6:9,.0f} MB: {found.ratio - 1:+.1%}", flush=True)
+        for program in compare(case, args.dtype):
+            ratios.append(program.ratio)
+            print(f"{case.size:>4} x {case.layers} layers, tensor {case.tensor}, stage {program.stage + 1} of "
+                  f"{case.stages}, {program.bucket:<32} predicted {program.predicted / 1e6:9,.0f} MB, "
+                  f"XLA {program.compiled / 1e6:9,.0f} MB: {program.ratio - 1:+.1%}", flush=True)
     worst = max(abs(ratio - 1) for ratio in ratios)
     print(f"{len(ratios)} programs; largest difference {worst:.1%}")
     return int(worst > 0.1)

@@ -1,9 +1,9 @@
-"""Classification of prompts that share a long instruction, with the prefix cache and without, alternating.
+"""Time classification of prompts that share a long instruction, by an engine with the prefix cache and one without.
 
     python scripts/bench/prefix.py [--prompts 16] [--rounds 3]
 
-0.5B shape, random weights, bf16, 512 shared tokens and tails of 32, two labels of one token. Every round has tails and
-an instruction of its own, so nothing is found from the round before.
+0.5B shape, random weights, bf16, 512 shared tokens and tails of 32, two labels of one token. Every round has its own
+instruction and tails, so the prefix cache finds nothing from the round before.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def main() -> None:
             times[on].append(time.perf_counter() - began)
             tokens[on] = sum(bucket.tokens for bucket in engine.stats().buckets) - before
             print(f"  round {round_} prefix cache {on}: {times[on][-1]:.1f} s", file=sys.stderr)
-    with_, without = (statistics.median(times[on]) for on in (True, False))
-    print(f"{args.prompts} prompts of 512 + 32 tokens, two labels: {with_:.2f} s with the prefix cache ({tokens[True]} "
-          f"tokens computed), {without:.2f} s without ({tokens[False]}): {without / with_:.1f} x")
+    cached, uncached = (statistics.median(times[on]) for on in (True, False))
+    print(f"{args.prompts} prompts of 512 + 32 tokens, two labels: {cached:.2f} s with the prefix cache "
+          f"({tokens[True]} tokens computed), {uncached:.2f} s without ({tokens[False]}): {uncached / cached:.1f} x")
 
 
 if __name__ == "__main__":

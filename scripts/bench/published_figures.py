@@ -1,11 +1,12 @@
-"""What the service's published figures take: 180 ms, 1,250 requests per second and 89 GB, by the planner's roofline.
+"""Predict which hardware reaches the latency, rate and memory that a fraud service published, by a roofline.
 
     python scripts/bench/published_figures.py
 
-Nothing is run. A request has a prompt of ``prompt`` tokens that are not in a prefix cache, and ``answer`` tokens of
-answer. While ``rows`` requests decode together, each step of theirs is followed by the prefill of the rows / answer
-requests that take the place of those that ended; the rate is the largest at which a request still takes 180 ms. A
-response cache that answers 65 % of the requests leaves 35 % to the engines.
+The published figures are 180 ms, 1,250 requests per second and 89 GB. Nothing is run: the planner predicts the times of
+steps. A request has a prompt of ``prompt`` tokens that are not in a prefix cache, and ``answer`` tokens of answer.
+While ``rows`` requests decode together, each decode step is followed by the prefill of the rows / answer requests that
+replace finished requests; the rate is the largest rate at which a request still takes at most 180 ms. A response cache
+that answers 65 % of the requests leaves 35 % to the engines.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from __future__ import annotations
 from qwen_jax.config import ModelConfig
 from qwen_jax.parallel.hardware import hardware
 from qwen_jax.parallel.plan import make_plan
-from qwen_jax.parallel.planner import STEP_TOKENS, Request, predict
-from qwen_jax.parallel.roofline import Work
+from qwen_jax.parallel.planner import STEP_TOKENS, PlanRequest, predict
+from qwen_jax.parallel.roofline import CostModel
 from qwen_jax.quantization import default_precision
 
 SECONDS, RATE, GIGABYTES, REPEATED = 0.180, 1250, 89, 0.65
@@ -24,22 +25,25 @@ CASES = (("qwen2.5-72b", "h100", 1, 8), ("qwen2.5-72b", "h200", 1, 8), ("qwen2.5
          ("qwen2.5-7b", "h200", 8, 1))
 
 
-def best(work: Work, prompt: int, answer: int) -> tuple[float, float, int]:
-    """Requests per second, seconds and rows of the highest rate within `SECONDS`; of the shortest latency if none."""
-    found = []
+def best(work: CostModel, prompt: int, answer: int) -> tuple[float, float, int]:
+    """Choose the batch size with the highest predicted request rate whose latency stays within `SECONDS`.
+
+    Returns (requests per second, latency in seconds, batch size); those of the lowest latency if none is within it.
+    """
+    options = []
     for rows in (*range(1, 32), *range(32, 513, 8)):
         if answer == 1:
             if rows * prompt > STEP_TOKENS:
                 break
             step = work.seconds(rows, prompt, prompt / 2)
-            found.append((rows / step, 2 * step, rows))  # one waits for the step that runs, then for one's own
+            options.append((rows / step, 2 * step, rows))  # a request waits for the running step, then for its own
             continue
         together = max(1, min(rows, STEP_TOKENS // prompt))
         prefill = work.seconds(together, prompt, prompt / 2) / together
         step = work.seconds(rows, 1, prompt + answer / 2) + rows / answer * prefill
-        found.append((rows / (answer * step), work.seconds(1, prompt, prompt / 2) + answer * step, rows))
-    within = [one for one in found if one[1] <= SECONDS]
-    return max(within) if within else min(found, key=lambda one: one[1])
+        options.append((rows / (answer * step), work.seconds(1, prompt, prompt / 2) + answer * step, rows))
+    within = [option for option in options if option[1] <= SECONDS]
+    return max(within) if within else min(options, key=lambda option: option[1])
 
 
 def main() -> None:
@@ -51,8 +55,8 @@ def main() -> None:
         for fp8 in (False, True):
             precision = default_precision(config, fp8, "e4m3" if fp8 else None, tables=fp8)
             plan = make_plan(config, data, 1, tensor)
-            work = Work(config, plan, hardware(device), precision)
-            request = Request(config, hardware(device), data * tensor, batch=32, precision=precision)
+            work = CostModel(config, plan, hardware(device), precision)
+            request = PlanRequest(config, hardware(device), data * tensor, batch=32, precision=precision)
             memory = predict(request, plan).memory
             weights, cache = (data * tensor * memory[item] / 1e9 for item in ("weights", "kv_cache"))
             for kind, prompt, answer in KINDS:

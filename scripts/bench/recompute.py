@@ -1,8 +1,9 @@
-"""Temporary memory of a recompute bucket against full-attention buckets, 0.5B shape, from XLA's memory analysis.
+"""Compare the temporary memory of a prefill in micro-batches (recompute) with prefills in one piece, by XLA's analysis.
 
     python scripts/bench/recompute.py [--preset qwen2.5-0.5b] [--dtype bfloat16]
 
-Nothing is run and no weight is allocated.
+A recompute bucket is a prefill whose rows (prompts) run in micro-batches inside one program, which bounds the memory of
+activations. 0.5B shape. Nothing is run and no weight is allocated.
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ def main() -> None:
     state = jax.eval_shape(lambda: new_state(config, ROWS * PAGES + 1, ROWS, args.dtype))
 
     def temporary(bucket: Bucket) -> float:
+        """Return the temporary memory, in MB, of the program compiled for a bucket (a batch shape)."""
         def step(leaves, state, batch, vocab_limit):
-            models = Models(nnx.merge(graph, jax.tree.unflatten(tree, leaves)))
-            return run_bucket(models, bucket, state, batch, vocab_limit)
+            models = Models(nnx.merge(graph, jax.tree.unflatten(tree, leaves)), vocab_limit)
+            return run_bucket(models, bucket, state, batch)
 
         batch = dry_run_batch(bucket, ROWS, config.vocab_size)
         lowered = jax.jit(step, donate_argnums=1).lower(leaves, state, batch, np.int32(1))

@@ -1,11 +1,11 @@
-"""What a lookup in the response cache takes, and what it takes while Redis is away, slow, or full of garbage.
+"""Time lookups in the response cache, also while Redis is down, slow, or full of garbage.
 
     python scripts/bench/response_cache.py [--seconds 10] [--callers 4]
 
-First one lookup after the other. Then several callers, each with a pause of 1 ms between lookups, whose answers all lie
-in Redis and none in this process; after a quarter of the time something happens to Redis, after three quarters it is
-well again. The times are of all lookups from then on, a miss's computation included, which takes no time here.
-redis-server, which has to be installed, runs on this machine and shares its cores.
+The first part does one lookup at a time. The second part has several callers, each with a pause of 1 ms between
+lookups; all answers lie in Redis and none in this process. Redis fails after a quarter of the time and recovers after
+three quarters. Times are those of all lookups after the failure began; the computation after a miss takes no time
+here. redis-server, which has to be installed, runs on this machine and shares its cores.
 """
 
 from __future__ import annotations
@@ -27,32 +27,34 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "cluster"
 import redis  # noqa: E402
 from redis_server import RedisServer  # noqa: E402
 
-from qwen_jax.cluster.response_cache.cache import CacheStats, ResponseCache, key_of  # noqa: E402
+from qwen_jax.cluster.response_cache.cache import CacheStats, ResponseCache, cache_key  # noqa: E402
 from qwen_jax.cluster.response_cache.redis_store import RedisStore  # noqa: E402
 
-KEYS = [key_of(kind="completion", model="m", weight_version=0, adapter=None, prompt=[number], options={}, tenant="")
+KEYS = [cache_key(kind="completion", model="m", weight_version=0, adapter=None, prompt=[number], options={}, tenant="")
         for number in range(1000)]
 BAR_MS = 10
 
 
 def answer(key: bytes) -> bytes:
-    return key * 64  # 2 KiB
+    """Return the made-up answer that the cache should give for a key: the key repeated to 2 KiB."""
+    return key * 64
 
 
 def percentiles(seconds: list[float]) -> tuple[float, float]:
-    """p50 and p99, ms."""
+    """Return the 50th and the 99th percentile of `seconds`, in ms."""
     cuts = statistics.quantiles(seconds, n=100)
     return cuts[49] * 1e3, cuts[98] * 1e3
 
 
 async def cache_of(server: RedisServer, max_bytes: int) -> ResponseCache:
+    """Start a response cache that keeps answers in the Redis server and up to `max_bytes` of them in this process."""
     cache = ResponseCache(max_bytes=max_bytes, redis=RedisStore(server.url))
     await cache.start()
     return cache
 
 
 async def fill(server: RedisServer) -> None:
-    """Slowly enough for every write to be taken."""
+    """Empty Redis, then write the answers of all `KEYS` to it, slowly enough that no write is dropped."""
     server.client.flushall()
     cache = await cache_of(server, 0)
     for key in KEYS:
@@ -63,6 +65,7 @@ async def fill(server: RedisServer) -> None:
 
 
 async def single(server: RedisServer, count: int = 5000) -> None:
+    """Time `count` lookups one after another: hits in this process, hits in Redis, and misses."""
     await fill(server)
     local, remote = await cache_of(server, 1 << 30), await cache_of(server, 0)
     for key in KEYS:
@@ -75,10 +78,10 @@ async def single(server: RedisServer, count: int = 5000) -> None:
         for number in range(count):
             key = keys[number % len(keys)]
             began = time.perf_counter()
-            found = await cache.get(key)
+            value = await cache.get(key)
             times.append(time.perf_counter() - began)
             await asyncio.sleep(0)
-            assert found == (None if keys is missing else answer(key)) or cache is remote
+            assert value == (None if keys is missing else answer(key)) or cache is remote
         print("{:24}{:10.4f}{:10.4f}".format(name, *percentiles(times)))
     print(f"in Redis: {remote.stats()}")
     await local.close()
@@ -86,7 +89,7 @@ async def single(server: RedisServer, count: int = 5000) -> None:
 
 
 class Stutter:
-    """Redis that answers for 5 ms and stands still for 20."""
+    """A thread that pauses Redis for 20 ms of every 25 ms."""
 
     def __init__(self, server: RedisServer) -> None:
         self._server, self._ended = server, threading.Event()
@@ -108,7 +111,7 @@ class Stutter:
 
 
 def spoil(port: int) -> None:
-    """Other lengths, other keys' values, and noise."""
+    """Damage all answers in the Redis at `port`: replace them by shortened values, other keys' values, and noise."""
     client = redis.Redis(port=port)
     names = client.keys()
     values = client.mget(names)
@@ -119,16 +122,19 @@ def spoil(port: int) -> None:
 
 
 def spoil_elsewhere(server: RedisServer) -> None:
-    """In a process that does not make the callers' wait for its own work."""
+    """Damage the server's answers with `spoil` in another process, so that its work does not delay the lookups."""
     process = multiprocessing.get_context("spawn").Process(target=spoil, args=(server.port,))
     process.start()
     process.join()
     assert process.exitcode == 0
 
 
-async def load(server: RedisServer, seconds: float, callers: int, happens: Callable[[], None],
-               ends: Callable[[], None]) -> tuple[list[float], int, int, CacheStats]:
-    """Times since it happened, s; wrong answers; exceptions; the cache's counters."""
+async def load(server: RedisServer, seconds: float, callers: int, fail: Callable[[], None],
+               recover: Callable[[], None]) -> tuple[list[float], int, int, CacheStats]:
+    """Look up random keys for `seconds`; call `fail` at a quarter of this time and `recover` at three quarters.
+
+    Returns seconds per lookup since the failure, the numbers of wrong answers and exceptions, and the cache's counters.
+    """
     await fill(server)
     cache = await cache_of(server, 0)
     times: list[float] = []
@@ -153,9 +159,9 @@ async def load(server: RedisServer, seconds: float, callers: int, happens: Calla
 
     async def events() -> None:
         await asyncio.sleep(seconds / 4)
-        await asyncio.to_thread(happens)
+        await asyncio.to_thread(fail)
         await asyncio.sleep(seconds / 2)
-        await asyncio.to_thread(ends)
+        await asyncio.to_thread(recover)
 
     await asyncio.gather(events(), *(caller() for _ in range(callers)))
     stats = cache.stats()
@@ -169,7 +175,7 @@ def nothing() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=10, help="with several callers, for each state")
+    parser.add_argument("--seconds", type=float, default=10, help="for each state of Redis, with several callers")
     parser.add_argument("--callers", type=int, default=4)
     args = parser.parse_args()
     logging.disable()
@@ -181,12 +187,12 @@ def main() -> int:
               f"{'added p99':>11}{'wrong':>7}{'failed':>8}{'hits':>8}{'unanswered':>12}{'garbage':>9}")
         stutter = Stutter(server)
         normal = 0.0
-        for name, happens, ends in (("normal", nothing, nothing), ("killed", server.kill, server.start),
+        for name, fail, recover in (("normal", nothing, nothing), ("killed", server.kill, server.start),
                                     ("paused", server.pause, server.resume),
                                     ("20 ms of 25 paused", stutter.start, stutter.end),
                                     ("garbage", lambda: spoil_elsewhere(server), nothing),
                                     ("normal, again", nothing, nothing)):
-            times, wrong, failed, stats = asyncio.run(load(server, args.seconds, args.callers, happens, ends))
+            times, wrong, failed, stats = asyncio.run(load(server, args.seconds, args.callers, fail, recover))
             p50, p99 = percentiles(times)
             normal = normal or p99
             met &= not wrong and not failed and p99 - normal <= BAR_MS

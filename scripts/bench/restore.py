@@ -1,13 +1,13 @@
-"""Peak memory of restoring a checkpoint onto devices of two processes, against what each process must hold.
+"""Measure the peak memory of restoring a checkpoint onto two processes' devices, against what each process must hold.
 
     python scripts/bench/restore.py [--folder DIR] [--case NAME]
 
-For each case it makes a bfloat16 checkpoint with random weights of about 2 GB, real layer shapes and few layers,
-starts processes that meet through `jax.distributed` on localhost, each with simulated CPU devices, and restores onto a
-``tensor`` axis over all of them. One JSON line per case: for every process the bytes of its devices' shards, what it
-read from files, its resident memory before loading and its high-water mark (imports included, nothing subtracted), and
-the bar, 1.2 x the shards + 500 MB. Needs about twice the checkpoint's size on disk; deletes what it made. Exit code 1
-when a bar is missed.
+For each case the script makes a bfloat16 checkpoint with random weights of about 2 GB, real layer shapes and few
+layers, starts processes that meet through `jax.distributed` on localhost, each with simulated CPU devices, and
+restores onto a ``tensor`` axis over all of them. It prints a JSON line per case: for every process the bytes of its
+devices' shards, the bytes read from files, the resident memory before loading and at its peak (imports included,
+nothing subtracted), and the bar, 1.2 x the shards + 500 MB. It needs about twice the checkpoint's size on disk and
+deletes what it made. The exit code is 1 when a bar is missed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FACTOR, SLACK = 1.2, 500e6  # the bar
 
 @dataclass(frozen=True)
 class Case:
-    """Which model, its number of layers, and over how many processes of how many devices it is spread."""
+    """A checkpoint to restore: a preset with `layers` layers, onto `processes` processes of `devices` devices each."""
 
     preset: str
     layers: int
@@ -46,7 +46,7 @@ class Case:
 
 
 CASES = {
-    "direct": Case("qwen2.5-14b", 2, 2, 4),  # 8 KV heads, and all else divides by 8: nothing changes its shape
+    "direct": Case("qwen2.5-14b", 2, 2, 4),  # 8 KV heads, the rest divides by 8: no shape changes
     "expanded": Case("qwen2.5-3b", 9, 2, 3),  # 2 KV heads on 6 devices; the vocabulary and the MLP are padded
     "one process": Case("qwen2.5-14b", 2, 1, 5),  # 8 KV heads on 5 devices
 }
@@ -89,7 +89,7 @@ print(json.dumps({"shards": shards, "read": read_so_far() - read, "before": befo
 
 
 def restore(case: Case, folder: Path) -> list[dict]:
-    """What each process measured."""
+    """Restore the checkpoint in `folder` with the case's processes; return each one's bytes, memory and seconds."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
@@ -118,16 +118,17 @@ def main() -> int:
             make_checkpoint(work / "hf", case.config, 1)
             convert(work / "hf", work / "orbax")
             shutil.rmtree(work / "hf")
-            found = restore(case, work / "orbax")
+            measured = restore(case, work / "orbax")
             size = sum(file.stat().st_size for file in (work / "orbax").rglob("*") if file.is_file())
         finally:
             shutil.rmtree(work, ignore_errors=True)
-        bars = [FACTOR * one["shards"] + SLACK for one in found]
-        met = all(one["peak"] <= bar for one, bar in zip(found, bars, strict=True))
+        bars = [FACTOR * process["shards"] + SLACK for process in measured]
+        met = all(process["peak"] <= bar for process, bar in zip(measured, bars, strict=True))
         missed |= not met
-        processes = [{key + "_mb": round(one[key] / 1e6) for key in ("shards", "read", "before", "peak")} |
-                     {"bar_mb": round(bar / 1e6), "seconds": one["seconds"], "expanded_parameters": one["expanded"]}
-                     for one, bar in zip(found, bars, strict=True)]
+        processes = [{key + "_mb": round(process[key] / 1e6) for key in ("shards", "read", "before", "peak")} |
+                     {"bar_mb": round(bar / 1e6), "seconds": process["seconds"],
+                      "expanded_parameters": process["expanded"]}
+                     for process, bar in zip(measured, bars, strict=True)]
         print(json.dumps({"case": name, "model": case.preset, "layers": case.layers, "checkpoint_mb": round(size / 1e6),
                           "tensor": case.processes * case.devices, "processes": processes, "met": met}), flush=True)
     return int(missed)

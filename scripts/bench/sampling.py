@@ -1,11 +1,11 @@
-"""Sampling's share of a decode step: 8 rows of the 0.5B shape (vocabulary 151,936) in bfloat16. Bar: at most 15 %.
+"""Measure the share of a decode step's time that sampling takes: 8 sequences, 0.5B shape (vocabulary 151,936), bf16.
 
     python scripts/bench/sampling.py [--preset qwen2.5-0.5b] [--rows 8] [--repeats 20] [--json]
 
-The rest of the step is the engine's decode step with everything greedy, less greedy sampling alone. Two kinds of
-logits: "flat" (as random weights give: top-p 0.9 keeps thousands of tokens, found by bisection) and "peaked" (as a
-trained model's: the nucleus is among the 64 candidates). The last line times the judged case inside the step. Times are
-the best of the repeats: what else runs on the machine only ever adds.
+Bar: at most 15 %. The rest of the step is the engine's greedy decode step less greedy sampling alone. There are two
+kinds of logits: "flat" (as random weights give: top-p 0.9 keeps thousands of tokens, found by bisection) and "peaked"
+(as a trained model gives: the nucleus is among the 64 candidates). The last line times the judged case, top-p with
+penalties, inside the step. Times are the best of the repeats, because other work on the machine only adds to them.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from qwen_jax.engine.api.sampling_params import SamplingParams
 from qwen_jax.engine.compiled.sampler import IN_PROMPT, sample
 from qwen_jax.engine.compiled.state import Models, new_state
 from qwen_jax.engine.compiled.steps import run_bucket
-from qwen_jax.engine.runner.padded_batch import neutral_rows, pack_rows, padding_batch
+from qwen_jax.engine.runner.padded_batch import pack_rows, padding_batch
 from qwen_jax.engine.scheduling.buckets import Bucket
 from qwen_jax.engine.scheduling.schedule_policy import FULL
 from qwen_jax.model.abstract import init
@@ -45,18 +45,18 @@ JUDGED = "top-p + penalties"
 
 
 def decode_step(config: ModelConfig, num_rows: int):
-    """(compiled function of (state, batch), state, batch): one decode step of a model with random weights."""
+    """Build a decode step of a model with random weights; return (function of (state, batch), state, batch)."""
     bucket = Bucket("decode", FULL, rows=num_rows, tokens=1, pages=8)
     model = init(config, dtype="bfloat16")
     state = new_state(config, num_pages=2, slots=SLOTS, dtype="bfloat16")
-    batch = padding_batch(bucket, SLOTS, config.vocab_size, neutral_rows(num_rows))
+    batch = padding_batch(bucket, SLOTS, config.vocab_size, pack_rows((), num_rows))
     batch.length[:] = 1
     limit = np.int32(config.vocab_size)
     graph, params = nnx.split(model)
 
     @partial(jax.jit, donate_argnums=1)
     def step(params, state, batch):
-        return run_bucket(Models(nnx.merge(graph, params)), bucket, state, batch, limit)
+        return run_bucket(Models(nnx.merge(graph, params), limit), bucket, state, batch)
 
     return partial(step, params), state, batch
 

@@ -1,12 +1,13 @@
-"""What HTTP costs: a server whose engine does nothing, or one with the bundled model beside the engine in-process.
+"""Measure the cost of HTTP: a server whose engine does nothing, or the bundled model served and in-process.
 
     python scripts/bench/serving.py [--seconds 10] [--streams 200]
     python scripts/bench/serving.py --overhead [--rounds 5]
     python scripts/bench/serving.py --restart [--rounds 5]
 
-First requests per second without streaming, and tokens per second over many streams at once. With --overhead, tokens
-per second of 64 streams against `Engine.generate` of the same prompts; rounds alternate, medians. Clients, server and
-engines share this machine's cores. With --restart, seconds from a start after SIGKILL until the server is ready.
+By default: requests per second without streaming, and tokens per second over many streams at once, with a stub engine.
+With --overhead: tokens per second of 64 streams against `Engine.generate` of the same prompts; rounds alternate,
+medians. With --restart: seconds from a start after SIGKILL until the server is ready. Clients, server and engines share
+this machine's cores.
 """
 
 from __future__ import annotations
@@ -27,13 +28,15 @@ CHAT = "/v1/chat/completions"
 
 
 def request(path: str, **body) -> bytes:
+    """Return the bytes of an HTTP/1.1 POST request with a JSON body."""
     content = json.dumps({"model": "bundled", **body}).encode()
     head = (f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
             f"content-length: {len(content)}\r\n\r\n")
     return head.encode() + content
 
 
-async def requests_of_one(port: int, message: bytes, end: float) -> int:
+async def requests_of_connection(port: int, message: bytes, end: float) -> int:
+    """Send the HTTP request `message` over one connection again and again until the time `end`; count the answers."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     count = 0
     while time.perf_counter() < end:
@@ -47,32 +50,35 @@ async def requests_of_one(port: int, message: bytes, end: float) -> int:
     return count
 
 
-async def tokens_of_one(port: int, message: bytes) -> int:
+async def tokens_of_stream(port: int, message: bytes) -> int:
+    """Send a request, read its streamed answer to the end, and count the stub engine's token, "word ", in it."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(message)
-    got, tail = 0, b""
+    count, tail = 0, b""
     while b"0\r\n\r\n" not in tail:  # the last chunk
-        some = await reader.read(1 << 16)
-        assert some, "the connection was closed"
-        got += some.count(b"word ")
-        tail = (tail + some)[-16:]
+        data = await reader.read(1 << 16)
+        assert data, "the connection was closed"
+        count += data.count(b"word ")
+        tail = (tail + data)[-16:]
     writer.close()
-    return got
+    return count
 
 
 async def measure(port: int, args: argparse.Namespace) -> tuple[float, float]:
+    """Load the server at `port`; return requests per second of 32 connections, and tokens per second of all streams."""
     messages = [{"role": "user", "content": "hello"}]
     whole = request(CHAT, messages=messages, max_tokens=16)
     began = time.perf_counter()
-    counts = await asyncio.gather(*(requests_of_one(port, whole, began + args.seconds) for _ in range(32)))
+    counts = await asyncio.gather(*(requests_of_connection(port, whole, began + args.seconds) for _ in range(32)))
     rate = sum(counts) / (time.perf_counter() - began)
     stream = request(CHAT, messages=messages, max_tokens=args.tokens, stream=True)
     began = time.perf_counter()
-    counts = await asyncio.gather(*(tokens_of_one(port, stream) for _ in range(args.streams)))
+    counts = await asyncio.gather(*(tokens_of_stream(port, stream) for _ in range(args.streams)))
     return rate, sum(counts) / (time.perf_counter() - began)
 
 
 def overhead(args: argparse.Namespace) -> int:
+    """Print the tokens per second of the bundled model for 64 prompts at once: in-process, and streamed over HTTP."""
     from qwen_jax import Engine, SamplingParams
 
     count, tokens = 64, 128
@@ -84,7 +90,7 @@ def overhead(args: argparse.Namespace) -> int:
                         stream=True) for prompt in prompts]
 
     async def streams() -> None:
-        await asyncio.gather(*(tokens_of_one(server.port, message) for message in messages))
+        await asyncio.gather(*(tokens_of_stream(server.port, message) for message in messages))
 
     rates: dict[str, list[float]] = {"in-process": [], "served": []}
     try:
@@ -103,7 +109,7 @@ def overhead(args: argparse.Namespace) -> int:
 
 
 def restart(rounds: int) -> int:
-    """Of the bundled model with default options; its executables are on the disk."""
+    """Print the seconds that a server takes to be ready again after SIGKILL: bundled model, executables on the disk."""
     seconds = []
     for number in range(rounds + 1):
         began = time.perf_counter()
@@ -120,7 +126,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--streams", type=int, default=200)
-    parser.add_argument("--tokens", type=int, default=500, help="of each stream")
+    parser.add_argument("--tokens", type=int, default=500, help="tokens of each stream")
     parser.add_argument("--overhead", action="store_true", help="the bundled model, served and in-process")
     parser.add_argument("--restart", action="store_true", help="from SIGKILL to ready again")
     parser.add_argument("--rounds", type=int, default=5)

@@ -1,11 +1,11 @@
-"""A server under mixed random traffic for a long time: does it grow, leak pages, compile or fail?
+"""Run a server under mixed random traffic for a long time; check that it does not grow, leak pages, compile or fail.
 
     python scripts/bench/soak.py [--minutes 20] [--clients 12]
 
-Completions and chats, streamed and not, of random lengths and options, with schemas, tools, several answers, scores,
-classifications, embeddings and adapters; a tenth of the clients leaves in the middle, a twentieth asks for what cannot
-be; adapters are loaded and unloaded, weights updated and rolled back all the time. Memory is that of both processes,
-resident, after the first tenth of the time against the end.
+The traffic is completions and chats, streamed and not, of random lengths and options, with schemas, tools, several
+answers, scores, classifications, embeddings and adapters. In a tenth of the requests the client leaves before the end,
+a twentieth is invalid; adapters are loaded and unloaded, weights updated and rolled back all the time. Memory is the
+resident memory of both processes: after the first tenth of the time, and at the end.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ from random_adapter import save_random_adapter  # noqa: E402
 from served import PAGE_BYTES, model_with_tools  # noqa: E402
 
 KEY = "soak"
-BAD = ({"temperature": -1}, {"max_tokens": 0}, {"prompt": ""}, {"model": "nobody"}, {"guided_regex": "(("},
+BAD = ({"temperature": -1}, {"max_tokens": 0}, {"prompt": ""}, {"model": "unknown"}, {"guided_regex": "(("},
        {"prompt": [10**7]}, {"n": 0}, {"colour": 1}, {"prompt": "x " * 3000}, {"logprobs": 99})
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {
     "type": "object", "properties": {"where": {"enum": ["here", "there"]}}, "required": ["where"]}}}
 
 
-def a_request(rng: random.Random) -> tuple[str, dict]:
+def random_request(rng: random.Random) -> tuple[str, dict]:
+    """Return the path and the body of a valid request of a random kind."""
     words = " ".join(rng.choice("amount card limit city user device history legit fraud".split())
                      for _ in range(rng.choice((1, 5, 30, 120))))
     sampled = {"model": rng.choice(("bundled",) * 3 + ("one", "two")), "max_tokens": rng.choice((1, 4, 16, 64, 200)),
@@ -64,8 +65,9 @@ def a_request(rng: random.Random) -> tuple[str, dict]:
 
 
 async def client(http: aiohttp.ClientSession, rng: random.Random, end: float, seen: Counter) -> None:
+    """Send random requests until the time `end`, and count their HTTP statuses and failures in `seen`."""
     while time.monotonic() < end:
-        path, body = a_request(rng)
+        path, body = random_request(rng)
         if rng.random() < .05:
             path, body = "/v1/completions", {"model": "bundled", "prompt": "x", "max_tokens": 4, **rng.choice(BAD)}
         leaves = rng.random() < .1
@@ -83,15 +85,16 @@ async def client(http: aiohttp.ClientSession, rng: random.Random, end: float, se
         await asyncio.sleep(rng.expovariate(20))
 
 
-async def operator(http: aiohttp.ClientSession, admin: aiohttp.ClientSession, rng: random.Random, folders: list[Path],
-                   end: float, seen: Counter) -> None:
-    """Adapters come and go, weights change and go back."""
+async def operator(http: aiohttp.ClientSession, admin: aiohttp.ClientSession, adapter: Path, end: float,
+                   seen: Counter) -> None:
+    """Load and unload adapters, update and roll back the weights until the time `end`; count statuses in `seen`."""
+    rng = random.Random(99)
     while time.monotonic() < end:
         await asyncio.sleep(rng.uniform(1, 4))
         name = rng.choice(("one", "two"))
         doing = rng.random()
         if doing < .55:
-            answer = await http.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(folders[0])})
+            answer = await http.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(adapter)})
         elif doing < .7:
             answer = await http.post("/v1/unload_lora_adapter", json={"lora_name": name})
         elif doing < .9:
@@ -103,7 +106,8 @@ async def operator(http: aiohttp.ClientSession, admin: aiohttp.ClientSession, rn
         await answer.read()
 
 
-async def soak(server: Live, admin_port: int, folders: list[Path], args: argparse.Namespace) -> int:
+async def soak(server: Live, admin_port: int, adapter: Path, args: argparse.Namespace) -> int:
+    """Run clients and an operator on the server; return 1 if memory grew, cache pages leaked, or anything failed."""
     processes = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children()]
     seen: Counter = Counter()
     began = time.monotonic()
@@ -113,17 +117,17 @@ async def soak(server: Live, admin_port: int, folders: list[Path], args: argpars
                 aiohttp.ClientSession(f"http://127.0.0.1:{admin_port}",
                                       headers={"Authorization": f"Bearer {KEY}"}) as admin):
         tasks = [asyncio.create_task(client(http, random.Random(number), end, seen)) for number in range(args.clients)]
-        tasks.append(asyncio.create_task(operator(http, admin, random.Random(99), folders, end, seen)))
+        tasks.append(asyncio.create_task(operator(http, admin, adapter, end, seen)))
         with tqdm(total=60 * args.minutes, unit="s", desc="soak", file=sys.stderr) as bar:
             while (left := end - time.monotonic()) > 0:
                 await asyncio.sleep(min(5, left))
                 bar.update(min(5, max(0, left)))
-                memory.append(sum(one.memory_info().rss for one in processes))
+                memory.append(sum(process.memory_info().rss for process in processes))
                 bar.set_postfix_str(f"{memory[-1] / 1e6:,.0f} MB, {sum(seen.values())} requests")
         await asyncio.gather(*tasks)
     figures = server.wait_until_free(60)
     warm = memory[max(0, len(memory) // 10 - 1)]
-    last = sum(one.memory_info().rss for one in processes)
+    last = sum(process.memory_info().rss for process in processes)
     growth = last / warm - 1
     bad = {key: count for key, count in seen.items() if isinstance(key, int) and key >= 500}
     wrong = bad or any(count for key, count in seen.items() if isinstance(key, str) and (
@@ -146,11 +150,12 @@ def main() -> int:
         save_random_adapter(adapter)
         keys.write_text(KEY)
         model = model_with_tools(Path(root) / "model")
-        server = Live("--max-seq-len", "1024", "--max-batch-size", "8", "--dtype", "float32", "--max-adapters", "2",
-                      "--kv-cache-bytes", str(32 * PAGE_BYTES), "--served-model-name", "bundled", "--admin-port",
-                      str(admin_port), "--admin-keys", str(keys), model=str(model), quick=False)
+        options = ["--max-seq-len", "1024", "--max-batch-size", "8", "--dtype", "float32", "--max-adapters", "2",
+                   "--kv-cache-bytes", str(32 * PAGE_BYTES), "--served-model-name", "bundled", "--admin-port",
+                   str(admin_port), "--admin-keys", str(keys)]
+        server = Live(*options, model=str(model), quick=False)
         try:
-            return asyncio.run(soak(server, admin_port, [adapter], args))
+            return asyncio.run(soak(server, admin_port, adapter, args))
         finally:
             for line in server.output().splitlines():
                 if "Traceback" in line or " ERROR " in line:

@@ -1,10 +1,11 @@
-"""One layer of attention on this machine: sparse, our own full attention, and torch's, by context length.
+"""Time a layer of attention by context length: sparse attention, our full attention, and torch's.
 
     python scripts/bench/sparse.py [--lengths 4096,16384,65536] [--rounds 3] [--full-up-to 16384] [--torch-up-to 16384]
 
-0.5B shape (14 query heads, 2 KV heads of 64), bf16 and random values, the whole prompt at once with an empty cache; the
-two last pages are attended to densely. torch runs in bf16 and in float32, which is several times faster on processors
-without bf16 products. Rounds alternate; medians. Growth is the exponent between the first and the last length.
+0.5B shape (14 query heads, 2 KV heads of 64), bf16, random values, the whole prompt at once with an empty cache; the
+queries of the last two pages attend to everything. torch runs in bf16 and in float32, which is several times faster on
+processors without bf16 products. Rounds alternate; medians. Growth is the exponent between the first and the last
+length.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def main() -> int:
     parser.add_argument("--lengths", default="4096,8192,16384,32768,65536")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--full-up-to", type=int, default=16384, help="longest context for our full attention")
-    parser.add_argument("--torch-up-to", type=int, default=16384, help="and for torch's")
+    parser.add_argument("--torch-up-to", type=int, default=16384, help="longest context for torch's attention")
     parser.add_argument("--budget", type=float, default=2.0)
     args = parser.parse_args()
     lengths = [int(length) for length in args.lengths.split(",")]
@@ -47,7 +48,7 @@ def main() -> int:
         for _ in range(args.rounds):
             for name, run in runs.items():
                 times[name].append(seconds(run))
-        medians[length] = {name: statistics.median(some) for name, some in times.items()}
+        medians[length] = {name: statistics.median(values) for name, values in times.items()}
         say(f"{length} tokens: " + ", ".join(f"{name} {value:.2f} s" for name, value in medians[length].items()))
     names = list(medians[lengths[0]])
     print(f"{'tokens':>8}" + "".join(f"{name:>15}" for name in names)
@@ -64,7 +65,7 @@ def main() -> int:
 
 
 def contenders(length: int, sparsity: Sparsity, args) -> dict:
-    """What runs one layer at one length, by name."""
+    """Return functions, by name, that each run one layer's attention once on a prompt of `length` tokens."""
     pages, keys = length // PAGE, jax.random.split(jax.random.key(0), 3)
     q = jax.random.normal(keys[0], (1, length, KV_HEADS, GROUP, DIM), jnp.bfloat16)
     k, v = (to_storage(jax.random.normal(key, (pages + 1, KV_HEADS, PAGE, DIM), jnp.bfloat16), page_dtype(jnp.bfloat16))
@@ -74,11 +75,11 @@ def contenders(length: int, sparsity: Sparsity, args) -> dict:
 
     @jax.jit
     def choose(q, k):
-        summaries = update_summaries(new_summaries(k, pages), k, table, start, whole, length)
-        return select(q, k, summaries, table, start, whole, whole, sparsity)
+        summaries = update_summaries(new_summaries(k, pages), k, table, start=start, length=whole, tokens=length)
+        return select(q, k, summaries, table, start=start, length=whole, prompt_length=whole, sparsity=sparsity)
 
-    mix = jax.jit(lambda q, k, v, selection: attend(q, k, v, table, start, whole, selection))
-    full = jax.jit(lambda q, k, v: paged_attention(q, k, v, table, start, whole))
+    mix = jax.jit(lambda q, k, v, selection: attend(q, k, v, table, start=start, length=whole, selection=selection))
+    full = jax.jit(lambda q, k, v: paged_attention(q, k, v, table, start=start, length=whole))
     runs = {"sparse": lambda: jax.block_until_ready(mix(q, k, v, choose(q, k))),
             "selection": lambda: jax.block_until_ready(choose(q, k))}
     if length <= args.full_up_to:

@@ -1,9 +1,9 @@
-"""What the sparse schedule saves in an engine: prefill of one long prompt, and decode of eight rows behind it.
+"""Measure the time that sparse attention saves an engine: prefill of a long prompt, and decode of eight answers to it.
 
     python scripts/bench/sparse_engine.py [--tokens 32768] [--layers 4] [--rounds 1]
 
-0.5B shape with fewer layers, random weights, bf16. Both engines run the same prompt, one after the other; the rows of a
-decode step share its pages, which spares full attention reads that separate prompts would need. Medians of rounds.
+0.5B shape with fewer layers, random weights, bf16. The engines run the same prompt in turn; the rows of a decode step
+share its pages, so full attention reads less than with separate prompts. Medians of rounds.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def main() -> int:
     longest = args.tokens + PAGE
     limits = Limits(max_batch_size=ROWS, max_seq_len=longest, prefill_shapes=((1, 64), (1, 512)),
                     recompute_shapes=(), decode_rows=(ROWS,))
-    one = model.config.num_layers * model.config.num_kv_heads * model.config.head_dim * 2 * 2
-    engines = {name: Engine(model, limits=limits, kv_cache_bytes=4 * longest * one, progress=False,
+    token_bytes = model.config.num_layers * model.config.num_kv_heads * model.config.head_dim * 2 * 2
+    engines = {name: Engine(model, limits=limits, kv_cache_bytes=4 * longest * token_bytes, progress=False,
                             policy=SchedulePolicy(sparse_above_tokens=threshold))
                for name, threshold in (("full", 1 << 30), ("sparse", 2048))}
     say("engines ready")
@@ -49,7 +49,7 @@ def main() -> int:
         for name, engine in engines.items():
             prefill[name].append(seconds(partial(engine.generate, [prompt], exactly(1))))
             before = decode_usage(engine)
-            engine.generate([prompt] * ROWS, exactly(ANSWER))  # finds the prompt's pages
+            engine.generate([prompt] * ROWS, exactly(ANSWER))  # the prefix cache has the prompt's pages
             after = decode_usage(engine)
             decode[name].append((after[1] - before[1]) / (after[0] - before[0]))
             say(f"{name}: prefill {prefill[name][-1]:.1f} s, decode step {1e3 * decode[name][-1]:.0f} ms")
@@ -62,9 +62,9 @@ def main() -> int:
 
 
 def decode_usage(engine: Engine) -> tuple[int, float]:
-    """Steps and seconds of decode so far."""
-    some = [bucket for bucket in engine.stats().buckets if bucket.bucket.startswith("decode")]
-    return sum(bucket.steps for bucket in some), sum(bucket.seconds for bucket in some)
+    """Return the number of decode steps that the engine has run so far, and the seconds that they took."""
+    buckets = [bucket for bucket in engine.stats().buckets if bucket.bucket.startswith("decode")]
+    return sum(bucket.steps for bucket in buckets), sum(bucket.seconds for bucket in buckets)
 
 
 if __name__ == "__main__":

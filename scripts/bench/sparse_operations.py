@@ -1,11 +1,12 @@
-"""Operations of sparse attention, counted: selection and attention of one layer's sparse heads, by context length.
+"""Count the arithmetic operations of sparse attention by context length: selecting pages, and attending to them.
 
     python scripts/bench/sparse_operations.py [--lengths 4096,...,262144] [--budget 2]
 
-Nothing runs. What selection does is read from its traced program: every product, sum, comparison and exponential of
-every block of queries, padding included. Attention is counted from the pages that a block takes. 0.5B shape, one KV
-head's share of the layer; the dense tail, which is linear in the context, is counted apart. Growth is the exponent
-between 16,384 tokens and the last length.
+Nothing runs. The operations of selection are counted in its traced program: every product, sum, comparison and
+exponential of every block of queries, padding included. Attention is counted from the pages that a block of queries
+attends to. 0.5B shape, the share of one KV head of a layer; the dense tail (the last tokens of a prompt, which attend
+to everything) is linear in the context and counted apart. Growth is the exponent between 16,384 tokens and the last
+length.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from qwen_kernels.attention import PAGE  # noqa: E402
 from qwen_kernels.sparse_attention import Sparsity, new_summaries, select, update_summaries  # noqa: E402
 
 GROUP, DIM = 7, 64
-ONCE = {"reduce_max", "reduce_min", "reduce_sum", "reduce_or", "reduce_and", "argmax"}  # an operation per input element
+ONCE = {"reduce_max", "reduce_min", "reduce_sum", "reduce_or", "reduce_and", "argmax"}  # one per input element
 MOVES = {"broadcast_in_dim", "reshape", "transpose", "slice", "dynamic_slice", "dynamic_update_slice", "concatenate",
          "gather", "squeeze", "convert_element_type", "iota", "pad", "bitcast_convert_type", "copy", "scatter", "rev"}
 
@@ -56,24 +57,26 @@ def main() -> int:
 
 
 def taken(own: int, sparsity: Sparsity) -> int:
-    """Pages that a block in page `own` attends to, at most."""
+    """Return how many pages the queries of page number `own` attend to at most: first, last and selected pages."""
     return min(own + 1, sparsity.sink + sparsity.local + sparsity.ranked(own))
 
 
 def selection_of(length: int, sparsity: Sparsity) -> tuple[int, int]:
-    """Operations of keeping the summaries of a prompt, and of selecting for all its blocks."""
+    """Count the operations of summarising the pages of a prompt, and of selecting pages for all its queries."""
     pages = length // PAGE
     q = jax.ShapeDtypeStruct((1, length, 1, GROUP, DIM), jnp.float32)
     k = jax.ShapeDtypeStruct((pages + 1, 1, PAGE, DIM), jnp.float32)
     table, number = jax.ShapeDtypeStruct((1, pages), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
     summaries = jax.eval_shape(lambda k: new_summaries(k, pages), k)
-    kept = jax.make_jaxpr(lambda *a: update_summaries(*a, length))(summaries, k, table, number, number)
-    chosen = jax.make_jaxpr(lambda *a: select(*a, sparsity))(q, k, summaries, table, number, number, number)
-    return operations(kept.jaxpr), operations(chosen.jaxpr)
+    update = jax.make_jaxpr(lambda *arrays: update_summaries(*arrays, length))(summaries, k, table, number, number)
+    choose = jax.make_jaxpr(lambda q, k, summaries, table, number: select(
+        q, k, summaries, table, start=number, length=number, prompt_length=number, sparsity=sparsity))
+    selection = choose(q, k, summaries, table, number)
+    return operations(update.jaxpr), operations(selection.jaxpr)
 
 
 def operations(jaxpr: Jaxpr) -> int:
-    """Operations of a program in which every loop has a known number of rounds."""
+    """Count the arithmetic operations of a traced program in which every loop has a known number of rounds."""
     total = 0
     for equation in jaxpr.eqns:
         name, size = equation.primitive.name, max((math.prod(x.aval.shape) for x in equation.outvars), default=0)

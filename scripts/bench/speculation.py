@@ -1,9 +1,9 @@
-"""Guesses from the text (n-gram speculation) against none: tokens per second on texts to copy, bundled model, float32.
+"""Measure n-gram speculation against none: tokens per second on answers that copy text, bundled model, float32.
 
     python scripts/bench/speculation.py [--rounds 5] [--tokens 256] [--draft-tokens 8]
 
-The model is asked to explain a payment that it has explained before in the same conversation, so that its answer is a
-copy of what stands there. Rounds alternate between both engines; the texts must be the same.
+Each conversation asks the model to explain a payment that it has explained before, so its answer copies the earlier
+one. Rounds alternate between both engines; the texts must be the same.
 """
 import argparse
 import itertools
@@ -15,7 +15,7 @@ from qwen_jax import Engine, SamplingParams
 from qwen_jax.checkpoint import load_model, load_tokenizer, resolve
 from qwen_jax.evaluation.fraud.task import conversations
 
-LEAST = 1.8
+BAR = 1.8
 
 
 def main() -> None:
@@ -28,14 +28,14 @@ def main() -> None:
     args = parser.parse_args()
     source = resolve("bundled")
     model, tokenizer = load_model(source, "float32"), load_tokenizer(source)
-    made = dict(tokenizer=tokenizer, max_batch_size=max(args.rows, 2))
-    engines = {"none": Engine(model, **made),
-               "n-gram": Engine(model, speculation="ngram", draft_tokens=args.draft_tokens, **made)}
+    options = dict(tokenizer=tokenizer, max_batch_size=max(args.rows, 2))
+    engines = {"none": Engine(model, **options),
+               "n-gram": Engine(model, speculation="ngram", draft_tokens=args.draft_tokens, **options)}
     prompts = []
     for opening, turns in itertools.islice(conversations(0, "heldout", 8, 1.0), args.prompts):
         turn = next(turn for turn in turns if not turn.verdict)
         first = f"{opening[-1]['content']}\n{turn.request}"
-        prompts.append(engines["none"].intake.tokens([
+        prompts.append(engines["none"].input_processor.tokens([
             *opening[:-1], {"role": "user", "content": first}, {"role": "assistant", "content": turn.answer},
             {"role": "user", "content": turn.request}]))
     params = SamplingParams(max_tokens=args.tokens, temperature=0.0)
@@ -47,7 +47,7 @@ def main() -> None:
                 answers += engine.generate(prompts[start:start + args.rows], params)
             seconds = time.perf_counter() - began
             texts.setdefault(name, [answer.token_ids for answer in answers])
-            if round_:  # the first one fills the prefix cache
+            if round_:  # the first round fills the prefix cache
                 speeds[name].append(sum(len(answer.token_ids) for answer in answers) / seconds)
             print(f"round {round_} {name}: {seconds:.2f} s", file=sys.stderr)
     stats = engines["n-gram"].stats()
@@ -57,8 +57,8 @@ def main() -> None:
         print(f"{name:7} {value:8.0f} tokens/s")
     print(f"acceptance {stats.accepted_tokens / max(stats.drafted_tokens, 1):.2f} of {stats.drafted_tokens} guesses; "
           f"same text: {texts['none'] == texts['n-gram']}; compiles after warm-up: {stats.compiles_after_warmup}")
-    met = ratio >= LEAST and texts["none"] == texts["n-gram"]
-    print(f"ratio {ratio:.2f}, bar {LEAST}: {'met' if met else 'missed'}")
+    met = ratio >= BAR and texts["none"] == texts["n-gram"]
+    print(f"ratio {ratio:.2f}, bar {BAR}: {'met' if met else 'missed'}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Prefill and decode against transformers.generate: 0.5B shape, bf16, random weights, same run, alternating.
+"""Compare the engine's speed of prefill and of decode with transformers.generate's: 0.5B shape, bf16, random weights.
 
     python scripts/bench/speed.py [--rounds 3] [--batches 1,8,32]
 
-Prefill is one prompt of 1024 tokens to its first token. Decode is the time per token after the first, 32-token prompts.
-Ratios are transformers' time over ours: above 1, we are faster.
+Prefill is the time from one prompt of 1024 tokens to its first token. Decode is the time per token after the first,
+with 32-token prompts. Both sides alternate in one run. Ratios are transformers' time over ours: above 1, we are faster.
 """
 
 from __future__ import annotations
@@ -54,23 +54,26 @@ def main() -> None:
             times[0].append(ours())
             times[1].append(theirs())
             print(f"  {name}: {times[0][-1]:.2f} s, {times[1][-1]:.2f} s", file=sys.stderr, flush=True)
-        mine, other = map(statistics.median, times)
-        print(f"{name:18} {tokens / mine:10.1f} {tokens / other:10.1f} {other / mine:7.2f}", flush=True)
+        our, their = map(statistics.median, times)
+        print(f"{name:18} {tokens / our:10.1f} {tokens / their:10.1f} {their / our:7.2f}", flush=True)
     print(f"compiles after warm-up: {engine.stats().compiles_after_warmup}")
 
 
 def prefill(hf, engine, rng):
+    """Return the number of tokens to prefill, and two functions that time it: with the engine, with transformers."""
     prompt = rng.integers(0, 150_000, 1024).tolist()
     return 1024, lambda: ours(engine, [prompt], 1), lambda: theirs(hf, [prompt], 1)
 
 
 def decode(hf, engine, rng, batch, count):
+    """Return the number of tokens to decode, and two functions that time it: with the engine, with transformers."""
     prompts = rng.integers(0, 150_000, (batch, PROMPT)).tolist()
     return (batch * (count - 1), lambda: ours(engine, prompts, count) - ours(engine, prompts, 1),
             lambda: theirs(hf, prompts, count) - theirs(hf, prompts, 1))
 
 
 def ours(engine, prompts, count) -> float:
+    """Return the seconds in which the engine generates `count` tokens for each prompt."""
     began = time.perf_counter()
     engine.generate(prompts, SamplingParams(max_tokens=count, temperature=0.0))
     return time.perf_counter() - began
@@ -78,6 +81,7 @@ def ours(engine, prompts, count) -> float:
 
 @torch.no_grad()
 def theirs(hf, prompts, count) -> float:
+    """Return the seconds in which transformers generates `count` tokens for each prompt."""
     tokens = torch.tensor(prompts)
     began = time.perf_counter()
     hf.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=count, min_new_tokens=count,

@@ -1,4 +1,4 @@
-"""Time from process start to a ready engine, with an empty executable cache and with a warm one.
+"""Measure the time from process start to a ready engine, with an empty executable cache and with a warm cache.
 
     python scripts/bench/start.py [MODEL or preset] [--rounds 2]
 
@@ -45,6 +45,7 @@ def main() -> None:
 
 
 def start(model: str | Path, cache: Path) -> tuple[float, float, int]:
+    """Start an engine in a new process; return seconds until ready, seconds of warm-up, and number of executables."""
     began = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", CHILD, str(model)], env={**os.environ, "QWEN_JAX_CACHE": str(cache)},
                           stdout=subprocess.PIPE, text=True, check=True)
@@ -54,7 +55,7 @@ def start(model: str | Path, cache: Path) -> tuple[float, float, int]:
 
 
 def make_checkpoint(preset: str, folder: Path) -> Path:
-    """A Hugging Face folder with random weights."""
+    """Write a Hugging Face folder with a preset's shape and random bf16 weights, and return the folder."""
     import ml_dtypes
     import numpy as np
 

@@ -1,10 +1,10 @@
-"""The distilled student against its teacher in one run, alternating: judgements and generated tokens per second.
+"""Compare the speed of the distilled student with its teacher: judgements and generated tokens per second.
 
     python scripts/bench/student.py [TEACHER] [STUDENT] [--rounds 9]
 
-Both are engines with default settings on the CPU. *classify* judges held-out transactions, each a prompt that no cache
-has seen; *generate* continues such prompts greedily, and its time is that of the tokens after the first. Ratios are the
-teacher's time over the student's, of medians: above 1, the student is faster.
+Both run as engines with default settings on the CPU, in one process, and take turns. *classify* judges held-out
+transactions, each a prompt that no cache has seen; *generate* continues such prompts greedily, and its time is that of
+the tokens after the first. Ratios are the teacher's median time over the student's: above 1, the student is faster.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def main() -> None:
     parser.add_argument("teacher", nargs="?", default="bundled")
     parser.add_argument("student", nargs="?", default="student")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--judgements", type=int, default=32, help="of each round")
+    parser.add_argument("--judgements", type=int, default=32, help="judgements of each round")
     parser.add_argument("--rows", default="8,1", help="sequences that generate at once")
-    parser.add_argument("--tokens", type=int, default=128, help="of each sequence, after the first")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens of each sequence, after the first")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     args = parser.parse_args()
     names = {"teacher": args.teacher, "student": args.student}
@@ -43,16 +43,16 @@ def main() -> None:
         return [format_messages(example.messages) for example in generate(1000 + round_, "heldout", count)]
 
     def classify(engine: Engine, round_: int) -> float:
-        asked = prompts(round_, args.judgements)
-        return seconds(lambda: engine.classify(asked, LABELS))
+        payments = prompts(round_, args.judgements)
+        return seconds(lambda: engine.classify(payments, LABELS))
 
     def continuing(rows: int):
         def run(engine: Engine, round_: int) -> float:
-            asked = prompts(round_, rows)
-            engine.generate(asked, exactly(1))  # the prefix cache has the prompts from here on
-            first, everything = (seconds(partial(engine.generate, asked, exactly(count)))
+            payments = prompts(round_, rows)
+            engine.generate(payments, exactly(1))  # the prefix cache has the prompts from here on
+            first, all_tokens = (seconds(partial(engine.generate, payments, exactly(count)))
                                  for count in (1, args.tokens + 1))
-            return everything - first
+            return all_tokens - first
         return run
 
     measures = {"classify": (args.judgements, "judgements/s", classify)}
@@ -65,7 +65,7 @@ def main() -> None:
         for round_ in range(-1, args.rounds):
             for which in engines if round_ % 2 else reversed(engines):
                 took = run(engines[which], round_)
-                if round_ >= 0:  # the one before warms up
+                if round_ >= 0:  # round -1 warms up
                     times[which].append(took)
         teacher, student = (statistics.median(times[which]) for which in ("teacher", "student"))
         say(f"{name}: ratios by round " + " ".join(f"{a / b:.2f}" for a, b in zip(*times.values(), strict=True)))

@@ -1,4 +1,4 @@
-"""Tokens per second on a mixed trace, all of it submitted at once, against other engines in the same run.
+"""Compare the engine's tokens per second with other engines' on a mixed trace of requests that is submitted at once.
 
     python scripts/bench/throughput.py [--requests 200] [--rounds 3] [--contenders ours,continuous,static]
     python scripts/bench/throughput.py --contenders ours,continuous,static,tunix --tunix-python ENV/bin/python
@@ -8,14 +8,14 @@
 - ours: `Engine` with default settings, bf16.
 - continuous: transformers' continuous batching, scaled-dot-product attention (of the implementations that it accepts,
   only this and "paged|eager" run on a CPU). Its attention spans all requests of a batch under a mask, so more requests
-  at once are not always better. Settings are REQUESTS:TOKENS, the most of each in a batch.
+  at once are not always better. Settings are REQUESTS:TOKENS, the maximum of each in a batch.
 - static: transformers' `generate` on left-padded batches, sorted by prompt length.
-- tunix: Tunix's sampler on such batches (`tunix_runner.py` says what its environment needs), of at most
+- tunix: Tunix's sampler on the same kind of batches (`tunix_runner.py` says what its environment needs), with at most
   TUNIX_PROMPT_TOKENS padded tokens, because it computes logits at every position of a prompt.
 
-Peers with several settings try each on 32 neighbours of the sorted trace first and keep the best. Compiling and warm-up
-are outside the clock. Every round has its own token ids: no prefix cache helps. Without AVX-512 torch and XLA have no
-fast bf16 product: see --peer-dtype, and take the better of two runs for a peer's best.
+Peers with several settings first try each setting on 32 neighbours of the sorted trace and keep the best. Compiling
+and warm-up are outside the clock. Every round has its own token ids, so no prefix cache helps. Without AVX-512 torch
+and XLA have no fast bf16 product: run a peer with both values of --peer-dtype and take the better result.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from workload import Peer, Request, say, shape, trace  # noqa: E402
 from qwen_jax import Engine  # noqa: E402
 
 PROMPT, OUTPUT = (16, 1024), (1, 128)
-PAGE = 256  # tokens, of transformers' paged cache
+PAGE = 256  # tokens of a page of transformers' cache
 TUNIX_PROMPT_TOKENS = 8192
 
 
@@ -91,6 +91,7 @@ def main() -> None:
 
 
 def report(requests, times, contenders, args) -> None:
+    """Print tokens per second of each contender, and our rate over that of the best peer."""
     prompt, output = sum(len(r.prompt) for r in requests), sum(r.tokens for r in requests)
     print(f"{len(requests)} requests, {prompt:,} prompt and {output:,} generated tokens; "
           f"medians of {args.rounds} alternating rounds, peers in {args.peer_dtype}")
@@ -106,7 +107,7 @@ def report(requests, times, contenders, args) -> None:
 
 
 class Contender:
-    """``run`` answers the requests and gives the seconds it took, whatever it has to prepare left out."""
+    """An engine to compare: ``run`` answers requests and returns the seconds that they took, preparation left out."""
 
     def __init__(self, hf: Qwen2ForCausalLM | None, settings: str) -> None:
         self.hf, self.settings = hf, settings.split(",")
@@ -128,10 +129,10 @@ class Ours(Contender):
 
 class Continuous(Contender):
     def run(self, requests):
-        most, tokens = map(int, self.setting.split(":"))
+        rows, tokens = map(int, self.setting.split(":"))
         pages = -(-(PROMPT[1] + OUTPUT[1]) // PAGE) + 1  # of one request; the scheduler keeps a share of them free
-        batching = ContinuousBatchingConfig(page_size=PAGE, num_blocks=most * pages, max_batch_tokens=tokens,
-                                            max_requests_per_batch=most)
+        batching = ContinuousBatchingConfig(page_size=PAGE, num_blocks=rows * pages, max_batch_tokens=tokens,
+                                            max_requests_per_batch=rows)
         greedy = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
         with self.hf.continuous_batching_context_manager(greedy, continuous_batching_config=batching) as manager:
             began = time.perf_counter()
@@ -169,13 +170,16 @@ class Tunix(Contender):
         self.peer.ask(layers=layers, dtype=dtype)
 
     def run(self, requests):
-        work = [{"prompts": [r.prompt for r in batch], "steps": OUTPUT[1]}  # another number would compile again
+        work = [{"prompts": [r.prompt for r in batch], "steps": OUTPUT[1]}  # other steps would compile again
                 for batch in batches(requests, int(self.setting), TUNIX_PROMPT_TOKENS)]
         return self.peer.ask(batches=work)["seconds"]
 
 
 def batches(requests: list[Request], rows: int, prompt_tokens: int | None = None) -> list[list[Request]]:
-    """Sorted by prompt length; at most ``prompt_tokens`` in a batch once padded to a power of two."""
+    """Sort the requests by prompt length and split them into batches of at most ``rows`` requests.
+
+    prompt_tokens: most prompt tokens in a batch, with its prompts padded to a power of two.
+    """
     result = [[]]
     for request in sorted(requests, key=lambda r: len(r.prompt)):
         padded = 1 << (len(request.prompt) - 1).bit_length()
@@ -186,7 +190,8 @@ def batches(requests: list[Request], rows: int, prompt_tokens: int | None = None
 
 
 def check(lengths: list[int], requests: list[Request]) -> None:
-    wrong = [(got, r.tokens) for got, r in zip(lengths, requests) if got != r.tokens]
+    """Exit with a message if an answer does not have the number of tokens that its request asks for."""
+    wrong = [(length, r.tokens) for length, r in zip(lengths, requests) if length != r.tokens]
     if wrong:
         raise SystemExit(f"{len(wrong)} answers have the wrong length (got, asked for): {wrong[:3]}")
 

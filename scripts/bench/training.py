@@ -1,4 +1,4 @@
-"""Training steps: LoRA against full fine-tuning, recompute against none, and both sides against torch.
+"""Measure training steps: LoRA against full fine-tuning, recompute of activations against none, ours against torch's.
 
     python scripts/bench/training.py [--parts memory,lora,torch] [--rounds 3]
 
@@ -36,6 +36,7 @@ OPTIMIZER = make_optimizer(Optimizer(learning_rate=1e-4, weight_decay=0.1), 1000
 
 
 def batch(config: ModelConfig, rows: int, length: int) -> Batch:
+    """Return a training batch of random tokens, every one of which counts in the loss."""
     rng = np.random.default_rng(0)
     tokens, positions = rng.integers(0, config.vocab_size, (rows, length)), np.tile(np.arange(length), (rows, 1))
     return Batch(tokens.astype(np.int32), np.ones((rows, length), np.float32), np.zeros((rows, length), np.int32),
@@ -43,7 +44,7 @@ def batch(config: ModelConfig, rows: int, length: int) -> Batch:
 
 
 def memory(rows: int, length: int) -> None:
-    """Compiles; allocates nothing."""
+    """Print XLA's analysis of the memory of training steps, full and LoRA, each with recompute and without."""
     config = ModelConfig.preset("qwen2.5-0.5b")
     arrays = {path: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for path, spec in abstract(config).items()}
     params = jax.eval_shape(stack, arrays)
@@ -58,10 +59,10 @@ def memory(rows: int, length: int) -> None:
         loss = language_model_loss(config, lora=lora, recompute=recompute, compute_dtype="bfloat16")
         state = jax.eval_shape(lambda t: init_state(t, OPTIMIZER), adapter if lora else params)
         compiled = make_train_step(loss, OPTIMIZER).lower(state, frozen if lora else {}, rows_of).compile()
-        found = compiled.memory_analysis()
-        sums[name] = found.argument_size_in_bytes + found.temp_size_in_bytes
-        temporary[name] = found.temp_size_in_bytes
-        columns = found.argument_size_in_bytes, temporary[name], sums[name]
+        analysis = compiled.memory_analysis()
+        sums[name] = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+        temporary[name] = analysis.temp_size_in_bytes
+        columns = analysis.argument_size_in_bytes, temporary[name], sums[name]
         print(f"{name:24} " + " ".join(f"{value / 1e6:10.0f}" for value in columns), flush=True)
     print(f"LoRA / full: {sums['LoRA'] / sums['full']:.2f}; both with recompute: "
           f"{sums['LoRA, recompute'] / sums['full, recompute']:.2f}; temporary memory, recompute / without: "
@@ -70,7 +71,7 @@ def memory(rows: int, length: int) -> None:
 
 
 def alternate(steps: dict, tokens: int, rounds: int, title: str) -> None:
-    """One warm step of each side, then `rounds` alternating ones; prints tokens per second and the ratio."""
+    """Time two kinds of training step in alternation, after a warm-up; print tokens per second and their ratio."""
     times = {name: [] for name in steps}
     for round_ in range(rounds + 1):
         for name, step in steps.items():
@@ -79,13 +80,14 @@ def alternate(steps: dict, tokens: int, rounds: int, title: str) -> None:
             if round_:
                 times[name].append(time.perf_counter() - began)
             print(f"  round {round_} {name}: {time.perf_counter() - began:.1f} s", file=sys.stderr)
-    rates = {name: tokens / statistics.median(each) for name, each in times.items()}
+    rates = {name: tokens / statistics.median(values) for name, values in times.items()}
     first, second = rates
     print(f"\n{title}\n" + "  ".join(f"{name} {rate:.1f} tokens/s" for name, rate in rates.items()) +
           f"  ratio {rates[first] / rates[second]:.2f}", flush=True)
 
 
 def runner(config: ModelConfig, lora: LoraConfig | None, rows: int, length: int, dtype: str):
+    """Return a function that runs a training step of this project: of LoRA, or a full one if `lora` is None."""
     params = stack(params_of(init(config, 0, "float32")))
     frozen = {path: value.astype(dtype) for path, value in params.items()} if lora else {}
     box = [init_state(init_adapter(config, lora) if lora else params, OPTIMIZER)]
@@ -100,6 +102,7 @@ def runner(config: ModelConfig, lora: LoraConfig | None, rows: int, length: int,
 
 
 def torch_runner(config: ModelConfig, rows: int, length: int):
+    """Return a function that runs a full training step of transformers and torch's AdamW."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -122,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", default="memory,lora,torch")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--layers", type=int, default=4, help="of the model that torch trains too")
+    parser.add_argument("--layers", type=int, default=4, help="layers of the model that torch trains too")
     args = parser.parse_args()
     parts, config = args.parts.split(","), ModelConfig.preset("qwen2.5-0.5b")
     if "memory" in parts:

@@ -1,14 +1,14 @@
-"""Tunix's sampler behind a pipe: one JSON object per line in, one out. `throughput.py` runs it.
+"""Time Tunix's sampler behind a pipe: a JSON object per line in, a JSON object per line out.
 
-Needs an environment with google-tunix 0.1.7 (it brings no torch; jax and flax pinned as ours are):
+`throughput.py` starts this script. It needs an environment with google-tunix 0.1.7 and our versions of jax and flax:
 
     python3.11 -m venv ENV && ENV/bin/pip install jax==0.10.2 flax==0.12.8 google-tunix==0.1.7
 
     {"layers": 24, "dtype": "bfloat16"}  ->  {"ready": true}   (the first line)
     {"batches": [{"prompts": [[1, 2], [3]], "steps": 128}]}  ->  {"seconds": 1.5, "answers": [[128, 128]]}
 
-Batches are left-padded to a power of two, as the sampler does by itself; each padded length has a cache of its own
-size. What a batch's shape compiles to is compiled before the clock starts. ``answers`` are lengths.
+Batches are left-padded to a power of two, as the sampler does by itself; each padded length has its own cache size. All
+shapes are compiled before the clock starts. ``answers`` are lengths.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ PAD = 151_935  # past every token id of a trace
 
 
 class Ids:
-    """The sampler wants a tokenizer: here a prompt is its token ids already."""
+    """A stand-in tokenizer for Tunix's sampler, whose texts are lists of token ids already."""
 
     def encode(self, ids, **_):
         return list(ids)
@@ -50,7 +50,7 @@ class Ids:
 
 
 class WarmSampler(Sampler):
-    """While ``warming``, every row is done before the first decode step: all is compiled and little is run."""
+    """A Tunix sampler that, while ``warming``, only compiles: it ends each answer before its first decode step."""
 
     warming = False
 

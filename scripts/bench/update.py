@@ -1,10 +1,10 @@
-"""A weight update in the middle of load: what fails, and how long answers pause.
+"""Update an engine's weights under load; print how many requests fail and how long their answers pause.
 
     python scripts/bench/update.py [--clients 8] [--layers 24]
 
-0.5B shape, random weights, bf16. Clients ask without end while a checkpoint with other weights is loaded, checked,
-tried on golden prompts and made current. Printed: gaps between steps before the update, while it is loaded, and around
-the switch.
+0.5B shape, random weights, bf16. Clients send requests without pause while a checkpoint with other weights is loaded,
+checked, tried on golden prompts and made current. The script prints the gaps between steps before the update, while it
+is loaded, and around the switch.
 """
 import argparse
 import asyncio
@@ -23,13 +23,14 @@ from qwen_jax.model import init
 
 
 async def measure(engine: Engine, folder: Path, clients: int) -> None:
+    """Update to the weights in `folder` under the load of `clients` clients, and print the gaps between steps."""
     serving, rng = AsyncEngine(engine), np.random.default_rng(0)
-    pieces, failed, stop = [], [], asyncio.Event()  # pieces: (client, time)
+    pieces, failed, stop = [], [], asyncio.Event()  # pieces: (client, time, whether it has tokens)
 
     async def client(number: int) -> None:
         while not stop.is_set():
             prompt = rng.integers(0, 100_000, 48).tolist()
-            # Of different lengths, so that not all prompts come at once.
+            # Answers have different lengths, so that prompts do not arrive at once.
             params = SamplingParams(max_tokens=int(rng.integers(24, 128)), temperature=0.0, ignore_eos=True)
             async for delta in serving.stream(prompt, params):
                 pieces.append((number, time.perf_counter(), bool(delta.token_ids)))
@@ -48,15 +49,15 @@ async def measure(engine: Engine, folder: Path, clients: int) -> None:
     stats = await serving.stats()
     await serving.close()
     times = sorted(moment for _, moment, new in pieces if new)
-    ends = [times[0]]  # ends of steps: pieces of one step come together
+    ends = [times[0]]  # ends of steps: the pieces of a step arrive together
     for moment in times:
         if moment - ends[-1] > 0.005:
             ends.append(moment)
     gaps = [(end, end - start) for start, end in zip(ends, ends[1:])]
 
-    def show(name: str, some: list[float]) -> None:
-        print(f"{name:28} median {statistics.median(some) * 1e3:5.0f} ms, longest {max(some) * 1e3:5.0f} ms, "
-              f"{len(some)} gaps")
+    def show(name: str, seconds: list[float]) -> None:
+        print(f"{name:28} median {statistics.median(seconds) * 1e3:5.0f} ms, longest {max(seconds) * 1e3:5.0f} ms, "
+              f"{len(seconds)} gaps")
 
     show("between steps, before", [gap for end, gap in gaps if end < before])
     show("while loading and trying", [gap for end, gap in gaps if before <= end < after])

@@ -1,4 +1,4 @@
-"""What the serving benchmarks share: shapes, a trace of requests, a peer in a process of its own."""
+"""Shared parts of the benchmarks: model shapes, a trace of requests, a peer in another process."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from qwen_jax import ModelConfig, SamplingParams
 
 @dataclass(frozen=True)
 class Request:
+    """A prompt of token ids and the exact number of tokens to generate."""
+
     prompt: list[int]
-    tokens: int  # to generate: neither fewer nor more
+    tokens: int
 
     @property
     def params(self) -> SamplingParams:
@@ -26,12 +28,12 @@ class Request:
 
 
 def exactly(tokens: int) -> SamplingParams:
-    """Greedy, and no token ends the answer early."""
+    """Return sampling parameters for a greedy answer of exactly `tokens` tokens."""
     return SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
 
 
 def shape(preset: str, layers: int | None) -> ModelConfig:
-    """A preset, with fewer layers to try a script out."""
+    """Return the model configuration of a preset, with `layers` layers instead of its own if a number is given."""
     config = ModelConfig.preset(preset)
     return replace(config, num_layers=layers) if layers else config
 
@@ -42,9 +44,9 @@ def token_ids(rng: np.random.Generator, count: int, vocab_size: int = 150_000) -
 
 def trace(requests: int, seed: int, round_: int = 0, prompt: tuple[int, int] = (16, 1024),
           output: tuple[int, int] = (1, 128)) -> list[Request]:
-    """Prompt lengths are log-uniform and output lengths uniform, by the seed alone.
+    """Draw requests with log-uniform prompt lengths and uniform output lengths; the seed alone decides the lengths.
 
-    Token ids are the round's own, so that a prefix cache finds nothing from the round before.
+    Token ids also depend on the round, so that a prefix cache finds nothing from the round before.
     """
     lengths, ids = np.random.default_rng(seed), np.random.default_rng((seed, round_))
     prompts = np.exp(lengths.uniform(np.log(prompt[0]), np.log(prompt[1] + 1), requests)).astype(int)
@@ -53,19 +55,21 @@ def trace(requests: int, seed: int, round_: int = 0, prompt: tuple[int, int] = (
 
 
 def seconds(call: Callable[[], object]) -> float:
+    """Return the seconds that a call takes."""
     began = time.perf_counter()
     call()
     return time.perf_counter() - began
 
 
 class Peer:
-    """A script beside this one, run by another environment's Python: one JSON object per line to it, one back."""
+    """A process in which another environment's Python runs a script of this folder that answers lines of JSON."""
 
     def __init__(self, python: str, script: str) -> None:
-        command = python, "-P", str(Path(__file__).with_name(script))  # -P: what it imports is not in this folder
+        command = python, "-P", str(Path(__file__).with_name(script))  # -P: do not import from this folder
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, **question) -> dict:
+        """Send the arguments to the process as a line of JSON; return the JSON object that it answers."""
         self._process.stdin.write(json.dumps(question) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
@@ -79,4 +83,5 @@ class Peer:
 
 
 def say(text: str) -> None:
+    """Print a line of progress to stderr."""
     print(f"  {text}", file=sys.stderr, flush=True)

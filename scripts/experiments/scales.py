@@ -1,9 +1,9 @@
-"""How finely an 8-bit weight needs scales: one for a tensor, for a channel, for a block, against loss.
+"""Measure what rounding weights to 8 or 4 bits costs a model, with one scale for a tensor, a channel, or a block.
 
     python scripts/experiments/scales.py [configs/experiments/scales.toml] [--picture FILE.png]
 
 The matrices of all layers are rounded and multiplied back; everything else stays in float32. Prints a table and draws
-a picture: how far the next token's distribution is from the model's own, its loss, and the bits that a weight takes.
+a picture of the divergence from the model's own distribution of the next token, the loss, and the bits per weight.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 from qwen_kernels.attention import PAGE, causal_attention
 
@@ -26,38 +26,38 @@ from qwen_jax.evaluation.calibrate_sparsity import default_texts
 from qwen_jax.evaluation.sparse_fidelity import losses
 from qwen_jax.model import build
 from qwen_jax.quantization import E4M3, INPUTS, saturate
-from qwen_jax.training.recipe import load_recipe
+from qwen_jax.training.recipe import Names, Table, load_recipe
 
 LARGEST = {"e4m3": 448.0, "int8": 127.0, "int4": 7.0}
 SCALE_BITS = 32
 
 
-@dataclass(frozen=True)
-class Granularity:
-    """One scale for `rows` outputs times `columns` inputs of a matrix; 0 means all of them."""
+class Granularity(Table):
+    """The part of a weight matrix that shares a scale: `rows` outputs times `columns` inputs, 0 for all of them."""
     name: str
     rows: int
     columns: int
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(Table):
+    """Settings of the experiment: a model, and the element types and granularities of scales to compare."""
     model: str
-    kinds: tuple[str, ...]
-    granularities: tuple[Granularity, ...]
-    tokens: int  # of each of six conversations
+    kinds: Names
+    granularities: Annotated[tuple[Granularity, ...], msgspec.Meta(min_length=1)]
+    tokens: int  # length of each of six conversations
 
 
 class Point(NamedTuple):
+    """Cost of rounding a model's weights to an element type with a granularity of scales."""
     kind: str
     granularity: str
-    bits: float        # of a weight, its share of a scale included
+    bits: float        # bits per weight, including its share of a scale
     divergence: float  # nats
     loss: float        # nats per token
 
 
 def rounded(matrix: jax.Array, kind: str, rows: int, columns: int) -> tuple[jax.Array, int]:
-    """``matrix[outputs, inputs]`` as blocks of `kind` hold it, and the number of scales."""
+    """Round ``matrix[outputs, inputs]`` to type `kind`, with a scale per block; return it and the number of scales."""
     height, width = matrix.shape
     rows, columns = rows or height, columns or width
     padded = jnp.pad(matrix, ((0, -height % rows), (0, -width % columns)))
@@ -69,24 +69,25 @@ def rounded(matrix: jax.Array, kind: str, rows: int, columns: int) -> tuple[jax.
     return (held * scale).reshape(padded.shape)[:height, :width], scale.size
 
 
-def round_matrices(params: dict[str, jax.Array], kind: str, one: Granularity) -> tuple[dict[str, jax.Array], float]:
-    """Parameters with the matrices of all layers rounded, and the bits that a weight of these takes."""
+def round_matrices(params: dict[str, jax.Array], kind: str, granularity: Granularity
+                   ) -> tuple[dict[str, jax.Array], float]:
+    """Round the weight matrices of all layers; return all parameters, and the matrices' bits per weight with scales."""
     changed, weights, scales = dict(params), 0, 0
     for path, value in params.items():
         inputs = INPUTS.get(".".join(path.split(".")[2:]))
         if inputs:
             flat = value.reshape(-1, prod(value.shape[-inputs:]))
-            new, count = rounded(flat, kind, one.rows, one.columns)
+            new, count = rounded(flat, kind, granularity.rows, granularity.columns)
             changed[path], weights, scales = new.reshape(value.shape), weights + value.size, scales + count
     width = 4 if kind == "int4" else 8
     return changed, width + SCALE_BITS * scales / weights
 
 
 def run(recipe: Recipe, progress=lambda _: None) -> tuple[list[Point], float]:
-    """A point for every kind and granularity, and the loss of the model as it is."""
+    """Measure every element type with every granularity of scales; return the results and the exact model's loss."""
     unknown = [kind for kind in recipe.kinds if kind not in LARGEST]
     if unknown:
-        raise UserError(f"unknown element type {unknown[0]}: use some of {', '.join(LARGEST)}")
+        raise UserError(f"unknown element type {unknown[0]}: use {', '.join(LARGEST)}")
     source = resolve(recipe.model)
     config, params = source.config, load_params(source, source.config, "float32")
     texts = default_texts(load_tokenizer(source), recipe.tokens, 0)
@@ -95,23 +96,24 @@ def run(recipe: Recipe, progress=lambda _: None) -> tuple[list[Point], float]:
 
     @jax.jit
     def compare(params, exact_params, tokens, length):
-        models = [build(config, one) for one in (params, exact_params)]
+        models = [build(config, tree) for tree in (params, exact_params)]
         states = [model.hidden(tokens[None], positions, lambda _, *qkv: causal_attention(*qkv))[0] for model in models]
         return losses([model.logits for model in models], states, tokens, length)
 
     points, full = [], 0.0
     for kind in recipe.kinds:
-        for one in recipe.granularities:
-            changed, bits = round_matrices(params, kind, one)
+        for granularity in recipe.granularities:
+            changed, bits = round_matrices(params, kind, granularity)
             means = np.mean([compare(changed, params, np.pad(text, (0, width - len(text))).astype(np.int32), len(text))
                              for text in texts], axis=0)
             loss, full, divergence = map(float, means)
-            points.append(Point(kind, one.name, bits, divergence, loss))
-            progress(f"{len(points)} of {len(recipe.kinds) * len(recipe.granularities)}: {kind} by {one.name}")
+            points.append(Point(kind, granularity.name, bits, divergence, loss))
+            progress(f"{len(points)} of {len(recipe.kinds) * len(recipe.granularities)}: {kind} by {granularity.name}")
     return points, full
 
 
 def draw_picture(points: Sequence[Point], full: float, title: str, path: str) -> None:
+    """Draw the divergence and the added loss of every element type, by granularity of scales, as a PNG."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -120,11 +122,11 @@ def draw_picture(points: Sequence[Point], full: float, title: str, path: str) ->
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     wide = 0.8 / len(kinds)
     for index, kind in enumerate(kinds):
-        some = [point for point in points if point.kind == kind]
+        of_kind = [point for point in points if point.kind == kind]
         at = np.arange(len(names)) + (index - (len(kinds) - 1) / 2) * wide
-        left.bar(at, [point.divergence for point in some], wide * .92, label=kind)
-        right.bar(at, [point.loss - full for point in some], wide * .92, label=kind)
-        for x, point in zip(at, some, strict=True):
+        left.bar(at, [point.divergence for point in of_kind], wide * .92, label=kind)
+        right.bar(at, [point.loss - full for point in of_kind], wide * .92, label=kind)
+        for x, point in zip(at, of_kind, strict=True):
             left.annotate(f"{point.bits:.2f}", (x, point.divergence), ha="center", va="bottom", fontsize=8, color="0.3",
                           xytext=(0, 1), textcoords="offset points")
     left.set(yscale="log", ylabel="divergence from the model, nats", title="above each bar: bits per weight")

@@ -1,9 +1,10 @@
-"""A selector of one's own against those that exist: what it finds, and how many answers stay right, by budget.
+"""Compare a new rule that selects pages for sparse attention with the existing rules: recall and right answers.
 
     python scripts/experiments/selector.py [configs/experiments/selector.toml] [--picture FILE.png]
 
-`gaussian`, below, is all that a new selector takes; no file of the package is changed. Every block of queries attends
-to the pages that the selector chooses, in all layers, the ends of prompts too. Prints a table and draws a picture.
+The function `gaussian`, below, is a complete new selector: it ranks the pages (blocks of keys and values) for a block
+of queries. No file of the package is changed. In all layers, every block of queries, at the end of a prompt too,
+attends to the pages that the selector ranks highest, as many as a budget allows. Prints a table and draws a picture.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 from flax import nnx
 from qwen_kernels.attention import PAGE
@@ -28,22 +29,22 @@ from qwen_jax.checkpoint import load_model, load_tokenizer, resolve
 from qwen_jax.errors import UserError
 from qwen_jax.evaluation.longcontext.samples import FAMILIES, draw
 from qwen_jax.evaluation.sparse_recall import Paged, recall_of, true_shares
-from qwen_jax.training.recipe import load_recipe
+from qwen_jax.training.recipe import Names, Table, load_recipe
 
-# --- the idea: about twenty lines
+# --- the new selector
 
 
-def gaussian(q, view, first, last, most):
-    """Takes a page's keys for draws from a normal distribution, whose mean and variance are known.
+def gaussian(q, view, first, last, wanted):
+    """Estimate each page's share of the attention by taking its keys for draws from a normal distribution.
 
-    Then q . k is normal too, and the mean of exp(q . k) is exp(m + s² / 2). A page of 64 keys has no draws far out in
-    the tail, though: where s² > 2 ln 64 the largest of them decides, about m + s (2 ln 64)^½.
+    With mean m and variance s² of q . k over the page, the mean of exp(q . k) is exp(m + s² / 2). But a page of 64 keys
+    has no draws far out in the tail: if s² > 2 ln 64 the largest draw decides, about m + s (2 ln 64)^½.
     """
     keys = view.keys()  # [B, K, N, PAGE, H]
     mean = jnp.einsum("bkrh,bknh->bkrn", q, keys.mean(axis=3))
     variance = jnp.einsum("bkrh,bknh->bkrn", q * q, keys.var(axis=3))
-    most_of = 2 * math.log(PAGE)
-    mass = jnp.where(variance > most_of, jnp.sqrt(most_of * variance), (most_of + variance) / 2)
+    limit = 2 * math.log(PAGE)
+    mass = jnp.where(variance > limit, jnp.sqrt(limit * variance), (limit + variance) / 2)
     return view.pages(), page_shares(mean + mass, view)
 
 
@@ -52,31 +53,33 @@ SELECTORS["gaussian"] = gaussian
 # --- the experiment
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(Table):
+    """Settings of the experiment: a model, its documents, and the selectors and budgets of pages to compare."""
     model: str
-    families: tuple[str, ...]   # of the long-context suite
-    documents: int              # of each
-    tokens: int                 # of a document with its question and answer
-    selectors: tuple[str, ...]
-    budgets: tuple[float, ...]
+    families: Names             # families of the long-context suite
+    documents: int              # number of documents of each family
+    tokens: int                 # length of a document with its question and answer
+    selectors: Names
+    budgets: Annotated[tuple[float, ...], msgspec.Meta(min_length=1)]
 
 
-class Asked(NamedTuple):
+class Prompt(NamedTuple):
+    """The tokens of a document, a question and its right answer, and which of them are the answer's."""
     tokens: list[int]
-    answer: list[int]  # where the answer's tokens are
+    answer: list[int]  # indices of the answer's tokens
 
 
 class Point(NamedTuple):
+    """Pages, recall and right answers of a selector of pages with a budget, as means over all prompts."""
     selector: str
     budget: float
-    density: float  # pages attended to, of those before the queries
-    recall: float   # share of full attention on them
-    right: float    # answers of which every token is the most likely one
+    density: float  # pages attended to, as a share of the pages before the queries
+    recall: float   # share of full attention that falls on these pages
+    right: float    # share of answers of which every token is the most likely token
 
 
-def ask(family: str, seed: int, length: int, tokenizer) -> Asked:
-    """A document, a question about it, and the right answer."""
+def ask(family: str, seed: int, length: int, tokenizer) -> Prompt:
+    """Draw a document of a task family, a question and its right answer, as one text of at most `length` tokens."""
     def chat(document) -> str:
         question, = document.questions
         return tokenizer.apply_chat_template(
@@ -84,51 +87,55 @@ def ask(family: str, seed: int, length: int, tokenizer) -> Asked:
              {"role": "assistant", "content": question.prefix + question.answer}], tokenize=False)
 
     document = draw(family, f"experiment {seed}", length,
-                    lambda one: len(tokenizer.encode(chat(one), add_special_tokens=False)))
+                    lambda drawn: len(tokenizer.encode(chat(drawn), add_special_tokens=False)))
     text, answer = chat(document), document.questions[0].answer
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     begin = text.rindex(answer)
     places = [index for index, (start, stop) in enumerate(encoded["offset_mapping"])
               if stop > begin and start < begin + len(answer)]
-    return Asked(encoded["input_ids"], places)
+    return Prompt(encoded["input_ids"], places)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def observe(graph, sparsity: Sparsity, params, tokens: jax.Array, length) -> tuple[jax.Array, ...]:
-    """The most likely next tokens ``[S]`` with sparse attention in all layers; pages attended to, pages there are; the
-    mean recall over layers and KV heads."""
-    model, seen = nnx.merge(graph, params), []
+    """Run a model on a text with sparse attention in all layers; measure how much of full attention it covers.
+
+    Returns the most likely next tokens ``[S]``, the number of pages attended to, the number of all pages before the
+    queries, and the mean recall over layers and KV heads.
+    """
+    model, per_layer = nnx.merge(graph, params), []
 
     def attend(layer, q, k, v):
         pages = Paged(k, v, length)
         selection = pages.select(q, sparsity)
         recall = recall_of(true_shares(q, k, length), selection, sparsity, length).recall
-        seen.append((jnp.sum(selection.count), jnp.mean(recall)))
+        per_layer.append((jnp.sum(selection.count), jnp.mean(recall)))
         return pages.attend(q, selection)
 
     hidden = model.hidden(tokens[None], jnp.arange(len(tokens))[None], attend)
     blocks = jnp.arange(len(tokens) // PAGE)
-    visible = jnp.sum(jnp.where(blocks * PAGE < length, blocks + 1, 0)) * model.config.num_kv_heads * len(seen)
-    attended, recall = (sum(values) for values in zip(*seen, strict=True))
-    return model.logits(hidden)[0].argmax(-1), attended, visible, recall / len(seen)
+    visible = jnp.sum(jnp.where(blocks * PAGE < length, blocks + 1, 0)) * model.config.num_kv_heads * len(per_layer)
+    attended, recall = (sum(values) for values in zip(*per_layer, strict=True))
+    return model.logits(hidden)[0].argmax(-1), attended, visible, recall / len(per_layer)
 
 
-def measure(model, prompts: Sequence[Asked], selector: str, budget: float) -> Point:
+def measure(model, prompts: Sequence[Prompt], selector: str, budget: float) -> Point:
+    """Measure the pages, recall and right answers of a selector of pages with a budget, on all prompts."""
     sparsity = Sparsity(selector=selector, budget=budget, dense_tail=0)
     graph, params = nnx.split(model)
-    width = -(-max(len(one.tokens) for one in prompts) // PAGE) * PAGE
+    width = -(-max(len(prompt.tokens) for prompt in prompts) // PAGE) * PAGE
     right, sums = [], np.zeros(3)
-    for one in prompts:
+    for prompt in prompts:
         tokens = np.zeros(width, np.int32)
-        tokens[:len(one.tokens)] = one.tokens
-        likely, *counted = observe(graph, sparsity, params, tokens, len(one.tokens))
+        tokens[:len(prompt.tokens)] = prompt.tokens
+        likely, *counted = observe(graph, sparsity, params, tokens, len(prompt.tokens))
         likely, sums = np.asarray(likely), sums + np.array(counted, np.float64)
-        right.append(all(likely[at - 1] == tokens[at] for at in one.answer))
+        right.append(all(likely[at - 1] == tokens[at] for at in prompt.answer))
     return Point(selector, budget, sums[0] / sums[1], sums[2] / len(prompts), float(np.mean(right)))
 
 
 def run(recipe: Recipe, progress=lambda _: None) -> tuple[list[Point], Point, int]:
-    """Every selector at every budget; full attention; the number of answers."""
+    """Measure all selectors of pages at all budgets; return results, full attention's, and the number of prompts."""
     unknown = sorted(set(recipe.selectors) - SELECTORS.keys()) + sorted(set(recipe.families) - FAMILIES.keys())
     if unknown:
         raise UserError(f"unknown selector or family {unknown[0]}: selectors are {', '.join(SELECTORS)}, families "
@@ -148,16 +155,17 @@ def run(recipe: Recipe, progress=lambda _: None) -> tuple[list[Point], Point, in
 
 
 def draw_picture(points: Sequence[Point], full: Point, title: str, path: str) -> None:
+    """Draw the recall and the right answers of each selector, over the share of pages attended to, as a PNG."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for name in dict.fromkeys(point.selector for point in points):
-        some = [point for point in points if point.selector == name]
+        curve = [point for point in points if point.selector == name]
         style = dict(marker="o", ms=5, lw=2.6 if name == "gaussian" else 1.3, zorder=3 if name == "gaussian" else 2)
-        left.plot([p.density for p in some], [p.recall for p in some], label=name, **style)
-        right.plot([p.density for p in some], [p.right for p in some], label=name, **style)
+        left.plot([p.density for p in curve], [p.recall for p in curve], label=name, **style)
+        right.plot([p.density for p in curve], [p.right for p in curve], label=name, **style)
     right.axhline(full.right, color="0.4", ls="--", lw=1, label="full attention")
     left.set(ylabel="share of full attention on the selected pages")
     right.set(ylabel="answers right", ylim=(None, 1.02))

@@ -1,4 +1,4 @@
-"""LoRA adapters against peft: ours loads there, theirs loads here, and the logits agree."""
+"""LoRA adapters compared with peft: peft loads ours, we load peft's, and the logits agree."""
 import json
 
 import jax.numpy as jnp
@@ -38,7 +38,8 @@ def adapted_logits(params, lora, adapter):
     model = build(CONFIG, params)
 
     def adapt(layer, site, x, y):
-        return adapt_site(CONFIG, {name: value[layer] for name, value in adapter.items()}, lora.scale, site, x, y)
+        return adapt_site(CONFIG, {name: value[layer] for name, value in adapter.items()}, lora.scale,
+                          site=site, x=x, y=y)
 
     positions = np.tile(np.arange(TOKENS.shape[1]), (len(TOKENS), 1))
     return model.logits(model.hidden(TOKENS, positions, lambda _, q, k, v: causal_attention(q, k, v), adapt))
@@ -103,7 +104,7 @@ def test_rank_16_on_attention_of_7b_is_10_million():
 
 
 def test_rows_with_adapters_of_their_own(params):
-    """One product for a batch whose rows use different adapters equals each row with its own."""
+    """A product for a batch whose rows use different adapters equals the products of the rows alone."""
     rng = np.random.default_rng(3)
     adapters = [random_adapter(), {name: value * 2 for name, value in random_adapter().items()}]
     scales = np.array([1.5, 0.5], np.float32)
@@ -113,15 +114,15 @@ def test_rows_with_adapters_of_their_own(params):
         x, y = rng.normal(size=(2, 3, inputs)).astype(np.float32), rng.normal(size=outputs).astype(np.float32)
         rows = (slice(None),) if site == "gate_up" else ()  # axes of y before that of the rows
         both = {name: jnp.stack([adapter[name][1] for adapter in adapters]) for name in adapters[0]}
-        found = adapt_site(CONFIG, both, scales, site, x, y)
+        found = adapt_site(CONFIG, both, scales, site=site, x=x, y=y)
         for row, (adapter, scale) in enumerate(zip(adapters, scales, strict=True)):
             own, mine = {name: value[1] for name, value in adapter.items()}, (*rows, slice(row, row + 1))
-            np.testing.assert_allclose(found[mine], adapt_site(CONFIG, own, scale, site, x[row:row + 1], y[mine]),
-                                       atol=1e-5)
+            alone = adapt_site(CONFIG, own, scale, site=site, x=x[row:row + 1], y=y[mine])
+            np.testing.assert_allclose(found[mine], alone, atol=1e-5)
 
 
 def broken(folder, settings=None, tensors=None):
-    """A saved adapter with some settings or tensors changed; None removes one."""
+    """Save an adapter with some settings or tensors changed; None removes a setting or a tensor."""
     save_adapter(random_adapter(), CONFIG, LORA, folder)
     for file, changes in (("adapter_config.json", settings), ("adapter_model.safetensors", tensors)):
         if changes:
@@ -139,8 +140,8 @@ NAME = "base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"
     ({"settings": {"use_dora": True}}, "uses use_dora=True, which is not implemented"),
     ({"settings": {"bias": "all"}}, "uses bias='all'"),
     ({"settings": {"rank_pattern": {"q_proj": 8}}}, "uses rank_pattern="),
-    ({"settings": {"target_modules": ["q_proj", "lm_head"]}}, "unknown adapter target lm_head"),
-    ({"settings": {"r": 0}}, "rank of an adapter is a positive integer, not 0"),
+    ({"settings": {"target_modules": ["q_proj", "lm_head"]}}, "an adapter's targets must be of .*, not lm_head"),
+    ({"settings": {"r": 0}}, "rank of an adapter must be a positive integer, not 0"),
     ({"settings": {"r": 8}}, r"does not fit this model: it has .* as \[4, 32\], should be \[8, 32\]"),
     ({"settings": {"lora_alpha": "x"}}, "r and lora_alpha must be numbers"),
     ({"tensors": {NAME: None}}, f"lacks {NAME}"),

@@ -1,4 +1,4 @@
-"""All or nothing: existing destinations, full disks, interrupted and killed runs."""
+"""Results appear complete or not at all: existing destinations, full disks, interrupted and killed runs."""
 
 import errno
 import logging
@@ -16,6 +16,7 @@ import pytest
 from hf_folders import siblings
 
 import qwen_jax.checkpoint.safetensors_io as safetensors_io
+from qwen_jax.atomic import replace_file
 from qwen_jax.checkpoint import convert, export, orbax_store
 from qwen_jax.errors import UserError
 
@@ -123,3 +124,22 @@ def test_killed_run_leaves_no_destination_and_the_next_run_succeeds(shared, tmp_
     assert not dst.exists()
     convert(shared / "tied", dst)
     assert siblings(dst) == ["orbax", "other"]
+
+
+@pytest.mark.parametrize("private, mode", [(False, 0o644), (True, 0o600)])
+def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path, monkeypatch, private, mode):
+    path, umask = tmp_path / "file", os.umask(0o022)
+    try:
+        for content in (b"first", b"second"):
+            replace_file(path, content, private)
+            assert path.read_bytes() == content and path.stat().st_mode & 0o777 == mode
+    finally:
+        os.umask(umask)
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        replace_file(path, b"third", private)
+    assert path.read_bytes() == b"second" and siblings(path) == ["file"]

@@ -223,7 +223,7 @@ def test_requests_that_make_no_sense(shared, tmp_path):
 
 
 def test_memory_stays_within_one_group(tmp_path, monkeypatch):
-    """Streaming, seen from inside: a group's arrays are gone before the first tensor of the next group is read."""
+    """A group's arrays are freed before the first tensor of the next group is read."""
     hf_model(layers=4).save_pretrained(tmp_path / "hf")
     monkeypatch.setattr(orbax_store.groups, "__defaults__", (40_000,))
     save, read, saved, sizes = orbax_store.ocp.partial.save, safetensors_io.SafetensorsFolder.read, [], []
@@ -270,7 +270,7 @@ def test_peak_memory_as_the_kernel_counts_it(shared, tmp_path):
 
 
 def test_a_model_of_another_shape_is_not_calibrated_as_its_source(tmp_path):
-    """What was measured layer by layer is of no use to a model with fewer of them, and an engine would refuse it."""
+    """Calibration is measured layer by layer: an engine of a model with fewer layers would refuse it."""
     from dataclasses import replace
 
     from qwen_jax.model import init

@@ -1,15 +1,17 @@
-"""Conversion by several processes: the same checkpoint as by one, or none."""
+"""Conversion by several processes: the same checkpoint as by a single process, or none."""
 
 import errno
 import json
 import os
 import subprocess
+import sys
 
 import pytest
 import torch
 from hf_folders import hf_model, rewrite, siblings
 
-from qwen_jax.checkpoint import conversion_workers, convert, export, orbax_store, verify
+from qwen_jax.checkpoint import conversion_workers, convert, export, orbax_store, resolve, verify
+from qwen_jax.checkpoint.conversion_groups import GroupConverter
 from qwen_jax.cli import main
 from qwen_jax.errors import UserError
 
@@ -29,7 +31,7 @@ def started(monkeypatch):
 
 
 def contents(folder):
-    """The bytes of every array's every chunk; metadata as data; names only of what names its folder or the time."""
+    """Return the bytes of every chunk, metadata as parsed JSON, and the names of files that hold paths or times."""
     found = {}
     for file in (path for path in folder.rglob("*") if path.is_file()):
         name = str(file.relative_to(folder))
@@ -103,12 +105,23 @@ def test_a_full_disk_and_an_interrupt_leave_nothing(folder, tmp_path, monkeypatc
 
 
 def test_a_process_ends_with_the_one_that_started_it(folder, tmp_path):
-    worker = conversion_workers._Worker([str(folder), str(tmp_path / "part"), None, False])
+    worker = conversion_workers._Worker()
     try:
-        worker._process.stdin.close()
+        worker.send((GroupConverter(resolve(folder)), tmp_path / "part"))
+        worker._pipe.close()
         assert worker._process.wait(timeout=60) == 1
     finally:
         worker.stop()
+
+
+def test_a_script_without_a_guard_converts(folder, tmp_path):
+    """The processes do not run the caller's main module again, as those of `multiprocessing.Process` would."""
+    script = tmp_path / "script.py"
+    script.write_text("from qwen_jax import convert\n"
+                      f"convert({str(folder)!r}, {str(tmp_path / 'orbax')!r}, processes=2)")
+    with script.open() as stdin:
+        subprocess.run([sys.executable, "-"], stdin=stdin, check=True)
+    verify(tmp_path / "orbax")
 
 
 @pytest.mark.parametrize("processes", [0, -1, True, 1.5, "2", None])

@@ -98,7 +98,7 @@ CHANNELS = {"quant_method": "compressed-tensors", "format": "float-quantized", "
 
 
 def as_others_write(folder, path, kind):
-    """The folder with e4m3 matrices, and what they stand for by Hugging Face's names."""
+    """Make the folder's matrices e4m3; return the values that they stand for by Hugging Face's names."""
     path.mkdir()
     tensors, meant = load_file(folder / "model.safetensors"), {}
     for name, tensor in list(tensors.items()):

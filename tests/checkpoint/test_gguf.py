@@ -30,7 +30,7 @@ def llama_cpp_name(name):
 
 
 def read(path):
-    """Metadata by key, and name -> (type, the stored array)."""
+    """Return metadata by key, and name -> (type, stored array)."""
     reader = GGUFReader(path)
     return ({key: field.contents() for key, field in reader.fields.items()},
             {tensor.name: (tensor.tensor_type.name, tensor.data) for tensor in reader.tensors})
@@ -38,7 +38,7 @@ def read(path):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """64 hidden channels, 17 more rows than the bundled tokenizer has tokens, and that tokenizer."""
+    """A model of 64 hidden channels with the bundled tokenizer, and 17 more vocabulary rows than it has tokens."""
     config = ModelConfig(vocab_size=960, hidden_size=64, intermediate_size=96, num_layers=1, num_heads=4,
                          num_kv_heads=2, head_dim=16, max_position_embeddings=128, tie_word_embeddings=True,
                          bos_token_id=940)
@@ -48,7 +48,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def with_tokenizer(model, tmp_path):
-    """A private copy of it."""
+    """A private copy of the model."""
     return shutil.copytree(model, tmp_path / "model")
 
 

@@ -1,4 +1,4 @@
-"""The table of names: against the model's own description, and against a slow spelling of the fused layouts."""
+"""The table of names, compared with the model's own parameters and with a slow spelling of the fused layouts."""
 
 import numpy as np
 import pytest

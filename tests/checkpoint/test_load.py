@@ -1,4 +1,4 @@
-"""Weights into memory: from folders, from Orbax, from a transformers model; against torch's own values."""
+"""Weights read from folders, from Orbax and from a transformers model, compared with torch's values."""
 
 import gc
 import json
@@ -102,9 +102,9 @@ def test_a_transformers_model_in_memory(tied, dtype):
 def test_other_transformers_models_are_refused():
     llama = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                                          num_attention_heads=2))
-    with pytest.raises(UserError, match="got LlamaForCausalLM"):
+    with pytest.raises(UserError, match="must be a transformers Qwen2ForCausalLM, not LlamaForCausalLM"):
         from_transformers(llama)
-    with pytest.raises(UserError, match="got Qwen2Model"):
+    with pytest.raises(UserError, match="not Qwen2Model"):
         from_transformers(hf_model().model)
     broken = hf_model()
     with torch.no_grad():

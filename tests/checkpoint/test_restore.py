@@ -1,4 +1,4 @@
-"""A checkpoint under any mesh: shardings exactly as asked, values equal to the bit, and nobody else's devices touched.
+"""Checkpoints restored onto any mesh: shardings as requested, values equal to the bit, each process its own shards.
 
 Devices are simulated; their number is fixed when JAX starts, so each test has processes of its own.
 """
@@ -14,7 +14,7 @@ import pytest
 from hf_folders import hf_model
 
 from qwen_jax.checkpoint import convert
-from qwen_jax.checkpoint.device_placement import place_expanded
+from qwen_jax.parallel.placement import Placement, place
 from qwen_jax.quantization import E4M3, FP8Tensor
 
 COMMON = """
@@ -178,7 +178,7 @@ def test_processes_hold_their_own_parts(folders):
 
 
 def doubled(axis):
-    """Every index of an axis twice, of FP8 with its scale."""
+    """Return a function that repeats every index of an axis, of FP8 with its scale."""
     def expand(value):
         return jax.tree.map(lambda leaf: np.repeat(leaf, 2, axis) if axis < leaf.ndim else leaf, value)
 
@@ -188,7 +188,7 @@ def doubled(axis):
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize("eight_bit", [False, True])
 def test_expanding_in_slabs_is_expanding_at_once(monkeypatch, axis, eight_bit):
-    monkeypatch.setattr("qwen_jax.checkpoint.device_placement._SLAB_BYTES", 100)
+    monkeypatch.setattr("qwen_jax.parallel.placement._SLAB_BYTES", 100)
     value = np.arange(6 * 5 * 7, dtype=np.float32).reshape(6, 5, 7)
     if eight_bit:
         value = FP8Tensor(value.astype(E4M3), value[:, :, 0])
@@ -199,7 +199,7 @@ def test_expanding_in_slabs_is_expanding_at_once(monkeypatch, axis, eight_bit):
         return doubled(axis)(part)
 
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    found = place_expanded(value, None, expand, sharding)
+    found = place(value, Placement(sharding, inputs=1 if eight_bit else None, expand=expand))
     assert len(calls) > 3
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(doubled(axis)(value)), strict=True):
         np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
@@ -207,6 +207,6 @@ def test_expanding_in_slabs_is_expanding_at_once(monkeypatch, axis, eight_bit):
 
 def test_an_expansion_along_every_axis_is_made_whole():
     value = np.arange(6.0).reshape(2, 3)
-    found = place_expanded(value, np.dtype(np.float32), lambda part: np.pad(part, 1),
-                           jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    found = place(value, Placement(sharding, np.dtype(np.float32), expand=lambda part: np.pad(part, 1)))
     np.testing.assert_array_equal(found, np.pad(value, 1))

@@ -1,4 +1,4 @@
-"""One copy in shared memory for several processes: made once, identical, gone with the last of them."""
+"""Copies of checkpoints in shared memory: made once for several processes, identical, gone with the last process."""
 import multiprocessing
 import os
 import shutil
@@ -17,7 +17,7 @@ def checkpoint(tmp_path_factory):
 
 
 def user(checkpoint, root, begun, end):
-    """A process that holds a copy until it is told to end; says which file it reads."""
+    """Hold a copy, in another process, until told to end; first send the file that is read."""
     copy = shared_copy(resolve(checkpoint), root)
     begun.put((str(copy.path), os.stat(copy.path / "model.safetensors").st_ino))
     end.wait(60)

@@ -1,4 +1,4 @@
-"""Finding models, and refusing by name what is not one; tokenizers and generation defaults."""
+"""Models found by reference, other references refused with a reason; tokenizers and generation defaults."""
 
 import json
 import shutil
@@ -92,7 +92,7 @@ def test_newer_checkpoint_format_is_refused(shared, tmp_path):
 
 
 class Hub:
-    """Stands in for the hub: one repository, and a log of what was asked for."""
+    """A stand-in for the hub: a single repository, and a log of the files that were requested."""
 
     def __init__(self, monkeypatch, folder=None, error=None):
         self.folder, self.error, self.asked = folder, error, []

@@ -1,4 +1,4 @@
-"""Exported programs: the same logits in a process that knows nothing of this package, for any shape."""
+"""Exported programs give the same logits, for any shape, in a process without this package."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def run_elsewhere(folder, *arguments):
-    """What ``run.py`` prints in a process of its own, in another folder."""
+    """Return what ``run.py`` prints in a process of its own, in another folder."""
     command = [sys.executable, "-I", "-c", ELSEWHERE, str(folder / "run.py")]
     done = subprocess.run([*command, *map(str, arguments)], cwd=folder.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -32,13 +32,13 @@ def run_elsewhere(folder, *arguments):
 
 
 def call(folder, tokens):
-    """The program's logits, in this process."""
+    """Return the program's logits, computed in this process."""
     program = jax.export.deserialize(bytearray((folder / "logits.jaxexport").read_bytes()))
     return np.asarray(program.call(load_file(folder / "parameters.safetensors"), np.asarray(tokens, np.int32)))
 
 
 def own_logits(ref, tokens, dtype="float32"):
-    """The logits of the model that `load_model` gives."""
+    """Return the logits of the model that `load_model` returns."""
     return np.asarray(jax.jit(load_model(ref, dtype))(np.asarray(tokens)))
 
 

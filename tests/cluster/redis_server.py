@@ -1,4 +1,4 @@
-"""A Redis of our own, on a port of its own, to be stopped in several ways."""
+"""A Redis server for tests, on a port of its own, which can be killed and paused."""
 
 import os
 import shutil
@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
 
 import redis
 
@@ -14,21 +13,20 @@ INSTALLED = shutil.which("redis-server") is not None
 
 
 class RedisServer:
-    """Answers when made."""
+    """A Redis server in a process of its own. It answers once the object is made."""
 
-    def __init__(self, options: Sequence[str] = ()) -> None:
+    def __init__(self) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.options = options
         self.url = f"redis://127.0.0.1:{self.port}"
         self.client = redis.Redis(port=self.port)
         self.start()
 
     def start(self) -> None:
         self.process = subprocess.Popen(
-            ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no",
-             *self.options], stdout=subprocess.DEVNULL)
+            ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"],
+            stdout=subprocess.DEVNULL)
         end = time.monotonic() + 10
         while True:
             try:

@@ -1,4 +1,4 @@
-"""Card payments screened by a live server."""
+"""Tests of a live server that screens card payments."""
 import asyncio
 import itertools
 import json
@@ -10,19 +10,20 @@ from live import Live, free_port
 from random_adapter import save_random_adapter
 from served import SIZES
 
-from qwen_jax.evaluation.fraud.replay import Day, asked, screenings
-from qwen_jax.serving.load_test.raw_client import replay
+from qwen_jax.evaluation.fraud.replay import Day, arrivals_at, screenings
+from qwen_jax.serving.load_test.replay import replay
 
 SCREEN, BATCH = "/fraud/screen", "/fraud/screen/batch"
 
 
 @pytest.fixture(scope="module")
 def pair(executable_cache, tmp_path_factory):
-    """A server, and its admin port."""
+    """A server, and a client of its admin port."""
     root = tmp_path_factory.mktemp("fraud")
     (root / "keys").write_text("admin")
     port = free_port()
-    server = Live(*SIZES[:-2], "--fraud", "--admin-port", str(port), "--admin-keys", str(root / "keys"))
+    options = ("--fraud", "--admin-port", str(port), "--admin-keys", str(root / "keys"))
+    server = Live(*SIZES[:-2], *options)
     save_random_adapter(root / "other", scale=0.3)
     loaded = server.post("/v1/load_lora_adapter", {"lora_name": "other", "lora_path": str(root / "other")})
     assert loaded.status_code == 200
@@ -64,7 +65,7 @@ def test_payments_are_judged_and_frauds_explained(server):
 def test_repeated_payments_are_judged_once(server):
     request = some(1, seed=1)[0].request
     first = server.post(SCREEN, request)
-    again = server.post(SCREEN, {**dict(reversed(request.items())), "user": "somebody else", "model": "bundled"})
+    again = server.post(SCREEN, {**dict(reversed(request.items())), "user": "another user", "model": "bundled"})
     assert [one.headers["x-cache"] for one in (first, again)] == ["miss", "hit"] and again.json() == first.json()
     larger = server.post(SCREEN, {**request, "payment": {**request["payment"], "amount": 101}})
     assert larger.headers["x-cache"] == "miss"
@@ -89,7 +90,7 @@ def test_repeated_payments_are_judged_once(server):
     (lambda b: b["account"]["history"].pop(), 400, "account.history"),
     (lambda b: b["account"].update(colour="red"), 400, "account.colour"),
     (lambda b: b.update(colour="red"), 400, "colour"),
-    (lambda b: b.update(model="nobody"), 404, "nobody"),
+    (lambda b: b.update(model="unknown"), 404, "unknown"),
 ])
 def test_what_cannot_be_screened_is_refused(server, change, status, said):
     request = some(1, seed=3)[0].request
@@ -105,7 +106,7 @@ def test_batches_have_a_size(server):
 
 
 def test_a_replayed_load_says_what_became_of_each_request(server):
-    arrived = asked(Day(seconds=9, repeats=0.5, seed=9), [0.1 * number for number in range(30)])
+    arrived = arrivals_at(Day(seconds=9, repeats=0.5, seed=9), [0.1 * number for number in range(30)])
     bodies = [(one.at, json.dumps(one.screening.request).encode()) for one in arrived]
     told = []
     outcomes = asyncio.run(replay(server.port, [*bodies, (3.0, b"{}")], note=told.append))

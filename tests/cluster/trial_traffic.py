@@ -1,4 +1,4 @@
-"""Requests of many users to a server that has weights or adapters on trial."""
+"""Traffic of many users to a server that has weights or adapters on trial."""
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -6,7 +6,7 @@ ASK = {"model": "bundled", "prompt": "hello", "max_tokens": 8, "temperature": 0,
 
 
 def asked(server, count, first=0):
-    """Requests of as many users."""
+    """Send requests of ``count`` users and check that all are answered."""
     def ask(number):
         return server.post("/v1/completions", {**ASK, "user": f"user {number}", "stream": number % 3 == 0})
 
@@ -15,7 +15,7 @@ def asked(server, count, first=0):
 
 
 def until(admin, state, server, most=40):
-    """How many requests it took."""
+    """Send requests until the trial has a state; return their number and what the admin port says."""
     for turn in range(most):
         found = admin.get("/canary").json()
         if found["state"] == state:

@@ -21,7 +21,7 @@ def sample(tokens: list[int]) -> int:
 
 
 def alone(prompt: list[int], max_new_tokens: int, max_seq_len: int = LIMITS.max_seq_len) -> list[int]:
-    """What the request answers with nobody else there."""
+    """Return the answer of a request that runs alone."""
     tokens = list(prompt)
     while len(tokens) < min(len(prompt) + max_new_tokens, max_seq_len):
         tokens.append(sample(tokens))
@@ -36,7 +36,8 @@ class Bench:
         self.pool = PagePool(capacity + 1)
         self.limits, self.policy = limits, policy
         self.table = bucket_table(limits, policy)
-        self.scheduler = Scheduler(self.table, limits, self.pool, policy, prefix_cache, invariant)
+        self.scheduler = Scheduler(self.table, limits, self.pool, policy, prefix_cache=prefix_cache,
+                                   invariant=invariant)
         self.cache = [[None] * PAGE for _ in range(self.pool.num_pages)]
         self.sequences: list[Sequence] = []
         self.schedules: dict[Sequence, str] = {}

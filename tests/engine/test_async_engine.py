@@ -23,7 +23,7 @@ def inner():
 
 @pytest.fixture
 def check(inner):
-    """Runs a coroutine function with an AsyncEngine, and sees that nothing is left in the engine afterwards."""
+    """Run a coroutine function with an AsyncEngine, and check that nothing is left in the engine afterwards."""
     def run(work, **options):
         async def whole():
             engine = AsyncEngine(inner, **options)
@@ -75,7 +75,7 @@ def test_leaving_a_stream_and_cancelling_a_task_free_the_pages(check):
 
     first, *others = check(work)
     assert first.finish_reason == "length" and len(first.token_ids) == 200
-    assert all(isinstance(each, asyncio.CancelledError) for each in others)
+    assert all(isinstance(other, asyncio.CancelledError) for other in others)
 
 
 def test_a_deadline_ends_an_answer_wherever_it_is(check, inner, monkeypatch):
@@ -97,7 +97,7 @@ def test_a_deadline_ends_an_answer_wherever_it_is(check, inner, monkeypatch):
     assert all(output.finish_reason == "length" for output in others)
 
 
-def test_more_than_the_limit_are_refused_and_a_drained_engine_takes_nobody(check):
+def test_more_than_the_limit_are_refused_and_a_drained_engine_takes_no_requests(check):
     async def work(engine):
         tasks = [asyncio.create_task(engine.generate(prompt, LONG)) for prompt in PROMPTS[:3]]
         await asyncio.sleep(0)
@@ -168,7 +168,7 @@ def test_a_failed_step_ends_everything_with_a_reason(monkeypatch):
     async def work():
         engine = AsyncEngine(inner)
         results = await asyncio.gather(*(engine.generate(prompt, LONG) for prompt in PROMPTS), return_exceptions=True)
-        assert all(isinstance(each, EngineDead) and "the device is gone" in str(each) for each in results)
+        assert all(isinstance(result, EngineDead) and "the device is gone" in str(result) for result in results)
         with pytest.raises(EngineDead, match="the engine has stopped"):
             await engine.generate([1], GREEDY)
         with pytest.raises(EngineDead):

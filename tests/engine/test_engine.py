@@ -298,7 +298,7 @@ def test_one_bad_prompt_stops_the_call_before_anything_runs(engine, prompts):
     (dict(tp_size=64), "need 64 devices"),
     (dict(tp_size=0), "tp_size must be a positive integer"),
     (dict(pp_size="2"), "pp_size must be a positive integer"),
-    (dict(kv_cache_dtype="fp4"), "kv_cache_dtype is"),
+    (dict(kv_cache_dtype="fp4"), "kv_cache_dtype must be"),
     (dict(max_seq_len=4096), "exceeds the model's context of 1024"),
     (dict(max_batch_size=0), "max_batch_size"),
     (dict(dtype="float16"), "dtype must be bfloat16 or float32"),

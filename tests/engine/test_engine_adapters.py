@@ -42,7 +42,7 @@ def engine():
 
 @pytest.fixture(scope="module")
 def expected(folders):
-    """What engines without adapters answer, with each adapter merged into their weights."""
+    """Answers of engines without adapters, whose weights have each adapter merged into them."""
     params, answers = params_of(init(CONFIG, 0, "float32")), {}
     for name in (None, "a", "b"):
         merged = params

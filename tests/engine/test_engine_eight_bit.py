@@ -54,7 +54,7 @@ def answers(engine):
 
 def test_what_is_stored(engine):
     weights = engine.runner.weights
-    model = build(engine.config, weights.sharding.by_name(weights[0])[0])
+    model = build(engine.config, weights.sharding.by_name(weights.leaves_of[0])[0])
     kinds = {path: isinstance(value, FP8Tensor) for path, value in params_of(model).items()}
     for layer in range(4):
         for name in ("attention.wqkv", "attention.wo", "mlp.gate_up", "mlp.down"):
@@ -90,8 +90,8 @@ def simulated(hf, tokens, weights):
     return logprobs(tokens)
 
 
-@pytest.mark.parametrize("name, weights, tolerance", [("engine", True, 0.1), ("fragile", False, 1e-4)])
-def test_log_probabilities_are_those_of_a_rounded_model(hf, exact, answers, name, weights, tolerance, request):
+@pytest.mark.parametrize("name, weights, tolerance, factor", [("engine", True, 0.1, 2), ("fragile", False, 1e-4, 1000)])
+def test_log_probabilities_are_those_of_a_rounded_model(hf, exact, answers, name, weights, tolerance, factor, request):
     """Other orders of summation round some numbers the other way, which with rounded products this model amplifies. A
     model in full precision differs by far more."""
     engine = request.getfixturevalue(name)
@@ -107,7 +107,7 @@ def test_log_probabilities_are_those_of_a_rounded_model(hf, exact, answers, name
     want = [logprobs[row, len(prompt) + n - 1, token]
             for row, (prompt, output) in enumerate(zip(PROMPTS, answers, strict=True))
             for n, token in enumerate(output.token_ids)]
-    assert np.median(np.abs(ours - want)) < tolerance and np.abs(unrounded - want).mean() > 0.2
+    assert np.median(np.abs(ours - want)) < tolerance < np.abs(unrounded - want).mean() / factor
     assert engine.stats().guard_trips == {}
 
 
@@ -157,12 +157,12 @@ def poison(engine, prompt, page, layer):
 def damage(engine, layer, which, value):
     """Puts ``value`` into one scale of a layer's keys (0) or values (1); returns what undoes it."""
     weights = engine.runner.weights
-    leaves, = weights[0]
+    leaves, = weights.leaves_of[0]
     at = len(leaves) - 2 * (4 - layer) + which
-    weights._versions[0] = (*leaves[:at], leaves[at].at[1, 3].set(value), *leaves[at + 1:]),
+    weights.leaves_of[0] = (*leaves[:at], leaves[at].at[1, 3].set(value), *leaves[at + 1:]),
 
     def undo():
-        weights._versions[0] = leaves,
+        weights.leaves_of[0] = leaves,
 
     return undo
 
@@ -199,13 +199,13 @@ def test_damaged_scales_are_found(fragile, in_16_bits, value):
 def test_a_second_trip_is_an_error(engine, answers):
     """The scale of a weight is needed in 16 bits too."""
     weights = engine.runner.weights
-    leaves, = weights[0]
+    leaves, = weights.leaves_of[0]
     at = next(n for n, leaf in enumerate(leaves) if leaf.dtype == jnp.float8_e4m3fn) + 1
-    weights._versions[0] = (*leaves[:at], leaves[at].at[0].set(0), *leaves[at + 1:]),
+    weights.leaves_of[0] = (*leaves[:at], leaves[at].at[0].set(0), *leaves[at + 1:]),
     try:
         outputs = engine.generate(PROMPTS, GREEDY)
     finally:
-        weights._versions[0] = leaves,
+        weights.leaves_of[0] = leaves,
     assert all(output.finish_reason == "error" and "layer 1" in output.error and output.token_ids == []
                for output in outputs)
     assert engine.stats().guard_trips == {1: 8} and engine.stats().pages_used == 0

@@ -90,5 +90,5 @@ def test_embeddings_are_those_of_transformers_whatever_is_cached(engine, hf):
         lengths = np.linalg.norm(engine.embed(some, pooling), axis=1)
         np.testing.assert_allclose(lengths, 1, rtol=1e-5)
     assert engine.embed(some[1]).shape == (1, 64) and engine.stats().pages_used == 0
-    with pytest.raises(UserError, match="use mean or last"):
+    with pytest.raises(UserError, match="pooling must be mean or last"):
         engine.embed(some, "first")

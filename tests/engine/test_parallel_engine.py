@@ -40,7 +40,7 @@ def test_the_same_answers_as_one_device(size, tensor, stages, data):
 
 def test_parameters_come_back_as_they_were():
     engine = engine_of("0.5b", tp_size=6, warmup=False)
-    own, = engine.weights.sharding.by_name(engine.weights[0])
+    own, = engine.weights.sharding.by_name(engine.weights.leaves_of[0])
     layout = engine.plan.layout
     assert layout.copies == 3
     given = params_of(model_of("0.5b"))
@@ -113,11 +113,11 @@ def test_only_some_devices_see_a_fault_and_all_act_on_it():
     engine = Engine(model, fp8_enabled=True, tp_size=4, **OPTIONS)
     wanted = Engine(model, **OPTIONS).generate(prompts(), GREEDY)
     weights = engine.weights
-    leaves, = weights[0]
+    leaves, = weights.leaves_of[0]
     at = len(leaves) - 2 * (4 - 2)  # the keys' scales of layer 2
     broken = np.array(leaves[at])
     broken[3] = np.nan
-    weights._versions[0] = (*leaves[:at], jax.device_put(broken, leaves[at].sharding), *leaves[at + 1:]),
+    weights.leaves_of[0] = (*leaves[:at], jax.device_put(broken, leaves[at].sharding), *leaves[at + 1:]),
     got = engine.generate(prompts(), GREEDY)
     assert engine.stats().guard_trips == {2: 4}
     assert [one.finish_reason for one in got] == ["length"] * 4
@@ -190,7 +190,7 @@ def test_a_pipeline_idles_no_longer_than_it_takes_to_fill():
     run, start = runner.run, runner.start
 
     def recorded_run(key, batch, *others):
-        played[-1].append(key.stage)
+        played[-1].append(key[1])
         return run(key, batch, *others)
 
     def recorded_start(*arguments):
@@ -238,7 +238,7 @@ def test_replicas_share_the_work_and_nobody_waits_beside_an_idle_one():
 @pytest.mark.parametrize("options, message", [
     ({"tp_size": 3, "pp_size": 3}, "tp_size=3 and pp_size=3 need 9 devices and there are 8"),
     ({"dp_size": 16}, "dp_size=16 need 16 devices"),
-    ({"pp_size": 5}, "5 stages for 4 layers"),
+    ({"pp_size": 5}, "must be at most the number of layers, 4, not 5"),
     ({"tp_size": 0}, "positive integer"),
 ])
 def test_plans_that_cannot_be(options, message):

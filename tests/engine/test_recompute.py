@@ -26,7 +26,8 @@ def temporary_bytes(config: ModelConfig, bucket: Bucket, slots: int = 128) -> in
     leaves, tree = jax.tree.flatten(params)
 
     def step(leaves, state, batch, vocab_limit):
-        return run_bucket(Models(nnx.merge(graph, jax.tree.unflatten(tree, leaves))), bucket, state, batch, vocab_limit)
+        models = Models(nnx.merge(graph, jax.tree.unflatten(tree, leaves)), vocab_limit)
+        return run_bucket(models, bucket, state, batch)
 
     state = jax.eval_shape(lambda: new_state(config, slots * PAGES + 1, slots, "bfloat16"))
     batch = dry_run_batch(bucket, slots, config.vocab_size)

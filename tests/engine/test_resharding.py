@@ -6,7 +6,7 @@ from parallel_bench import LIMITS, engine_of, model_of, prompts, shrunk
 
 from qwen_jax import Engine, SamplingParams
 from qwen_jax.engine.compiled.compile_counter import backend_compiles
-from qwen_jax.engine.core.resharding import LoadPolicy
+from qwen_jax.engine.config.load_policy import LoadPolicy
 from qwen_jax.engine.scheduling.buckets import Limits
 from qwen_jax.errors import UserError
 from qwen_jax.model import init, params_of

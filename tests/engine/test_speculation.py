@@ -11,7 +11,7 @@ from test_engine_adapters import CONFIG, LIMITS
 from qwen_jax import Engine, SamplingParams, UserError
 from qwen_jax.engine.scheduling.buckets import Bucket
 from qwen_jax.engine.scheduling.schedule_policy import FULL
-from qwen_jax.engine.scheduling.sequence import Sequence
+from qwen_jax.engine.scheduling.sequence import DRAWN, PlannedRow, Sequence, StepPlan
 from qwen_jax.engine.scheduling.speculation import (
     ASSUMED_COST,
     DRAFT_MODEL,
@@ -21,7 +21,6 @@ from qwen_jax.engine.scheduling.speculation import (
     NgramIndex,
     Speculation,
 )
-from qwen_jax.engine.scheduling.step_plan import DRAWN, PlannedRow, StepPlan
 from qwen_jax.model import build, init, params_of
 
 SPECULATING = replace(LIMITS, draft_tokens=4)

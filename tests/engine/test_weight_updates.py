@@ -1,7 +1,8 @@
-"""Other weights into a running engine: checked, tried, swapped between steps, and back."""
+"""Updates of a running engine's weights: checked, tried on golden prompts, switched between steps, and back."""
 import asyncio
 import json
 import shutil
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,8 @@ from test_engine_adapters import CONFIG, LIMITS
 
 from qwen_jax import AsyncEngine, Engine, SamplingParams, UserError
 from qwen_jax.checkpoint import convert, save_hf
+from qwen_jax.engine.core import weight_update
+from qwen_jax.engine.core.engine_thread import EngineThread
 from qwen_jax.model import build, init, params_of
 
 GREEDY = SamplingParams(max_tokens=40, temperature=0.0)
@@ -17,7 +20,7 @@ PROMPTS = [[(7 * i + j) % 320 for j in range(3 + 11 * i)] for i in range(9)]
 
 
 LONG = SamplingParams(max_tokens=150, temperature=0.0)
-MODELS = [init(CONFIG, seed, "float32") for seed in (0, 1, 2)]  # before anybody counts compilations
+MODELS = [init(CONFIG, seed, "float32") for seed in (0, 1, 2)]  # before compilations are counted
 
 
 def model(seed):
@@ -120,8 +123,106 @@ def test_golden_answers_decide(engine, folders, answers):
     assert texts(engine.generate(PROMPTS, GREEDY)) == answers[1]
 
 
+def test_a_rollback_while_weights_are_tried_is_refused(engine, folders, answers):
+    """It would make another version current, and the one that is tried would be dropped as unused."""
+    engine.update_weights(folders / "1")
+    tried = engine.weights.add(engine.weights.load(folders / "0"))
+    with pytest.raises(UserError, match="are being tried"):
+        engine.rollback()
+    engine.weights.forget(tried)
+    with pytest.raises(ValueError, match="not loaded"):
+        engine.weights.make_current(tried)
+    assert engine.rollback() == 0
+    assert texts(engine.generate(PROMPTS, GREEDY)) == answers[0]
+
+
+def update_engine(engine, folder, golden=None):
+    return engine.update_weights(folder, golden=golden)
+
+
+def update_async_engine(engine, folder, golden=None):
+    async def work():
+        serving = AsyncEngine(engine)
+        try:
+            return await serving.update_weights(folder, golden=golden)
+        finally:
+            await serving.close()
+
+    return asyncio.run(work())
+
+
+def update_server(engine, folder, golden=None):
+    """Update as the engine's process does when the HTTP process calls it."""
+    from qwen_jax.serving.engine_process.calls import EngineCalls
+    from qwen_jax.serving.engine_process.engine_metrics import EngineMetrics
+
+    thread = EngineThread(engine.core)
+    thread.start()
+    try:
+        calls = EngineCalls(engine, thread, EngineMetrics(engine), str)
+        return calls.start("update_weights", [str(folder), "finish_old", golden]).result(60)["version"]
+    finally:
+        thread.close()
+
+
+@pytest.mark.parametrize("update", [update_engine, update_async_engine, update_server])
+def test_any_failure_forgets_the_version(engine, folders, answers, monkeypatch, update):
+    def crash(runs):
+        assert engine.weights.versions == [0, 1]  # the golden prompts have run with version 1
+        raise RuntimeError("a crash in golden prompts")
+
+    with monkeypatch.context() as crashing:
+        crashing.setattr(weight_update, "_check_golden", crash)
+        with pytest.raises(RuntimeError, match="a crash in golden prompts"):
+            update(engine, folders / "1")
+    assert engine.weights.versions == [0] and engine.weight_version == 0
+    assert texts(engine.generate(PROMPTS, GREEDY)) == answers[0]
+    golden = [(PROMPTS[0], answers[1][0][:5])]
+    assert update(engine, folders / "1", golden) == engine.weight_version == 2
+    assert texts(engine.generate(PROMPTS, GREEDY)) == answers[1]
+
+
+@pytest.fixture
+def slow_steps(engine, monkeypatch):
+    step = engine.core.step
+    monkeypatch.setattr(engine.core, "step", lambda: (time.sleep(0.02), step())[1])
+
+
+def test_requests_are_taken_and_answered_while_golden_prompts_run(engine, folders, slow_steps):
+    golden = [(prompt, answer) for prompt, answer in zip(PROMPTS[:3], long_answers(1))]
+
+    async def work():
+        serving = AsyncEngine(engine)
+        update = asyncio.create_task(serving.update_weights(folders / "1", golden=golden))
+        while not engine.stats().running:
+            await asyncio.sleep(0.001)
+        output = await serving.generate(PROMPTS[3], SamplingParams(max_tokens=1, temperature=0.0))
+        assert not update.done() and output.weight_version == 0
+        assert await update == 1
+        await serving.close()
+
+    asyncio.run(asyncio.wait_for(work(), 60))
+
+
+def test_a_cancelled_update_keeps_the_old_weights(engine, folders, slow_steps):
+    async def work():
+        serving = AsyncEngine(engine)
+        update = asyncio.create_task(serving.update_weights(folders / "1"))
+        while not engine.stats().running:
+            await asyncio.sleep(0.001)
+        update.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await update
+        assert await serving.update_weights(folders / "2") == 2  # it begins when the first has ended
+        assert engine.weights.versions == [0, 2]
+        await serving.close()
+
+    asyncio.run(asyncio.wait_for(work(), 60))
+
+
 @pytest.mark.parametrize("options, message", [
-    (dict(policy="later"), "unknown policy 'later'"), (dict(in_place=True, golden=[]), "no golden prompts")])
+    (dict(policy="later"), "policy must be finish_old or restart, not 'later'"),
+    (dict(in_place=True, golden=[]), "no golden prompts")])
 def test_options_that_make_no_sense(engine, folders, options, message):
     with pytest.raises(UserError, match=message):
         engine.update_weights(folders / "1", **options)
@@ -214,7 +315,7 @@ def test_in_place_a_bad_checkpoint_is_found_before_anything_is_replaced(engine, 
     assert texts(engine.generate(PROMPTS, GREEDY)) == answers[0]
 
 
-def test_under_load_nothing_fails_and_nobody_mixes(engine, folders, answers):
+def test_under_load_nothing_fails_and_no_request_mixes_versions(engine, folders, answers):
     async def work():
         serving = AsyncEngine(engine)
         stop, seen = asyncio.Event(), []

@@ -1,4 +1,4 @@
-"""What calibration says may be 8-bit, and how it is kept."""
+"""Calibration for 8 bits: its choices, and the file that keeps them."""
 import json
 
 import jax.numpy as jnp
@@ -54,14 +54,15 @@ def test_what_loses_little_becomes_eight_bit(calibrated, monkeypatch):
     precision = result.found.precision
     assert set(precision.kv_cache) == {"int8"}  # without outliers, eight bits of mantissa are better than four
     assert np.all(result.errors["int8"] < 0.5 * result.errors["e4m3"]) and np.all(result.errors["e4m3"] < 0.1)
-    assert 0 < result.pages_divergence < result.divergence <= calibrate_precision.MOST
+    assert 0 < result.pages_divergence < result.divergence <= calibrate_precision.MAX_DIVERGENCE
     assert all(result.layer_divergence > result.pages_divergence)
     # Two thirds of what all layers cost: not all of them, and those that cost least.
     pages = result.pages_divergence
-    monkeypatch.setattr(calibrate_precision, "MOST", pages + 0.66 * float(sum(result.layer_divergence - pages)))
+    limit = pages + 0.66 * float(sum(result.layer_divergence - pages))
+    monkeypatch.setattr(calibrate_precision, "MAX_DIVERGENCE", limit)
     fewer = calibrate_eight_bit(build(config, params), TEXTS)
     weights = fewer.found.precision.weights
-    assert 0 < sum(weights) < 3 and fewer.divergence <= calibrate_precision.MOST
+    assert 0 < sum(weights) < 3 and fewer.divergence <= calibrate_precision.MAX_DIVERGENCE
     cheapest = np.argsort(result.layer_divergence)[:sum(weights)]
     assert all(weights[layer] for layer in cheapest)
 

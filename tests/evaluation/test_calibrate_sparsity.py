@@ -59,9 +59,9 @@ def test_full_attention_is_faithful(model):
 
 @pytest.fixture
 def any_help(monkeypatch):
-    """Everything is tried, and kept if it helps at all."""
-    monkeypatch.setattr(calibrate_sparsity, "WORTH", 1.0)
-    monkeypatch.setattr(calibrate_sparsity, "WORTH_TWICE", 1.0)
+    """Make calibration try every head and layer, and keep every change that helps."""
+    monkeypatch.setattr(calibrate_sparsity, "DENSE_GAIN", 1.0)
+    monkeypatch.setattr(calibrate_sparsity, "BUDGET_GAIN", 1.0)
     monkeypatch.setattr("qwen_jax.evaluation.sparse_recall.NEEDED", 0.0)  # random heads have no sharp attention
     jax.clear_caches()
     yield
@@ -69,8 +69,8 @@ def any_help(monkeypatch):
 
 
 def test_the_head_that_matters_most_is_left_dense(model, any_help, monkeypatch):
-    monkeypatch.setattr(calibrate_sparsity, "MOST_DENSE", 0.25)  # one of four
-    monkeypatch.setattr(calibrate_sparsity, "MOST_BUDGET", 1)
+    monkeypatch.setattr(calibrate_sparsity, "MAX_DENSE", 0.25)  # one of four
+    monkeypatch.setattr(calibrate_sparsity, "MAX_BUDGET", 1)
     found = calibrate(model, [TEXT], SPARSITY)
     alone = {}
     for layer, head in np.ndindex(2, 2):
@@ -82,8 +82,8 @@ def test_the_head_that_matters_most_is_left_dense(model, any_help, monkeypatch):
 
 
 def test_layers_that_need_it_attend_to_more(model, any_help, monkeypatch):
-    monkeypatch.setattr(calibrate_sparsity, "MOST_DENSE", 0)
-    monkeypatch.setattr(calibrate_sparsity, "MOST_BUDGET", 2)
+    monkeypatch.setattr(calibrate_sparsity, "MAX_DENSE", 0)
+    monkeypatch.setattr(calibrate_sparsity, "MAX_BUDGET", 2)
     tried = {}
 
     def divergence_of(model, text, layers):
@@ -116,7 +116,7 @@ def test_selectors_are_compared_at_the_same_density(model, tmp_path):
 
 
 def test_short_texts_are_refused(model):
-    with pytest.raises(UserError, match="too short"):
+    with pytest.raises(UserError, match="the texts must be longer"):
         calibrate(model, [TEXT[:100]], SPARSITY)
 
 
@@ -149,4 +149,4 @@ def test_mistakes_on_the_command_line_are_one_sentence(hf, tmp_path, capsys):
     assert main(["calibrate", str(tmp_path)]) == 2
     assert "has no tokenizer" in capsys.readouterr().err
     assert main(["eval", "yardstick", "--selector", "best"]) == 2
-    assert "--selector is one of dense, pyramid" in capsys.readouterr().err
+    assert "--selector must be one of dense, pyramid" in capsys.readouterr().err

@@ -18,7 +18,7 @@ TOKENS = np.random.default_rng(0).integers(0, 320, (2, 100))
 
 @pytest.fixture(scope="module")
 def theirs():
-    """transformers' hidden states, attentions, and outputs of the two branches and the value projections."""
+    """Return transformers' hidden states, attentions, and outputs of the two branches and the value projections."""
     model, seen = random_qwen2(), {}
     for index, layer in enumerate(model.model.layers):
         for name, module in ((".attention", layer.self_attn.o_proj), (".mlp", layer.mlp),

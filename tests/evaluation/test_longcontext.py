@@ -1,4 +1,4 @@
-"""The long-context suite: right answers, found again by other means; lengths, scores and pictures."""
+"""The long-context suite: answers solved again from the text; lengths, scores and pictures."""
 import random
 import re
 from collections import Counter
@@ -25,7 +25,7 @@ NOTE = re.compile(r"Note (\w+ \w+(?: (?:dawn|noon|lunch|night))?) (\w+)\.")
 
 
 def notes(text):
-    """Key -> animals, of a document without its first line, which has an example."""
+    """Return key -> animals of a document without its first line, which has an example."""
     table = {}
     for key, animal in NOTE.findall(text.split("\n", 1)[1]):
         table.setdefault(key, []).append(animal)
@@ -33,7 +33,7 @@ def notes(text):
 
 
 def solve(family, text, question):
-    """The words that answer a question, read from the document's text."""
+    """Return the words that answer a question, read from the document's text."""
     if family == "many_values":
         key = re.search(r"for the (.*), from dawn to night", question).group(1)
         return [notes(text)[f"{key} {when}"][0] for when in ("dawn", "noon", "lunch", "night")]

@@ -10,7 +10,7 @@ from qwen_kernels.attention.storage import from_storage, to_storage
 
 
 def brute_force(q, k, v, start, length):
-    """float64, one query at a time; q[B, T, K, G, H], k and v[B, S, K, H] in position order."""
+    """Attention in float64, a query at a time; q[B, T, K, G, H], k and v[B, S, K, H] in position order."""
     out = np.zeros(q.shape)
     for b, t, h, g in np.ndindex(*q.shape[:4]):
         seen = min(start[b] + t + 1, length[b])
@@ -23,7 +23,7 @@ def brute_force(q, k, v, start, length):
 
 
 def paged_case(rng, tokens, starts, counts, kv_heads=2, group=3, dim=16, width=12, dtype=np.float32):
-    """Random rows whose pages are scattered over the pool, in an order of their own."""
+    """Return random rows whose pages are scattered over the pool, in random order."""
     rows = len(starts)
     length = np.array([s + c for s, c in zip(starts, counts)], np.int32)
     pages = 1 + rows * width
@@ -31,7 +31,7 @@ def paged_case(rng, tokens, starts, counts, kv_heads=2, group=3, dim=16, width=1
     free = rng.permutation(np.arange(1, pages))
     k = rng.standard_normal((rows, width * PAGE, kv_heads, dim)).astype(dtype)
     v = rng.standard_normal((rows, width * PAGE, kv_heads, dim)).astype(dtype)
-    k_pages = np.full((pages, kv_heads, PAGE, dim), np.nan, dtype)  # what nobody wrote must not be read
+    k_pages = np.full((pages, kv_heads, PAGE, dim), np.nan, dtype)  # unwritten positions must not be read
     v_pages = k_pages.copy()
     used = 0
     for b in range(rows):
@@ -156,9 +156,9 @@ def test_dense_attention_in_blocks_is_the_reference(length, dtype):
 
 def test_what_is_refused():
     q, _, _, k_pages, v_pages, table, start, length = paged_case(np.random.default_rng(5), 1, [3], [1])
-    with pytest.raises(ValueError, match="unknown implementation 'cuda'; known: xla, reference"):
+    with pytest.raises(ValueError, match="implementation must be one of xla, reference, or None, not 'cuda'"):
         paged_attention(q, k_pages, v_pages, table, start, length, implementation="cuda")
-    with pytest.raises(ValueError, match="unknown implementation 'flash'; known: xla, reference"):
+    with pytest.raises(ValueError, match="implementation must be one of xla, reference, or None, not 'flash'"):
         causal_attention(q, q[:, :, :, 0], q[:, :, :, 0], implementation="flash")
     with pytest.raises(ValueError, match="pages must be"):
         paged_attention(q, k_pages[:, :, :32], v_pages[:, :, :32], table, start, length)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from qwen_kernels.attention import (
     PAGE,
-    EightBit,
     EightBitPages,
+    PageFormat,
     eight_bit_dtype,
     page_dtype,
     paged_attention,
@@ -55,15 +55,15 @@ class Case:
         self.q *= logits / scores.std(axis=-1, keepdims=True)  # so that the logits of a query have this deviation
         planes = np.hypot(*np.split(content, 2, axis=-1)).max(axis=(0, 1))
         most = {"int8": 127, "e4m3": 448}[kind]
-        k_form = EightBit(jnp.asarray(np.tile(planes, 2) / most, jnp.float32), jnp.asarray(bias, jnp.float32),
+        k_format = PageFormat(jnp.asarray(np.tile(planes, 2) / most, jnp.float32), jnp.asarray(bias, jnp.float32),
                           jnp.asarray(FREQUENCIES, jnp.float32))
-        v_form = EightBit(jnp.asarray(np.abs(self.v).max(axis=(0, 1)) / most, jnp.float32),
+        v_format = PageFormat(jnp.asarray(np.abs(self.v).max(axis=(0, 1)) / most, jnp.float32),
                           jnp.asarray(self.v_bias, jnp.float32))
         self.table = jnp.asarray(1 + rng.permutation(ROWS * WIDTH).reshape(ROWS, WIDTH), jnp.int32)
         empty = jnp.zeros((ROWS * WIDTH + 1, HEADS, PAGE, DIM), eight_bit_dtype(kind))
         where = self.table, jnp.zeros(ROWS, jnp.int32), jnp.asarray(self.length)
-        self.k_pages = write_pages(EightBitPages(empty, k_form), jnp.asarray(bare, jnp.float32), *where)
-        self.v_pages = write_pages(EightBitPages(empty, v_form), jnp.asarray(self.v, jnp.float32), *where)
+        self.k_pages = write_pages(EightBitPages(empty, k_format), jnp.asarray(bare, jnp.float32), *where)
+        self.v_pages = write_pages(EightBitPages(empty, v_format), jnp.asarray(self.v, jnp.float32), *where)
         self.v = self.v + self.v_bias
 
     @property
@@ -77,10 +77,10 @@ class Case:
         for pages in (self.k_pages, self.v_pages):
             bits = np.asarray(pages.stored)
             values = bits if bits.dtype == np.int8 else bits.view(jnp.float8_e4m3fn).astype(np.float32)
-            rows = (values.astype(np.float64) * np.asarray(pages.form.scale)[:, None])[np.asarray(self.table)]
+            rows = (values.astype(np.float64) * np.asarray(pages.format.scale)[:, None])[np.asarray(self.table)]
             decoded.append(rows.swapaxes(2, 3).reshape(ROWS, -1, HEADS, DIM))
         positions = np.broadcast_to(np.arange(decoded[0].shape[1])[None, :, None], decoded[0].shape[:3])
-        bias = np.asarray(self.k_pages.form.bias, np.float64)
+        bias = np.asarray(self.k_pages.format.bias, np.float64)
         return decoded[0] + rotate(np.broadcast_to(bias, decoded[0].shape), positions), decoded[1] + self.v_bias
 
     def attention(self, k, v):
@@ -161,9 +161,9 @@ def test_sparse_attention_selects_by_the_keys_that_pages_hold(kind):
 @pytest.mark.parametrize("kind, most", [("int8", 127), ("e4m3", 448)])
 def test_what_cannot_be_stored_is_clipped_and_found(kind, most):
     scale = jnp.full((2, 4), 0.5).at[1].set(2.0)
-    pages = EightBitPages(jnp.zeros((2, 2, PAGE, 4), eight_bit_dtype(kind)), EightBit(scale, jnp.zeros((2, 4))))
+    pages = EightBitPages(jnp.zeros((2, 2, PAGE, 4), eight_bit_dtype(kind)), PageFormat(scale, jnp.zeros((2, 4))))
     values = jnp.array([[[1, -3, most / 2, -most / 2]] * 2, [[most, jnp.inf, -jnp.inf, jnp.nan]] * 2])
-    np.testing.assert_array_equal(np.asarray(pages.beyond(values)), [
+    np.testing.assert_array_equal(np.asarray(pages.out_of_range(values)), [
         [[False] * 4, [False] * 4], [[True] * 4, [False, True, True, True]]])
     stored = write_pages(pages, values[None], jnp.array([[1]]), jnp.array([0]), jnp.array([2]))
     read = np.asarray(stored.read(jnp.array([[1]]), jnp.arange(2)[:, None], jnp.array([[0]])))[:, 0]
@@ -171,6 +171,6 @@ def test_what_cannot_be_stored_is_clipped_and_found(kind, most):
     np.testing.assert_allclose(read[0, 1, :3], [most / 2, most / 2, -most / 2], rtol=1e-6)
     assert (read[:, 2:] == 0).all() and not np.asarray(stored.stored)[0].any()
     for damaged in (0, jnp.nan, jnp.inf, -1):
-        form = EightBit(scale.at[0, 2].set(damaged), jnp.zeros((2, 4)))
-        found = np.asarray(EightBitPages(pages.stored, form).beyond(jnp.zeros((2, 4))))
+        page_format = PageFormat(scale.at[0, 2].set(damaged), jnp.zeros((2, 4)))
+        found = np.asarray(EightBitPages(pages.stored, page_format).out_of_range(jnp.zeros((2, 4))))
         assert found[0, 2] and found.sum() == 1

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from qwen_kernels.attention import PAGE, EightBit, EightBitPages
+from qwen_kernels.attention import PAGE, EightBitPages, PageFormat
 from qwen_kernels.sparse_attention import Selection, fp8_operands, reference
 from qwen_kernels.sparse_attention import mosaic_eight_bit_sm90 as kernel
 
 DTYPES = {"int8": jnp.int8, "e4m3": jnp.float8_e4m3fn}
-MOST = {"int8": 127, "e4m3": 448}
+LARGEST = {"int8": 127, "e4m3": 448}
 NORMS = 600, 20  # of the key biases of two heads: the first layer's of Qwen2.5-7B, and an ordinary one's
 WIDTH, GROUP = 7, 3
 
@@ -48,27 +48,27 @@ class Case:
         self.table = np.zeros((len(length), width), np.int32)
         self.table.flat = 1 + rng.permutation(self.table.size)
         planes = np.hypot(*np.split(content, 2, axis=-1)).max(axis=(0, 1))
-        forms = [(np.tile(planes, 2) / MOST[kind], bias, jnp.asarray(frequencies, jnp.float32)),
-                 (np.abs(v).max(axis=(0, 1)) / MOST[kind], self.v_bias)]
+        page_formats = [(np.tile(planes, 2) / LARGEST[kind], bias, jnp.asarray(frequencies, jnp.float32)),
+                 (np.abs(v).max(axis=(0, 1)) / LARGEST[kind], self.v_bias)]
         self.k_pages, self.v_pages = (
-            self.paged(kind, values, EightBit(*(jnp.asarray(x, jnp.float32) for x in form)))
-            for values, form in zip((rotate(content, positions, frequencies), v), forms))
+            self.paged(kind, values, PageFormat(*(jnp.asarray(x, jnp.float32) for x in page_format)))
+            for values, page_format in zip((rotate(content, positions, frequencies), v), page_formats))
         self.v = v + self.v_bias
         self.length, self.q = length, jnp.asarray(q, jnp.bfloat16)
         own = self.start[:, None] // PAGE + np.arange(max(1, tokens // PAGE))
         self.selection = self.choose(rng, own, length, heads, width, dense)
 
-    def paged(self, kind, values, form):
-        empty = EightBitPages(jnp.zeros((self.table.size + 1, *form.scale.shape), DTYPES[kind]), form)
+    def paged(self, kind, values, page_format):
+        empty = EightBitPages(jnp.zeros((self.table.size + 1, *page_format.scale.shape), DTYPES[kind]), page_format)
         encoded = np.asarray(empty.encode(jnp.asarray(values, jnp.float32)))
-        pages = encoded.reshape(*self.table.shape, PAGE, *form.scale.shape).swapaxes(2, 3)
+        pages = encoded.reshape(*self.table.shape, PAGE, *page_format.scale.shape).swapaxes(2, 3)
         stored = np.zeros((self.table.size + 1, *pages.shape[2:]), encoded.dtype)
         stored[self.table] = pages
-        return EightBitPages(jnp.asarray(stored), form)
+        return EightBitPages(jnp.asarray(stored), page_format)
 
     @staticmethod
     def choose(rng, own, length, heads, width, dense):
-        """Half of the pages before a block's own, and that; or all of them."""
+        """Select half of the pages before a block's own, and its own; or all of them."""
         everything = rng.random((*own.shape, heads)) < dense
         taken = rng.random((*own.shape, heads, width)) < 0.5
         taken = (taken & (np.arange(width) < own[..., None, None])) | (np.arange(width) == own[..., None, None])
@@ -90,11 +90,11 @@ class Case:
             return np.asarray(jax.jit(lambda q, *arrays: attend(q, *arrays))(q.astype(jnp.float32), *pages, *rest))
 
     def rounded(self, *pages):
-        """With operands in FP8."""
+        """The result with operands in FP8."""
         return self.oracle(*pages, attend=fp8_operands.attend)
 
     def unrounded(self):
-        """The keys and values before they were rounded, in pages of float32."""
+        """Return the keys and values before they were rounded, in pages of float32."""
         plain = []
         for x in (self.keys, self.v):
             pages = x.reshape(*self.table.shape, PAGE, *x.shape[2:]).swapaxes(2, 3)
@@ -103,22 +103,22 @@ class Case:
         return [jnp.asarray(x) for x in plain]
 
     def cosines(self, got, want):
-        """Per KV head, the mean similarity of outputs without the values' bias, which would hide what differs."""
+        """Return per KV head the mean similarity of outputs without the values' bias, which would hide differences."""
         a, b = ((np.asarray(x, np.float64) - self.v_bias[:, None])[self.shown] for x in (got, want))
         similar = np.sum(a * b, axis=-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
         return similar.mean(axis=(0, 2))
 
 
 def abstract(kind, rows, tokens, kv_heads, group, dim):
-    """The arguments of a kernel without their values."""
+    """Return the arguments of a kernel as shapes and dtypes."""
     shape, blocks = jax.ShapeDtypeStruct, tokens // PAGE if tokens % PAGE == 0 else tokens
     channels, stored = shape((kv_heads, dim), jnp.float32), shape((99, kv_heads, PAGE, dim), DTYPES[kind])
-    k_pages = EightBitPages(stored, EightBit(channels, channels, shape((dim // 2,), jnp.float32)))
+    k_pages = EightBitPages(stored, PageFormat(channels, channels, shape((dim // 2,), jnp.float32)))
     selection = Selection(shape((rows, blocks, kv_heads, 24), jnp.int32), shape((rows, blocks, kv_heads), jnp.int32),
                           shape((rows, blocks, kv_heads), jnp.bool_))
     integers = [shape(size, jnp.int32) for size in ((rows, 512), (rows,), (rows,))]
     q = shape((rows, tokens, kv_heads, group, dim), jnp.bfloat16)
-    return q, k_pages, EightBitPages(stored, EightBit(channels, channels)), *integers, selection
+    return q, k_pages, EightBitPages(stored, PageFormat(channels, channels)), *integers, selection
 
 
 @pytest.mark.parametrize("kind, rows, tokens, kv_heads, group, dim", [
@@ -134,7 +134,7 @@ def test_what_it_cannot_run_is_refused():
     q, k_pages, v_pages, *rest = abstract("int8", 1, PAGE, 2, 7, 64)
     with pytest.raises(ValueError, match="multiplies e4m3 in a prefill, not int8"):
         kernel.attend(q, k_pages, v_pages, *rest)
-    bits = EightBitPages(jax.ShapeDtypeStruct(k_pages.shape, jnp.uint8), k_pages.form)
+    bits = EightBitPages(jax.ShapeDtypeStruct(k_pages.shape, jnp.uint8), k_pages.format)
     _, floats, *_ = abstract("e4m3", 1, PAGE, 2, 7, 64)
     decode, *_ = abstract("int8", 1, 1, 2, 7, 64)
     narrow = jax.ShapeDtypeStruct((1, 1, 2, 7, 32), jnp.bfloat16)

@@ -19,14 +19,14 @@ from qwen_kernels.sparse_attention import (
 )
 
 KV_HEADS, GROUP, DIM = 2, 3, 16
-sparse_attention = jax.jit(sparse_attention, static_argnames=("sparsity", "implementation"))  # eager, ops compile one
-select = jax.jit(select, static_argnums=7)                                                    # by one, for minutes
+sparse_attention = jax.jit(sparse_attention, static_argnames=("sparsity", "implementation"))  # eager, operations
+select = jax.jit(select, static_argnums=7)  # compile singly, for minutes
 attend = jax.jit(attend)
 update_summaries = jax.jit(update_summaries, static_argnums=5)
 
 
 class Cache:
-    """Rows of random keys and values on pages scattered over the pool; slots that nobody wrote hold NaN."""
+    """Rows of random keys and values on pages scattered over the pool; unwritten positions hold NaN."""
 
     def __init__(self, lengths, width, seed=0, dtype=jnp.float32):
         rng = np.random.default_rng(seed)
@@ -90,7 +90,7 @@ def test_summaries_are_least_and_greatest_of_their_keys():
 
 @pytest.mark.parametrize("chunk", [1, 5, PAGE, 3 * PAGE])
 def test_summaries_do_not_depend_on_the_chunks(chunk):
-    """One token at a time as in decode, a few as when drafts are checked, pages as in a prefill."""
+    """Chunks of a token as in decode, of a few as when drafts are checked, of pages as in a prefill."""
     cache = Cache([300, 70 * PAGE], 70)
     again, begin = new_summaries(cache.k_pages, cache.width), 66 * PAGE if chunk < PAGE else 0
     if begin:
@@ -148,7 +148,7 @@ def test_nan_in_one_row_stays_there():
     cache.k[0, 19 * PAGE] = np.nan
     cache.put()
     got, _ = cache.run(q, start, Sparsity())
-    assert np.isnan(np.asarray(got[0, 3 * PAGE:])).any(), "nobody may take it for an answer"
+    assert np.isnan(np.asarray(got[0, 3 * PAGE:])).any(), "it must not look like an answer"
     np.testing.assert_array_equal(got[1], want[1])
 
 
@@ -156,7 +156,7 @@ def test_nan_in_one_row_stays_there():
 
 @pytest.mark.parametrize("name", [name for name in SELECTORS if name not in ("window", "mean_pooled")])
 def test_a_needle_is_found(name):
-    """One key far away that one query of a block looks for, among random ones."""
+    """Find a single key far away that a single query of a block looks for, among random keys."""
     cache = Cache([100 * PAGE], 100)
     q, place = queries(1, PAGE, scale=1.0), 37
     cache.k[0, place * PAGE + 20, 1] = 4 * q[0, 5, 1, 2]
@@ -221,8 +221,8 @@ def test_selection_is_the_same_in_chunks(name):
         for begin in range(0, 8 * PAGE, chunk):
             part = cache.select(q[:, begin:begin + chunk], [start + begin], sparsity)
             blocks = slice(begin // PAGE, (begin + chunk) // PAGE)
-            for one, other in zip(part, whole, strict=True):
-                np.testing.assert_array_equal(one, other[:, blocks])
+            for in_chunks, at_once in zip(part, whole, strict=True):
+                np.testing.assert_array_equal(in_chunks, at_once[:, blocks])
 
 
 def test_drafts_select_as_one_token_after_another_would():
@@ -253,10 +253,12 @@ def test_threshold_leaves_out_what_hardly_counts():
 
 def test_bad_input_is_refused():
     cache = Cache([4 * PAGE], 4)
-    for options in ({"selector": "best"}, {"local": 0}, {"budget": -1.0}):
-        with pytest.raises(ValueError, match="known:|needs local"):
+    for options, message in (({"selector": "best"}, "selector must be one of pyramid, .*, not 'best'"),
+                             ({"local": 0}, "local must be at least 1, not 0"),
+                             ({"budget": -1.0}, "budget must be 0 or more, not -1.0")):
+        with pytest.raises(ValueError, match=message):
             Sparsity(**options)
-    with pytest.raises(ValueError, match="implementation 'cuda'; known: xla, reference"):
+    with pytest.raises(ValueError, match="implementation must be one of xla, reference, or None, not 'cuda'"):
         cache.run(queries(1, PAGE), [0], Sparsity(), implementation="cuda")
     with pytest.raises(ValueError, match="does not match pages"):
         cache.run(queries(1, PAGE)[..., :8], [0], Sparsity())

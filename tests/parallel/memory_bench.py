@@ -8,19 +8,18 @@ import jax.numpy as jnp
 
 from qwen_jax import Engine
 from qwen_jax.config import PRESETS
-from qwen_jax.engine.runner.model_runner import Key
 from qwen_jax.engine.scheduling.buckets import Limits
 from qwen_jax.model import empty
 from qwen_jax.parallel.hardware import HARDWARE
 from qwen_jax.parallel.planner import memory_of
-from qwen_jax.parallel.roofline import Work
+from qwen_jax.parallel.roofline import CostModel
 from qwen_jax.quantization import default_precision
 
 SEQ_LEN = 4096
 
 
 class Case(NamedTuple):
-    """Real widths; ``layers`` of them, since all are alike. What a stage has is a layer more or less."""
+    """Real widths of a few ``layers``, since all are alike. A stage has a layer more or less."""
 
     size: str
     layers: int
@@ -42,12 +41,12 @@ class Compared(NamedTuple):
 
 
 def compare(case: Case, dtype: str = "float32") -> Iterator[Compared]:
-    """For every program of an engine with one shape of prefill and one of decode steps. Nothing runs."""
+    """Compare every program of an engine with one shape of prefill and one of decode steps. Nothing runs."""
     config = replace(PRESETS[f"qwen2.5-{case.size}"], num_layers=case.layers)
     limits = Limits(case.rows, SEQ_LEN, (case.prefill,), (), (case.rows,), 4)
     engine = Engine(empty(config, jnp.dtype(dtype)), dtype=dtype, tp_size=case.tensor, pp_size=case.stages,
                     limits=limits, sparsity=[None] * case.layers, kv_cache_bytes=1 << 40, warmup=False, cache_dir=None)
-    work = Work(config, engine.plan, HARDWARE["cpu"], default_precision(config, False, None), dtype)
+    work = CostModel(config, engine.plan, HARDWARE["cpu"], default_precision(config, False, None), dtype)
     for bucket in engine.runner.table:
         if bucket.schedule != "full_attention":
             continue
@@ -56,7 +55,7 @@ def compare(case: Case, dtype: str = "float32") -> Iterator[Compared]:
             if case.stages > 1:  # one micro-batch
                 rows = -(-rows // case.stages)
             predicted = sum(memory_of(work, stage, case.rows, SEQ_LEN, (rows, bucket.tokens)).values())
-            found = engine.runner._lower(Key(bucket, stage)).compile().memory_analysis()
+            found = engine.runner._lower((bucket, stage)).compile().memory_analysis()
             compiled = (found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
                         + found.temp_size_in_bytes)
             yield Compared(str(bucket), stage, predicted, compiled)

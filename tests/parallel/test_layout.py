@@ -8,7 +8,7 @@ import pytest
 from qwen_jax.config import PRESETS
 from qwen_jax.errors import UserError
 from qwen_jax.model import abstract
-from qwen_jax.parallel.layout import best_layout, contract, expand, expanded_shape, layouts, whole
+from qwen_jax.parallel.layout import best_layout, contract, expand, expanded_shape, layouts
 from qwen_jax.quantization import FP8Tensor
 from qwen_jax.quantization.fp8 import quantize_host
 
@@ -81,7 +81,8 @@ def test_degrees_that_divide_change_nothing():
     config = PRESETS["qwen2.5-72b"]
     for tensor in (1, 2, 4, 8):
         assert best_layout(config, tensor, 1 << 20).unchanged
-    assert whole(config).unchanged and not any(whole(config).waste.values())
+    whole, = layouts(config, 1)
+    assert whole.unchanged and not any(whole.waste.values())
 
 
 def test_the_two_ways_of_14b_on_five_devices():

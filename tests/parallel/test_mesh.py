@@ -13,12 +13,6 @@ def test_axes_are_split_by_the_rules_where_they_divide():
     mesh = make_mesh(data=2, tensor=4)
     assert spec_of(("kv_heads", "group", "embed"), (8, 7, 64), mesh) == PartitionSpec("tensor", None, None)
     assert spec_of(("kv_heads", "group", "embed"), (6, 7, 64), mesh) == PartitionSpec(None, None, None)
-    assert spec_of(("embed",), (64,), mesh, {"embed": "data"}) == PartitionSpec("data")
-
-
-def test_a_rule_for_an_axis_that_the_mesh_does_not_have():
-    with pytest.raises(UserError, match="name the mesh axis expert, and the mesh has data, tensor: correct the rule"):
-        spec_of(("mlp",), (64,), make_mesh(tensor=2), {"mlp": "expert"})
 
 
 def test_neighbours_share_the_tensor_axis():

@@ -103,7 +103,7 @@ def test_matrix_and_rows():
 
 @pytest.mark.gpu
 def test_which_products_the_backend_computes_in_8_bits():
-    """Where it cannot, the compiled product holds a wider copy of the weight; where it can, none."""
+    """A backend without 8-bit products compiles a wider copy of the weight; a backend with them none."""
     weight, x = quantize(jnp.ones((384, 256)), 1), jnp.ones((32, 256), jnp.bfloat16)
     compiled = jax.jit(lambda x, weight: product("tk,nk->tn", x, weight)).lower(x, weight).compile().as_text()
     wide = re.findall(r"(?:bf16|f16|f32)\[(?:384,256|256,384)\]", compiled)

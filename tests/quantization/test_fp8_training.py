@@ -23,7 +23,7 @@ PRODUCTS = [("btd,nd->btn", (2, 6, 64), (40, 64)), ("gbtd,gfd->gbtf", (2, 2, 6, 
 
 
 def rounded(x, axes, dtype):
-    """In float64, by NumPy and ml_dtypes: 8-bit values with one scale over ``axes``, read back."""
+    """Round to 8 bits with a common scale over ``axes`` by NumPy and ml_dtypes, and return the values in float64."""
     x = np.asarray(x, np.float32)
     scale = np.abs(x).max(axis=axes, keepdims=True) / np.float32(ml_largest(dtype))
     return (x / scale).astype(dtype).astype(np.float64) * scale

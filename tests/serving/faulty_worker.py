@@ -1,4 +1,4 @@
-"""The engine's process, with faults that certain prompts cause."""
+"""The engine's process with faults, which certain prompts cause."""
 
 import time
 

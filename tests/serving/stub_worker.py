@@ -1,18 +1,18 @@
-"""In the engine's place: answers at once, and streams one token per request and step, as fast as it is taken."""
+"""A stand-in for the engine's process: it answers at once, and streams one token per request and step, as fast as they
+are taken."""
 
 import queue
 import socket
 import sys
 import threading
 
-from qwen_jax.serving.ipc.messages import Piece, frame, read_frame
+from qwen_jax.serving.ipc.messages import Abort, Gauges, Piece, Ready, Step, Submit, frame, read_frame
 
 
 def main() -> None:
     connection = socket.socket(fileno=int(sys.argv[1]))
     read_frame(connection)
-    facts = {"max_seq_len": 4096, "max_batch_size": 256, "adapters": [], "compiled": 0, "chat": True}
-    connection.sendall(frame("ready", facts))
+    connection.sendall(frame(Ready(max_seq_len=4096, hidden_size=64, clock=0.0)))
     inbox: queue.SimpleQueue = queue.SimpleQueue()
 
     def read() -> None:
@@ -21,8 +21,8 @@ def main() -> None:
         inbox.put(None)
 
     threading.Thread(target=read, daemon=True).start()
-    asked: dict[int, int] = {}  # tokens of streams that are open
-    left: dict[int, int] = {}  # those not yet sent
+    lengths: dict[int, int] = {}  # tokens of the open streams
+    left: dict[int, int] = {}  # tokens that are not yet sent
     while True:
         pieces = []
         try:
@@ -30,26 +30,25 @@ def main() -> None:
                 message = inbox.get() if not left and not pieces else inbox.get_nowait()
                 if message is None:
                     return
-                kind, number, *rest = message
-                if kind == "abort":
-                    left.pop(number, None)
-                elif kind == "generate":
-                    tokens = rest[0]["params"].get("max_tokens", 16)
-                    if rest[0]["stream"]:
-                        asked[number] = left[number] = tokens
+                if isinstance(message, Abort):
+                    left.pop(message.id, None)
+                elif isinstance(message, Submit):
+                    tokens = message.options.params.get("max_tokens", 16)
+                    if message.options.stream:
+                        lengths[message.id] = left[message.id] = tokens
                     else:
-                        pieces.append(Piece(number, 0, "word " * tokens, finish_reason="length", tokens=tokens,
+                        pieces.append(Piece(message.id, 0, "word " * tokens, finish_reason="length", tokens=tokens,
                                             prompt_tokens=1))
         except queue.Empty:
             pass
         for number in list(left):
             left[number] -= 1
             last = left[number] == 0
-            end = {"finish_reason": "length", "tokens": asked.pop(number), "prompt_tokens": 1} if last else {}
+            end = {"finish_reason": "length", "tokens": lengths.pop(number), "prompt_tokens": 1} if last else {}
             pieces.append(Piece(number, 0, "word ", [7], **end))
             if last:
                 del left[number]
-        connection.sendall(frame("step", pieces, {"steps": 1}))
+        connection.sendall(frame(Step(pieces, Gauges(steps=1))))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What clients do wrong, and what goes wrong, to live processes."""
+"""Mistakes of clients, and faults in the processes of live servers."""
 import json
 import signal
 import socket
@@ -19,7 +19,7 @@ LONG = {"model": "bundled", "prompt": "hello", "max_tokens": 200, "temperature":
 
 @pytest.fixture(autouse=True)
 def still_answers(server):
-    """After every fault."""
+    """Check after every test that the server still answers."""
     yield
     assert server.post("/v1/completions", OK).status_code == 200
 
@@ -87,12 +87,12 @@ def test_chats_that_cannot_be(server, change):
 
 
 def test_a_flood_of_schemas(server):
-    def one(number):
+    def ask(number):
         schema = {"type": "object", "properties": {f"p{number}": {"type": "string", "maxLength": 1}}}
         return server.post("/v1/completions", {**OK, "guided_json": schema}).status_code
 
     with ThreadPoolExecutor(8) as threads:
-        assert set(threads.map(one, range(200))) == {200}
+        assert set(threads.map(ask, range(200))) == {200}
 
 
 def test_bodies_and_headers_that_are_too_large(server):
@@ -106,7 +106,6 @@ def test_bodies_and_headers_that_are_too_large(server):
 
 
 def test_a_client_that_leaves_frees_its_pages(server):
-    """Streaming or not."""
     before = server.wait_until_free()["finished"].get("abort", 0)
     with server.http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as answer:
         next(answer.iter_lines())
@@ -116,15 +115,15 @@ def test_a_client_that_leaves_frees_its_pages(server):
 
 
 def test_a_burst_beyond_what_is_taken(server):
-    def one(_):
+    def ask(_):
         return server.post("/v1/completions", {**LONG, "max_tokens": 60})
 
     with ThreadPoolExecutor(64) as threads:
-        answers = list(threads.map(one, range(160)))
-    refused = [one for one in answers if one.status_code == 429]
-    assert {one.status_code for one in answers} == {200, 429} and len(refused) > 40
-    assert all(int(one.headers["retry-after"]) >= 1 for one in refused)
-    assert len({one.text.split('"text":')[1] for one in answers if one.status_code == 200}) == 1
+        answers = list(threads.map(ask, range(160)))
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert {answer.status_code for answer in answers} == {200, 429} and len(refused) > 40
+    assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
+    assert len({answer.text.split('"text":')[1] for answer in answers if answer.status_code == 200}) == 1
     server.wait_until_free()
 
 
@@ -134,10 +133,10 @@ def test_a_deadline_that_passes_in_the_queue(server):
         time.sleep(0.1)
         late = server.post("/v1/completions", {**LONG, "timeout": 0.01})
         assert late.status_code == 408 and late.json()["error"]["type"] == "timeout_error"
-        assert all(one.result().status_code == 200 for one in running)
+        assert all(answer.result().status_code == 200 for answer in running)
 
 
-def test_a_slow_reader_holds_up_nobody(server):
+def test_a_slow_reader_holds_up_no_other(server):
     slow = socket.create_connection(("127.0.0.1", server.port))
     slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
     body = json.dumps({**LONG, "stream": True, "n": 8, "temperature": 1, "logprobs": 20}).encode()
@@ -155,7 +154,7 @@ def test_more_than_fits_is_preempted_and_says_the_same(server):
     alone = server.post("/v1/completions", ask).json()["choices"][0]["text"]
     before = server.stats()["engine"]["preemptions"]
     with ThreadPoolExecutor(8) as threads:
-        texts = [one.json()["choices"][0]["text"] for one in threads.map(
+        texts = [answer.json()["choices"][0]["text"] for answer in threads.map(
             lambda _: server.post("/v1/completions", ask), range(8))]
     assert texts == [alone] * 8
     assert server.wait_until_free()["preemptions"] > before
@@ -176,10 +175,10 @@ def test_adapters_loaded_and_unloaded_while_they_are_used(server, tmp_path):
     with ThreadPoolExecutor(6) as threads:
         cycles = [threads.submit(cycle, number) for number in range(12)]
         asked = [threads.submit(ask, number) for number in range(40)]
-    assert {code for one in cycles for code in one.result()} <= {200, 400, 404}
-    answers = [one.result() for one in asked]
-    assert {one.status_code for one in answers} <= {200, 404, 429}
-    assert len({one.json()["choices"][0]["text"] for one in answers if one.status_code == 200}) <= 1
+    assert {code for cycle in cycles for code in cycle.result()} <= {200, 400, 404}
+    answers = [future.result() for future in asked]
+    assert {answer.status_code for answer in answers} <= {200, 404, 429}
+    assert len({answer.json()["choices"][0]["text"] for answer in answers if answer.status_code == 200}) <= 1
     server.post("/v1/unload_lora_adapter", {"lora_name": "race"})
     assert "race" not in server.wait_until_free()["adapters"]
 
@@ -216,7 +215,7 @@ def test_one_request_that_raises_and_a_device_that_fails(own):
         time.sleep(0.1)
         failed = server.post("/v1/completions", {**OK, "prompt": DEVICE})
         assert failed.status_code == 503 and "the device is gone" in failed.json()["error"]["message"]
-        assert {one.result().status_code for one in others} <= {200, 503}
+        assert {other.result().status_code for other in others} <= {200, 503}
     assert server.process.wait(20) not in (0, None)
 
 
@@ -242,7 +241,7 @@ def test_sigterm_under_load(own):
         time.sleep(0.05)
         refused = server.post("/v1/completions", OK)
         assert refused.status_code == 503 and "draining" in refused.text and not server.answers("/ready")
-        assert [one.result().status_code for one in running] == [200] * 8
+        assert [answer.result().status_code for answer in running] == [200] * 8
     assert server.process.wait(20) == 0
 
 

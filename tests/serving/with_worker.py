@@ -9,5 +9,5 @@ from qwen_jax.serving import server
 if __name__ == "__main__":
     worker, *arguments = sys.argv[1:]
     if worker:
-        server.ServerOptions = partial(server.ServerOptions, command=(sys.executable, worker))
+        server.EngineClient = partial(server.EngineClient, command=(sys.executable, worker))
     sys.exit(cli.main(arguments))

@@ -1,4 +1,4 @@
-"""Files of examples to batches: what is learned, what is refused, and in which order it comes."""
+"""Files of examples to batches: learned tokens, refused lines, and the order of batches."""
 import itertools
 import json
 
@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from qwen_jax.checkpoint import load_tokenizer, resolve
 from qwen_jax.errors import UserError
+from qwen_jax.training import examples
 from qwen_jax.training.examples import batch_function, encode_conversation, pack, read_examples
 
 CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hi"},
@@ -36,7 +37,7 @@ def test_only_what_the_assistant_says_is_learned(tokenizer):
 def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
     original = tokenizer.chat_template
     tokenizer.chat_template = "{{ messages | length }}" + original
-    with pytest.raises(UserError, match="changes earlier turns"):
+    with pytest.raises(UserError, match="must not change earlier turns"):
         encode_conversation(CHAT, tokenizer)
     tokenizer.chat_template = original
 
@@ -63,7 +64,7 @@ def test_a_bad_line_is_refused_or_skipped(tmp_path, tokenizer, capsys, line, mes
     file = write(tmp_path / "a.jsonl", {"messages": CHAT}, line)
     with pytest.raises(UserError, match=f"a.jsonl, line 2: .*{message}"):
         read_examples([file], tokenizer, 64)
-    assert len(read_examples([file], tokenizer, 64, "skip")) == 1
+    assert len(read_examples([file], tokenizer, 64, skip_bad=True)) == 1
     assert "skipped 1 bad lines; the first is" in capsys.readouterr().err
 
 
@@ -72,13 +73,13 @@ def test_no_data(tmp_path, tokenizer):
         read_examples([write(tmp_path / "a.jsonl")], tokenizer, 64)
     with pytest.raises(UserError, match="cannot read"):
         read_examples([tmp_path / "none.jsonl"], tokenizer, 64)
-    with pytest.raises(UserError, match="on_bad must be"):
-        read_examples([], tokenizer, 64, "ignore")
 
 
 @given(st.lists(st.integers(1, 50), max_size=200), st.integers(1, 8))
 def test_packing_loses_nothing_and_overfills_nothing(lengths, open_rows):
-    rows = pack(lengths, range(len(lengths)), 50, open_rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(examples, "OPEN_ROWS", open_rows)
+        rows = pack(lengths, range(len(lengths)), 50)
     assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
     assert all(row and sum(lengths[i] for i in row) <= 50 for row in rows)
     if open_rows == 8 and len(rows) <= 8:  # first fit: no two rows could have been one

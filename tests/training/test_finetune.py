@@ -34,7 +34,7 @@ warmup_steps = 2
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Conversations whose answers are new to the bundled model."""
+    """Return a file of conversations whose answers are new to the bundled model."""
     path = tmp_path_factory.mktemp("data") / "train.jsonl"
     with open(path, "w") as file:
         for example in generate(3, "train", 16):
@@ -83,7 +83,7 @@ def test_the_whole_model(tmp_path, data, capsys):
 
 
 def test_a_student_of_some_layers(tmp_path, capsys):
-    """Layers of the teacher make the student, which comes to say what the teacher says."""
+    """The student is made of some of the teacher's layers and learns to say what the teacher says."""
     tokenizer = load_tokenizer(resolve("bundled"))
     texts = [tokenizer.apply_chat_template([*example.messages, {"role": "assistant", "content": example.answer}],
                                            tokenize=False) for example in generate(3, "train", 16)]
@@ -108,11 +108,11 @@ def test_a_student_of_some_layers(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("extra, message", [
-    ("[distill]\nlayers = [0, 4]\n", "layers=[0, 4] should name some of the model's layers, 0 to 3, once each"),
+    ("[distill]\nlayers = [0, 4]\n", "layers must name some of the model's layers, 0 to 3, once each, not [0, 4]"),
     ("[distill]\ntemperature = 0.5\n", "needs a teacher, or the layers"),
     ("[distill]\nlayers = [0]\n[lora]\n", "[lora] or [distill], not both"),
     ('[distill]\nteacher = "{other}"\n', "different vocabularies"),
-    ("[devices]\ndata = 2\ntensor = 1\n", "1 rows at a time do not split over data=2"),
+    ("[devices]\ndata = 2\ntensor = 1\n", "batch_size / accumulate must be a multiple of [devices] data=2, not 1"),
     ("[devices]\ntensor = 64\n", "needs 64 devices, and there are"),
 ])
 def test_what_does_not_fit_together(tmp_path, data, capsys, extra, message):
@@ -138,7 +138,7 @@ def test_where_eight_bits_cannot_be(tmp_path, data, capsys, extra, message):
     (("sequence_length = 256", "sequence_length = 32"), "line 1: the conversation has"),
     (('model = "bundled"', 'model = "nowhere/at all"'), "nowhere/at all"),
     (("steps = 20", "step = 20"), "unknown key step"),
-    (("warmup_steps = 2", "warmup_steps = 20"), "warmup_steps=20 leave nothing of steps=20"),
+    (("warmup_steps = 2", "warmup_steps = 20"), "warmup_steps must be less than steps, not 20 of 20"),
 ])
 def test_what_cannot_work_is_one_line(tmp_path, data, capsys, change, message):
     path = recipe(tmp_path, data)

@@ -1,4 +1,4 @@
-"""The loop: progress on disk, resuming bit for bit, and giving up with a reason."""
+"""The training loop: metrics and checkpoints, resuming bit for bit, and ending with a reason."""
 import json
 import os
 import random
@@ -24,7 +24,7 @@ OPTIMIZER = make_optimizer(Optimizer(learning_rate=1e-2, warmup_steps=2), 30)
 
 
 def loss(trainable, frozen, batch):
-    """A loss that compiles in a moment: how far the tokens' mean is from w."""
+    """Return the squared distance of w from the tokens' mean: a loss that compiles in a moment."""
     error = jnp.square(trainable["w"] - batch.tokens.mean()) * frozen["scale"]
     return error.sum(), (jnp.float32(error.size), {"accuracy": jnp.float32(0)})
 
@@ -47,7 +47,7 @@ def run(folder, **changes):
 
 
 def go(folder, batches=batch_of, scale=1.0, evaluate=None, **changes):
-    return fit(start(), STEP, {"scale": jnp.float32(scale)}, batches, run(folder, **changes), evaluate)
+    return fit(start(), STEP, {"scale": jnp.float32(scale)}, batches, run=run(folder, **changes), evaluate=evaluate)
 
 
 def same(a, b):
@@ -93,7 +93,7 @@ go(Path(sys.argv[2]), lambda step: time.sleep(0.1) or batch_of(step), steps=30, 
 
 
 def test_killed_at_random_moments_it_still_ends_bit_for_bit(tmp_path):
-    """SIGKILL, again and again, whatever it was doing; then one run to the end."""
+    """SIGKILL ends the run at ten random moments; then one run goes to the end."""
     whole = go(tmp_path / "whole", checkpoint_every=1)
     root, rng, kills = str(Path(__file__).parents[2]), random.Random(0), 0
     while kills < 10:
@@ -105,7 +105,7 @@ def test_killed_at_random_moments_it_still_ends_bit_for_bit(tmp_path):
         child.send_signal(signal.SIGKILL)
         kills += child.wait() == -signal.SIGKILL
         if child.returncode == 0:
-            break  # it was done before the signal came
+            break  # the run ended before the signal came
     assert kills >= 3
     same(whole, go(tmp_path / "killed", checkpoint_every=1))
     assert not list((tmp_path / "killed").glob(".step*")), "what a killed save left is cleaned up"
@@ -136,7 +136,7 @@ def test_gradients_that_stay_non_finite_end_the_run(tmp_path):
 
 
 def test_a_state_continues_on_another_mesh(tmp_path):
-    """Saved from one device, restored over four; then the other way round."""
+    """A state is saved from one device and restored over four, then the other way round."""
     code = """
 import os, sys
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"

@@ -1,8 +1,11 @@
-"""Recipes: every key known, every value of its type."""
+"""Recipes: every key is known, and every value has its type."""
+from pathlib import Path
+
 import pytest
+from model_recipes import BundledRecipe, YardstickRecipe
 
 from qwen_jax.errors import UserError
-from qwen_jax.training.recipe import BundledRecipe, Lora, Recipe, load_recipe
+from qwen_jax.training.recipe import Lora, Recipe, load_recipe
 
 BUNDLED = "configs/train/bundled.toml"
 FINETUNE = """
@@ -39,18 +42,33 @@ def test_defaults(tmp_path):
     (lambda text: "learning_rat = 1\n" + text, "unknown key learning_rat"),
     (lambda text: text.replace("learning_rate", "rate"), r"\[optimizer\]: unknown key rate"),
     (lambda text: text.replace("steps = 10", ""), "missing key steps"),
-    (lambda text: text.replace("steps = 10", "steps = '10'"), "steps should be int, is '10'"),
-    (lambda text: text.replace("steps = 10", "steps = true"), "steps should be int, is True"),
-    (lambda text: text.replace("steps = 10", "steps = 0"), "steps must be at least 1"),
-    (lambda text: text.replace("steps = 10", "steps = 10\naccumulate = 3"), "do not split into accumulate=3 groups"),
-    (lambda text: text.replace("steps = 10", "steps = 10\ncompute_dtype = 'float16'"), "compute_dtype must be"),
-    (lambda text: text.replace('["a.jsonl", "b.jsonl"]', '"a.jsonl"'), "data should be a list with at least one item"),
-    (lambda text: text.replace("[optimizer]\nlearning_rate", "optimizer"), "optimizer should be a table"),
+    (lambda text: text.replace("steps = 10", "steps = '10'"), "steps must be int, not '10'"),
+    (lambda text: text.replace("steps = 10", "steps = true"), "steps must be int, not True"),
+    (lambda text: text.replace("steps = 10", "steps = 0"), "steps must be int >= 1, not 0"),
+    (lambda text: "accumulate = 3\n" + text, "batch_size must be a multiple of accumulate=3, not 4"),
+    (lambda text: "compute_dtype = 'float16'\n" + text, "compute_dtype must be 'bfloat16' or 'float32', not 'float16'"),
+    (lambda text: "on_bad = 'ignore'\n" + text, "on_bad must be 'refuse' or 'skip', not 'ignore'"),
+    (lambda text: text.replace('["a.jsonl", "b.jsonl"]', '"a.jsonl"'), r"data must be array, not 'a\.jsonl'"),
+    (lambda text: text.replace('"a.jsonl", "b.jsonl"', ""), r"data must be array of length >= 1, not \[\]"),
+    (lambda text: text.replace('"b.jsonl"', "2"), r"data\[1\] must be str, not 2"),
+    (lambda text: text.replace("learning_rate = 1", "learning_rate = 'x'"), "optimizer.learning_rate must be float"),
+    (lambda text: text + "[lora]\nranks = 1\n", r"\[lora\]: unknown key ranks; known keys: rank, alpha, targets"),
+    (lambda text: text + "[distill]\n", r"\[distill\]: distillation needs a teacher, or the layers"),
+    (lambda text: "devices = 2\n" + text, "devices must be table, not 2"),
+    (lambda text: text.replace("[optimizer]\nlearning_rate", "optimizer"), "optimizer must be table, not 1"),
     (lambda text: text.replace("[optimizer]", "[optimizer"), "not valid TOML"),
 ])
 def test_a_wrong_recipe_is_refused(tmp_path, edit, message):
     with pytest.raises(UserError, match=message):
         load_recipe(write(tmp_path, edit(FINETUNE)))
+
+
+def test_errors_in_lists_of_tables_name_the_item(tmp_path):
+    text = Path("configs/train/yardstick.toml").read_text()
+    for edit, message in (("{long = 256,", r"\[stages\[0\]\]: unknown key long; known keys: length, rows, steps"),
+                          ("{length = 'a',", r"stages\[0\]\.length must be int, not 'a'")):
+        with pytest.raises(UserError, match=message):
+            load_recipe(write(tmp_path, text.replace("{length = 256,", edit)), YardstickRecipe)
 
 
 def test_a_missing_recipe_is_refused(tmp_path):

@@ -34,7 +34,7 @@ ROWS, LENGTH = 2, 48
 
 
 def random_params(config=CONFIG, seed=3):
-    """Biases and norms away from their trivial initial values."""
+    """Return parameters whose biases and norms are away from their trivial initial values."""
     rng = np.random.default_rng(seed)
     params = {path: np.asarray(p) for path, p in params_of(init(config, seed, "float32")).items()}
     return {path: p + 0.3 * rng.normal(size=p.shape).astype(np.float32) if path.endswith(("bqkv", "scale")) else p
@@ -87,7 +87,7 @@ def test_gradients_of_every_parameter_are_those_of_torch(tied, recompute):
 
 
 def peft_model(config, params, lora, adapter):
-    """peft's own LoRA model with our numbers."""
+    """Return peft's own LoRA model with the same parameters and adapter."""
     model = peft.get_peft_model(torch_model(config, params), peft.LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), bias="none"))
     state = {}
@@ -123,7 +123,7 @@ def test_gradients_of_an_adapter_are_those_of_peft():
 
 
 def test_fifty_steps_follow_torch():
-    """The same batches, AdamW with decay on matrices only, clipping and schedule: the same losses all along."""
+    """The same batches, AdamW with decay on matrices only, clipping and schedule give the same loss at every step."""
     recipe = Optimizer(learning_rate=3e-3, warmup_steps=10, weight_decay=0.1, clip_norm=0.5, adam_b2=0.98)
     params = random_params()
     theirs = torch_model(CONFIG, params)
@@ -228,7 +228,8 @@ def test_distillation_is_that_of_torch(monkeypatch, at_once):
     targets, weights = rng.integers(0, vocab, (rows, length)), rng.uniform(size=(rows, length)).astype(np.float32)
 
     def ours(states, head):
-        total, *rest = distillation(states, head, guide, guide_head, targets, weights, 3.0, 0.7)
+        total, *rest = distillation(hidden=states, head=head, teacher_hidden=guide, teacher_head=guide_head,
+                                    targets=targets, weights=weights, temperature=3.0, kl_weight=0.7)
         return total, rest
 
     functional = torch.nn.functional

@@ -1,4 +1,4 @@
-"""The whole of it on a small engine, whose times are made up where they would take long."""
+"""Tuning of a small engine, whose times are made up where measuring would take long."""
 
 import json
 import time
@@ -10,7 +10,7 @@ from qwen_jax import Engine
 from qwen_jax.cli import main
 from qwen_jax.engine.config.tuned import Tuned
 from qwen_jax.engine.scheduling.schedule_policy import DEFAULT_POLICY
-from qwen_jax.tuning.engine_bench import Lab, host_seconds
+from qwen_jax.tuning.engine_bench import EngineBench, host_seconds
 from qwen_jax.tuning.scheduler_simulation import simulate
 from qwen_jax.tuning.step_costs import Cost
 from qwen_jax.tuning.tune import Tuner, ratios
@@ -23,7 +23,7 @@ ENGINE = {"tokenizer": None, "warmup": False} | SIZES
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch, executable_cache):
-    """Tuned files of this test alone; programs are everybody's."""
+    """A cache with tuned files of this test alone, and the programs that all tests share."""
     (tmp_path / "executables").symlink_to(executable_cache / "executables", target_is_directory=True)
     (executable_cache / "executables").mkdir(exist_ok=True)
     monkeypatch.setenv("QWEN_JAX_CACHE", str(tmp_path))
@@ -31,7 +31,7 @@ def cache(tmp_path, monkeypatch, executable_cache):
 
 
 def made_up(self, bucket):
-    """Eight decode rows are dear, and two pages at a time are the best tile."""
+    """Return costs in which eight decode rows are expensive and two pages at a time are the best tile."""
     ms = 1e-3 + bucket.rows * bucket.tokens * 2e-5 * {0: 1, 2: 0.5}.get(bucket.chunk_pages, 2)
     ms *= 4 if bucket.phase == "decode" and bucket.rows == 8 else 1
     return Cost(ms, ms - 1e-3, 0.0, 64)
@@ -39,10 +39,10 @@ def made_up(self, bucket):
 
 @pytest.fixture
 def pretended(monkeypatch):
-    """A device that takes what `made_up` says, in steps and in traces."""
+    """Replace the device: steps and traces take the times of `made_up`."""
     monkeypatch.setattr(Engine, "warmup", lambda self: None)
-    monkeypatch.setattr(Lab, "_time", made_up)
-    monkeypatch.setattr(Lab, "prepare", lambda self, buckets: None)
+    monkeypatch.setattr(EngineBench, "_time", made_up)
+    monkeypatch.setattr(EngineBench, "prepare", lambda self, buckets: None)
     monkeypatch.setattr("qwen_jax.tuning.tune.host_seconds", lambda *_: 1e-4)
     monkeypatch.setattr("qwen_jax.tuning.tune.TRIALS", 30)
     monkeypatch.setattr("qwen_jax.tuning.workloads.LOADS", {
@@ -50,14 +50,14 @@ def pretended(monkeypatch):
 
     def run(self, tuned, trace):
         table = self.table(tuned)
-        return simulate(trace, table, self.limits(tuned), tuned.policy, self.num_pages,
-                        {bucket: made_up(self, bucket) for bucket in table}, 1e-4)
+        return simulate(trace, table, self.limits(tuned), tuned.policy, num_pages=self.num_pages,
+                        costs={bucket: made_up(self, bucket) for bucket in table}, step_seconds=1e-4)
 
-    monkeypatch.setattr(Lab, "run", run)
+    monkeypatch.setattr(EngineBench, "run", run)
 
 
 def tuner(minutes=1.0):
-    return Tuner(Lab("bundled", **SIZES), minutes, progress=False)
+    return Tuner(EngineBench("bundled", **SIZES), minutes, progress=False)
 
 
 @pytest.mark.usefixtures("pretended")
@@ -78,7 +78,7 @@ def test_what_is_found_is_what_the_next_engine_takes(cache):
 
 @pytest.mark.usefixtures("pretended")
 def test_when_the_race_says_no_the_defaults_stay(cache, monkeypatch):
-    monkeypatch.setattr(Lab, "run", lambda self, tuned, trace: 2.0 if tuned.grid.decode_rows[-1] < 8 or (
+    monkeypatch.setattr(EngineBench, "run", lambda self, tuned, trace: 2.0 if tuned.grid.decode_rows[-1] < 8 or (
         tuned.grid.decode_chunk_pages) else 1.0)
     found = tuner().run()
     assert not found.measured["accepted"] and found.measured["others"]
@@ -96,11 +96,11 @@ def test_an_interruption_loses_nothing(cache, monkeypatch):
         measured.append(bucket)
         return made_up(self, bucket)
 
-    monkeypatch.setattr(Lab, "_time", interrupted)
+    monkeypatch.setattr(EngineBench, "_time", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tuner().run()
     first = list(measured)
-    monkeypatch.setattr(Lab, "_time", lambda self, bucket: measured.append(bucket) or made_up(self, bucket))
+    monkeypatch.setattr(EngineBench, "_time", lambda self, bucket: measured.append(bucket) or made_up(self, bucket))
     again = tuner()
     again.run()
     assert len(measured) == len(set(measured)) > 7 and measured[:7] == first
@@ -111,10 +111,10 @@ def test_an_interruption_loses_nothing(cache, monkeypatch):
 
 @pytest.mark.usefixtures("pretended")
 def test_a_damaged_journal_is_measured_anew(cache, caplog):
-    lab = Lab("bundled", **SIZES)
-    lab.measure(lab.engine.runner.table[0])
-    lab._journal.write_text("{")
-    assert Lab("bundled", **SIZES)._kept == {} and "measuring anew" in caplog.text
+    bench = EngineBench("bundled", **SIZES)
+    bench.measure(bench.engine.runner.table[0])
+    bench._journal.write_text("{")
+    assert EngineBench("bundled", **SIZES)._kept == {} and "measuring anew" in caplog.text
 
 
 @pytest.mark.usefixtures("pretended")
@@ -126,18 +126,18 @@ def test_no_time_leaves_the_defaults(cache):
 
 
 def test_real_steps_and_real_traces(cache):
-    lab = Lab("bundled", **SIZES | {"max_batch_size": 2, "max_seq_len": 128})
-    engine = lab.engine
+    bench = EngineBench("bundled", **SIZES | {"max_batch_size": 2, "max_seq_len": 128})
+    engine = bench.engine
     prefill, decode = (next(b for b in engine.runner.table if b.phase == phase) for phase in ("prefill", "decode"))
     for bucket in (prefill, replace(decode, chunk_pages=1)):
-        cost = lab.measure(bucket)
+        cost = bench.measure(bucket)
         assert 1e-5 < cost.base < 5 and cost.seconds(4, 100) >= cost.base
-    assert lab.measure(prefill) is lab.measure(prefill)
-    default = Tuner(lab, 1, False).default
+    assert bench.measure(prefill) is bench.measure(prefill)
+    default = Tuner(bench, 1, False).default
     other = Tuned(DEFAULT_POLICY, replace(default.grid, prefill_shapes=((1, 64),), decode_chunk_pages=1))
     work, before = Trace("one", (30, 40, 50), (5, 6, 7)), engine.stats()
     for tuned in (default, other):
-        assert lab.run(tuned, work) > 0 and host_seconds(lab, tuned, work) > 0
+        assert bench.run(tuned, work) > 0 and host_seconds(bench, tuned, work) > 0
     after = engine.stats()
     assert after.generated_tokens - before.generated_tokens == 4 * 18 and after.compiles_after_warmup == 0
     used = {bucket for bucket, usage in engine.core.counters.usage.items() if usage.steps and bucket.phase == "decode"}

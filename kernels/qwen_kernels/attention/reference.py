@@ -1,4 +1,4 @@
-"""The clear form of every function of this op, and the oracle of the others."""
+"""Reference form of dense and paged attention: the simplest code, with which the other forms are compared."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from qwen_kernels.attention.storage import read_rows
 
 def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, segment_ids: jax.Array | None = None,
                      shared_segment: int | None = None) -> jax.Array:
-    """See ``api.causal_attention``. Scores and softmax in float32; the T x T scores exist in memory."""
+    """Compute dense causal attention, as ``api.causal_attention`` describes, with all T x T scores in memory.
+
+    Scores and softmax are float32.
+    """
     length = q.shape[1]
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     mask = jnp.tril(jnp.ones((length, length), bool))[None]
@@ -24,7 +27,7 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, segment_ids: j
 
 def paged_attention(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_table: jax.Array,
                     start: jax.Array, length: jax.Array) -> jax.Array:
-    """See ``api.paged_attention``. Gathers every page of the table."""
+    """Compute attention over a paged cache, as ``api.paged_attention`` describes, from every page of the table."""
     tokens = q.shape[1]
     k, v = (read_rows(pages, page_table) for pages in (k_pages, v_pages))
     positions = start[:, None] + jnp.arange(tokens)
@@ -36,6 +39,6 @@ def paged_attention(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_t
     weights = jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0))
     total = jnp.sum(weights, axis=-1, keepdims=True)
     weights = jnp.where(total > 0, weights / jnp.where(total > 0, total, 1), 0).astype(v.dtype)
-    # Unwritten slots may hold anything; a zero weight must silence even a NaN.
+    # Unwritten positions may hold anything; a zero weight must silence even a NaN.
     v = jnp.where((jnp.arange(v.shape[1])[None] < length[:, None])[..., None, None], v, 0)
     return jnp.einsum("bkgts,bskh->btkgh", weights, v, preferred_element_type=jnp.float32).astype(q.dtype)

@@ -1,4 +1,4 @@
-"""Portable XLA form of dense causal attention: blocks of queries, so that a block's scores stay in cache."""
+"""Portable XLA form of dense causal attention: one block of queries at a time, whose scores fit the CPU's cache."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import jax
 import jax.numpy as jnp
 
 QUERY_BLOCK = 64  # tokens
-MAX_BLOCKS = 16   # each is traced on its own: longer rows get longer blocks
+MAX_BLOCKS = 16  # of a row; each is traced on its own, so longer rows get longer blocks
 
 
 def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, segment_ids: jax.Array | None = None,
                      shared_segment: int | None = None) -> jax.Array:
-    """See ``api.causal_attention``. Keys after a block of queries are not touched; scores and softmax in float32."""
+    """Compute dense causal attention, as ``api.causal_attention`` describes, a block of queries at a time.
+
+    Keys after a block are skipped; scores and softmax are float32.
+    """
     rows, length, kv_heads, group, dim = q.shape
     block = max(QUERY_BLOCK, -(-length // MAX_BLOCKS))
     q_bkgth = q.transpose(0, 2, 3, 1, 4)
@@ -33,6 +36,9 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, segment_ids: j
 
 
 def _visible_segments(queries: jax.Array, keys: jax.Array, shared_segment: int | None) -> jax.Array:
-    """Which keys are of a query's own segment or the shared one: ids ``[B, T]`` and ``[B, S]`` to ``[B, T, S]``."""
+    """Return which keys each query may see, those of its own segment or the shared one: bool ``[B, T, S]``.
+
+    queries, keys: segment ids i32 ``[B, T]`` and ``[B, S]``.
+    """
     visible = queries[:, :, None] == keys[:, None, :]
     return visible if shared_segment is None else visible | (keys == shared_segment)[:, None, :]

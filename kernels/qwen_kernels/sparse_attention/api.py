@@ -9,18 +9,16 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from qwen_kernels.attention import PAGE
-from qwen_kernels.attention.api import check_pages
+from qwen_kernels.attention.api import check_pages, implementation_named
+from qwen_kernels.page import PAGE
 from qwen_kernels.sparse_attention import reference, xla
 from qwen_kernels.sparse_attention.selection import Selection, Sparsity, query_block, select
-
-IMPLEMENTATIONS = {"xla": xla, "reference": reference}
 
 
 def sparse_attention(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, summaries: jax.Array, page_table: jax.Array,
                      start: jax.Array, length: jax.Array, prompt_length: jax.Array, *, sparsity: Sparsity,
                      implementation: str | None = None) -> tuple[jax.Array, Selection]:
-    """Causal attention of new tokens to the pages of a paged cache that matter to them.
+    """Compute causal attention of new tokens to the pages of a paged cache that matter to them.
 
     The pages hold the new tokens already, and ``summaries`` know them (``update_summaries``). Within a selected page
     attention is exact. All query heads of a KV head, and in a prefill all queries of a page, share a selection.
@@ -37,37 +35,36 @@ def sparse_attention(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, summa
         attend to everything.
       implementation: "xla" or "reference"; None takes the fastest available.
 
-    Returns: ``[B, T, K, G, H]`` in q's dtype, and what was selected.
+    Returns: ``[B, T, K, G, H]`` in q's dtype, and the selection.
     """
-    _check(q, k_pages, v_pages, page_table, length, implementation)
-    selection = select(q, k_pages, summaries, page_table, start, length, prompt_length, sparsity)
-    out = attend(q, k_pages, v_pages, page_table, start, length, selection, dense_heads=sparsity.dense_heads,
-                 implementation=implementation)
+    check_pages(q, k_pages, v_pages, page_table, length)
+    selection = select(q, k_pages, summaries, page_table, start=start, length=length, prompt_length=prompt_length,
+                       sparsity=sparsity)
+    out = attend(q, k_pages, v_pages, page_table, start=start, length=length, selection=selection,
+                 dense_heads=sparsity.dense_heads, implementation=implementation)
     return out, selection
 
 
 def attend(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_table: jax.Array, start: jax.Array,
            length: jax.Array, selection: Selection, *, dense_heads: tuple[int, ...] = (),
            implementation: str | None = None) -> jax.Array:
-    """Exact causal attention to the selected pages; arguments as ``sparse_attention``'s.
+    """Compute exact causal attention to the pages of ``selection``; other arguments as in ``sparse_attention``.
 
     dense_heads: KV heads known to be dense in all blocks, which changes the order of work and not the result.
     """
-    _check(q, k_pages, v_pages, page_table, length, implementation)
+    check_pages(q, k_pages, v_pages, page_table, length)
     if selection.count.shape[1] != q.shape[1] // query_block(q.shape[1], PAGE):
         raise ValueError(f"a selection of {selection.count.shape[1]} blocks does not fit {q.shape[1]} queries")
-    chosen = IMPLEMENTATIONS[implementation or "xla"]
-    return chosen.attend(q, k_pages, v_pages, page_table, start, length, selection, dense_heads)
-
-
-def _check(q, k_pages, v_pages, page_table, length, implementation: str | None) -> None:
-    check_pages(q, k_pages, v_pages, page_table, length)
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"unknown implementation {implementation!r}; known: {', '.join(IMPLEMENTATIONS)}")
+    module = implementation_named(implementation, xla=xla, reference=reference)
+    return module.attend(q, k_pages, v_pages, page_table, start=start, length=length, selection=selection,
+                         dense_heads=dense_heads)
 
 
 def visible_pages(tokens: int, start: jax.Array, length: jax.Array) -> jax.Array:
-    """Pages that full attention of ``tokens`` queries would attend to, summed over blocks of queries: i32 ``[B]``."""
+    """Return the number of pages that full attention would read for ``tokens`` queries, i32 ``[B]``.
+
+    Pages are counted once for each block of queries (see `query_block`).
+    """
     size = query_block(tokens, PAGE)
     first = start[:, None] + jnp.arange(0, tokens, size)
     return jnp.sum(jnp.where(first < length[:, None], first // PAGE + 1, 0), axis=1)

@@ -14,7 +14,10 @@ Limits: bfloat16, head dims 64 and 128.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,24 +25,38 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from qwen_kernels.sparse_attention.hopper import (
+    LOWEST,
+    ROWS,
+    TILE,
+    Warpgroup,
+    fill_ring,
+    launch,
+    listed_pages,
+    swizzled,
+)
 from qwen_kernels.sparse_attention.selection import Selection
 
-TILE = 64  # query rows of a warpgroup, and tokens of a page
-PAIR = 2   # pages that are multiplied at once
-_LOWEST = -1e30  # finite: exp2 of a difference of two of them is 1, not NaN
+PAIR = 2  # pages that are multiplied at once
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What may differ between devices and shapes."""
+    """Tuning parameters of a kernel, whose best values depend on the device and the shapes.
 
-    warpgroups: int = 2  # compute warpgroups, each with a tile of its own
-    stages: int = 2      # pairs of pages under way
-    splits: int = 4      # grid blocks that share the pages of a decode row
+    Attributes:
+      warpgroups: compute warpgroups of a grid block, each with a tile of its own.
+      stages: pairs of pages in the ring of buffers.
+      splits: grid blocks that share the pages of a decode row.
+    """
+
+    warpgroups: int = 2
+    stages: int = 2
+    splits: int = 4
 
 
 def supported(q: jax.Array) -> str | None:
-    """Why the kernel cannot run for queries ``[B, T, K, G, H]``; None if it can."""
+    """Return the reason why the kernel cannot run for queries ``[B, T, K, G, H]``, or None if it can."""
     if q.dtype != jnp.bfloat16:
         return f"the Hopper kernel takes bfloat16, not {q.dtype}"
     if q.shape[-1] not in (64, 128):
@@ -49,178 +66,202 @@ def supported(q: jax.Array) -> str | None:
 
 def attend(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_table: jax.Array, start: jax.Array,
            length: jax.Array, selection: Selection, tuning: Tuning = Tuning(), interpret=None) -> jax.Array:
-    """See ``api.attend``. Slots of a row's last page beyond its length must hold finite values."""
+    """Compute attention to the selected pages on Hopper GPUs; arguments as in ``api.attend``.
+
+    Positions of a row's last page beyond its length must hold finite values. interpret: parameters of Pallas'
+    interpreter; None for a GPU.
+    """
     if (reason := supported(q)) is not None:
         raise ValueError(reason)
     rows, tokens, kv_heads, group, dim = q.shape
     blocks = selection.count.shape[1]
-    meta = (selection.places, selection.count, selection.dense.astype(jnp.int32), page_table)
+    run = partial(_run, k_pages=k_pages, v_pages=v_pages, stages=tuning.stages, interpret=interpret,
+                  lists=(selection.places, selection.count, selection.dense.astype(jnp.int32), page_table))
     if tokens > blocks:  # prefill: a tile for every query head
-        tiles = q.reshape(rows, blocks, TILE, kv_heads, group, dim).transpose(0, 1, 3, 4, 2, 5)
-        heads = min(tuning.warpgroups, group)
-        out, _ = _run(tiles, k_pages, v_pages, meta, jnp.full((rows, blocks), -1, jnp.int32), heads, 1, tuning.stages,
-                      interpret)
-        return out[:, :, :, :, 0].transpose(0, 1, 4, 2, 3, 5).reshape(q.shape).astype(q.dtype)
+        tiles = q.reshape((rows, blocks, TILE, kv_heads, group, dim)).transpose((0, 1, 3, 4, 2, 5))
+        out, _ = run(tiles, seen=jnp.full((rows, blocks), -1, jnp.int32), splits=1,
+                     warpgroups=min(tuning.warpgroups, group))
+        return out[:, :, :, :, 0].transpose((0, 1, 4, 2, 3, 5)).reshape(q.shape).astype(q.dtype)
     # Decode: a tile holds the query heads; keys up to the query's own position are visible to all of them.
     tiles = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, TILE - group), (0, 0)))[:, :, :, None]
     seen = (start[:, None] + jnp.arange(tokens)) % TILE + 1  # of the own page
-    out, lse = _run(tiles, k_pages, v_pages, meta, seen, 1, tuning.splits, tuning.stages, interpret)
+    out, lse = run(tiles, seen=seen, splits=tuning.splits, warpgroups=1)
     weights = jax.nn.softmax(lse[:, :, :, 0], axis=3)  # [B, Q, K, splits, TILE]
     joined = jnp.sum(out[:, :, :, 0] * weights[..., None], axis=3)[:, :, :, :group]
     return jnp.where(length[:, None, None, None, None] > 0, joined, 0).astype(q.dtype)
 
 
-def _run(tiles, k_pages, v_pages, meta, seen, warpgroups: int, splits: int, stages: int, interpret):
-    """Attention of ``tiles[B, Q, K, N, 64, H]``: out ``[B, Q, K, N, splits, 64, H]`` and its log-sum-exp in float32.
+class _Refs(NamedTuple):
+    """References to the memory of a grid block of the kernel, in the order of the kernel's arguments.
 
-    Parts of a result are float32; a whole one, which shared memory has less room for, has the tiles' dtype.
-
-    seen: i32 ``[B, Q]``, keys of the own page that all rows see; -1 for as many as the row's number says.
+    The first eight are the operands of `_run` in global memory, then come its two results. ``q_tiles`` to ``lse_tiles``
+    are buffers in shared memory; the rest are barriers. "ready": a copy has arrived; "free": all compute warpgroups
+    have read a slot of the ring.
     """
-    rows, blocks, kv_heads, per_head, _, dim = tiles.shape
-    dtype = tiles.dtype
-    out_dtype = jnp.float32 if splits > 1 else dtype
-    steps_dtype = jnp.int32
 
-    def kernel(q_ref, k_ref, v_ref, places_ref, count_ref, dense_ref, table_ref, seen_ref, out_ref, lse_ref,
-               q_smem, k_smem, v_smem, out_smem, lse_smem, q_bar, k_bar, v_bar, k_free, v_free):
-        wg = lax.axis_index("wg")
-        split, group_tile = lax.axis_index("split"), lax.axis_index("tile")
-        b, block, head = lax.axis_index("b"), lax.axis_index("block"), lax.axis_index("head")
-        count, dense = count_ref[b, block, head], dense_ref[b, block, head]
-        pairs = lax.div(count + (PAIR - 1), steps_dtype(PAIR))
-        share = lax.div(pairs + (splits - 1), steps_dtype(splits))
-        begin = jnp.minimum(split * share, pairs)
-        steps = jnp.minimum(share, pairs - begin)
+    tiles: Any
+    k_pages: Any
+    v_pages: Any
+    places: Any
+    count: Any
+    dense: Any
+    page_table: Any
+    seen: Any
+    out: Any
+    lse: Any
+    q_tiles: Any
+    k_ring: Any
+    v_ring: Any
+    out_tiles: Any
+    lse_tiles: Any
+    q_ready: Any
+    k_ready: Any
+    v_ready: Any
+    k_free: Any
+    v_free: Any
 
-        def place(index):
-            listed = places_ref[b, block, head, jnp.minimum(index, places_ref.shape[3] - 1)]
-            return jnp.where(dense > 0, index, listed)
 
-        @pl.when(wg == warpgroups)
-        def _memory():
-            plgpu.set_max_registers(40, action="decrease")
+class _Pages(NamedTuple):
+    """List of the pages that one grid block attends to.
 
-            @pl.loop(0, steps)
-            def _(step):
-                slot = lax.rem(step, steps_dtype(stages))
+    Attributes:
+      at: index (row, block of queries, KV head) of the queries.
+      count: number of pages in the list of the queries; all splits together.
+      pairs: number of pairs of pages in it, the last of which may be half filled.
+      place: function from an index in the list to a place in the row.
+      first: the first pair of this grid block.
+      steps: number of pairs of this grid block.
+    """
 
-                @pl.when(step >= stages)
-                def _():
-                    plgpu.barrier_wait(k_free.at[slot])
-                    plgpu.barrier_wait(v_free.at[slot])
+    at: tuple
+    count: jax.Array
+    pairs: jax.Array
+    place: Callable
+    first: jax.Array
+    steps: jax.Array
 
-                for half in range(PAIR):
-                    index = jnp.minimum((begin + step) * PAIR + half, count - 1)  # an odd one out is copied twice
-                    page = table_ref[b, place(index)]
-                    here = pl.ds(half * TILE, TILE)
-                    plgpu.copy_gmem_to_smem(k_ref.at[page, head], k_smem.at[slot, here], k_bar.at[slot])
-                    plgpu.copy_gmem_to_smem(v_ref.at[page, head], v_smem.at[slot, here], v_bar.at[slot])
 
-            @pl.loop(jnp.maximum(steps - stages, 0), steps)
-            def _(step):  # nothing is left in the ring when the block ends
-                slot = lax.rem(step, steps_dtype(stages))
-                plgpu.barrier_wait(k_free.at[slot])
-                plgpu.barrier_wait(v_free.at[slot])
+def _run(tiles, k_pages, v_pages, lists, seen, *, warpgroups: int, splits: int, stages: int, interpret):
+    """Launch the kernel on query tiles ``[B, Q, K, N, 64, H]``: return attention's output and log-sum-exp.
 
-        @pl.when(wg < warpgroups)
+    Returns: out ``[B, Q, K, N, splits, 64, H]`` and the log-sum-exp of the scores in float32.
+    ``out`` is float32 if it is split, and else has the tiles' dtype, for which shared memory has room.
+
+    lists: places, count, and dense as int32 of a `Selection`, and the page table. seen: i32 ``[B, Q]``, the number of
+    keys of the own page that all query rows see; with -1, query row i sees ``i + 1``.
+    """
+    rows, blocks, kv_heads, tiles_per_head, _, dim = tiles.shape
+    out_dtype = jnp.float32 if splits > 1 else tiles.dtype
+
+    def kernel(*refs):
+        refs = _Refs(*refs)
+        warpgroup, split, tile_group = lax.axis_index("wg"), lax.axis_index("split"), lax.axis_index("tile")
+        at = lax.axis_index("b"), lax.axis_index("block"), lax.axis_index("head")
+        pages = _pages_of(refs, at, split, splits)
+        pl.when(warpgroup == warpgroups)(lambda: _copy_pages(refs, pages, stages))
+
+        @pl.when(warpgroup < warpgroups)
         def _compute():
             plgpu.set_max_registers(232, action="increase")
-            tile = jnp.minimum(group_tile * warpgroups + wg, per_head - 1)  # one too many repeats the last
-            mine = q_smem.at[wg]
-            plgpu.copy_gmem_to_smem(q_ref.at[b, block, head, tile], mine, q_bar.at[wg])
-            plgpu.barrier_wait(q_bar.at[wg])
-            layout = plgpu.Layout.WGMMA
-            scale = dim**-0.5 * math.log2(math.e)
+            tile = jnp.minimum(tile_group * warpgroups + warpgroup, tiles_per_head - 1)  # a surplus repeats the last
+            _attend_tile(refs, pages, warpgroup, (*at, tile), split, stages=stages, interpret=interpret)
 
-            def numbered(axis):
-                shape = (TILE, PAIR * TILE)
-                if interpret:  # the interpreter has no layouts
-                    return lax.broadcasted_iota(jnp.int32, shape, axis)
-                return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout)
-
-            def step(index, carry, masked: bool):
-                acc, top, total = carry
-                slot = lax.rem(index, steps_dtype(stages))
-                plgpu.barrier_wait(k_bar.at[slot])
-
-                def multiply(acc_ref):
-                    plgpu.wgmma(acc_ref, mine, k_smem.at[slot].transpose((1, 0)))
-                    return acc_ref[...]
-
-                if interpret is None:
-                    scores = pl.run_scoped(multiply, plgpu.ACC((TILE, PAIR * TILE), jnp.float32)) * scale
-                else:  # the interpreter knows no transposed references
-                    scores = jnp.dot(mine[...], k_smem[slot].T, preferred_element_type=jnp.float32) * scale
-                plgpu.barrier_arrive(k_free.at[slot])
-                if masked:
-                    # The own page is the list's last; in an odd list it stands in the first half, and again after it.
-                    row, column = numbered(0), numbered(1)
-                    own = (count - 1 - (begin + index) * PAIR) * TILE  # its first column
-                    fixed = seen_ref[b, block]
-                    last = jnp.where(fixed < 0, row, fixed - 1)
-                    scores = jnp.where(column - own <= last, scores, _LOWEST)
-                higher = jnp.maximum(top, scores.max(axis=1))
-                decay = jnp.exp2(top - higher)
-                weights = jnp.exp2(scores - lax.broadcast_in_dim(higher, scores.shape, [0]))
-                total = total * decay + weights.sum(axis=1)
-                acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0])
-                plgpu.barrier_wait(v_bar.at[slot])
-
-                if interpret is None:
-                    acc = pl.run_state(lambda ref: plgpu.wgmma(ref, weights.astype(dtype), v_smem.at[slot]))(
-                        plgpu.ACC.init(acc))
-                else:  # nor wgmma with an operand in registers
-                    acc += jnp.dot(weights.astype(dtype), v_smem[slot], preferred_element_type=jnp.float32)
-                plgpu.barrier_arrive(v_free.at[slot])
-                return acc, higher, total
-
-            def filled(shape, value, layout):
-                array = jnp.full(shape, value, jnp.float32)
-                return array if interpret else plgpu.layout_cast(array, layout)
-
-            carry = (filled((TILE, dim), 0, layout), filled((TILE,), _LOWEST, layout.reduce(1)),
-                     filled((TILE,), 0, layout.reduce(1)))
-            plain = jnp.where(begin + steps == pairs, jnp.maximum(steps - 1, 0), steps)
-            carry = lax.fori_loop(0, plain, lambda i, c: step(i, c, False), carry)
-            acc, top, total = lax.fori_loop(plain, steps, lambda i, c: step(i, c, True), carry)
-            safe = jnp.where(total > 0, total, 1.0)
-            out_smem.at[wg][...] = (acc / lax.broadcast_in_dim(safe, acc.shape, [0])).astype(out_dtype)
-            lse_smem.at[wg][...] = (top + jnp.log2(safe)) * math.log(2)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_smem.at[wg], out_ref.at[b, block, head, tile, split])
-            plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[b, block, head, tile, split])
-            plgpu.wait_smem_to_gmem(0)
-
-    tiled = _swizzled(dtype, dim)
-    ring = (stages, PAIR * TILE, dim)
-    shape = (rows, blocks, kv_heads, per_head, splits, TILE)
-    return plgpu.kernel(
-        kernel,
+    shape = (rows, blocks, kv_heads, tiles_per_head, splits, TILE)
+    return launch(
+        kernel, interpret, warpgroups=warpgroups + 1, names=("split", "tile", "head", "block", "b"),
+        grid=(splits, pl.cdiv(tiles_per_head, warpgroups), kv_heads, blocks, rows),
         out_type=(jax.ShapeDtypeStruct((*shape, dim), out_dtype), jax.ShapeDtypeStruct(shape, jnp.float32)),
-        scratch_types=[
-            plgpu.SMEM((warpgroups, TILE, dim), dtype, transforms=tiled),
-            plgpu.SMEM(ring, dtype, transforms=tiled),
-            plgpu.SMEM(ring, dtype, transforms=tiled),
-            plgpu.SMEM((warpgroups, TILE, dim), out_dtype, transforms=_swizzled(out_dtype, dim)),
-            plgpu.SMEM((warpgroups, TILE), jnp.float32),
-            plgpu.Barrier(num_barriers=warpgroups),
-            plgpu.Barrier(num_arrivals=PAIR, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=PAIR, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
-        ],
-        grid=(splits, pl.cdiv(per_head, warpgroups), kv_heads, blocks, rows),
-        grid_names=("split", "tile", "head", "block", "b"),
-        num_threads=warpgroups + 1,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True),
-        **({} if interpret is None else {"interpret": interpret}),
-    )(tiles, k_pages, v_pages, *meta, seen)
+        scratch_types=_scratch(warpgroups, stages, dim, tiles.dtype, out_dtype),
+    )(tiles, k_pages, v_pages, *lists, seen)
 
 
-def _swizzled(dtype, columns: int) -> tuple:
-    """The layout in shared memory that TMA writes and wgmma reads without bank conflicts."""
-    bits = jnp.dtype(dtype).itemsize * 8
-    swizzle = plgpu.find_swizzle(columns * bits)
-    return plgpu.TilingTransform((8, 8 * swizzle // bits)), plgpu.SwizzleTransform(swizzle)
+def _scratch(warpgroups: int, stages: int, dim: int, dtype, out_dtype) -> list:
+    """Return a grid block's shared-memory buffers and barriers: ``q_tiles`` to ``v_free`` of `_Refs`."""
+    tiled = swizzled(dtype, dim)
+    ring = (stages, PAIR * TILE, dim)
+    return [
+        plgpu.SMEM((warpgroups, TILE, dim), dtype, transforms=tiled),
+        plgpu.SMEM(ring, dtype, transforms=tiled),
+        plgpu.SMEM(ring, dtype, transforms=tiled),
+        plgpu.SMEM((warpgroups, TILE, dim), out_dtype, transforms=swizzled(out_dtype, dim)),
+        plgpu.SMEM((warpgroups, TILE), jnp.float32),
+        plgpu.Barrier(num_barriers=warpgroups),
+        plgpu.Barrier(num_arrivals=PAIR, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=PAIR, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+    ]
+
+
+def _pages_of(refs: _Refs, at: tuple, split, splits: int) -> _Pages:
+    """Return the pages that grid block number ``split`` of ``splits`` attends to for the queries ``at``."""
+    count, place = listed_pages(at, refs.places, refs.count, refs.dense)
+    pairs = lax.div(count + (PAIR - 1), jnp.int32(PAIR))
+    share = lax.div(pairs + (splits - 1), jnp.int32(splits))
+    first = jnp.minimum(split * share, pairs)
+    return _Pages(at, count, pairs, place=place, first=first, steps=jnp.minimum(share, pairs - first))
+
+
+def _copy_pages(refs: _Refs, pages: _Pages, stages: int) -> None:
+    """Copy keys and values of all pages from global memory into the ring of buffers: the memory warpgroup's work."""
+    plgpu.set_max_registers(40, action="decrease")
+    row, _, head = pages.at
+
+    @fill_ring(pages.steps, stages, refs.k_free, refs.v_free)
+    def _(step, slot):
+        for half in range(PAIR):
+            index = jnp.minimum((pages.first + step) * PAIR + half, pages.count - 1)  # an odd last page is copied twice
+            page = refs.page_table[row, pages.place(index)]
+            part = pl.ds(half * TILE, TILE)
+            plgpu.copy_gmem_to_smem(refs.k_pages.at[page, head], refs.k_ring.at[slot, part], refs.k_ready.at[slot])
+            plgpu.copy_gmem_to_smem(refs.v_pages.at[page, head], refs.v_ring.at[slot, part], refs.v_ready.at[slot])
+
+
+def _attend_tile(refs: _Refs, pages: _Pages, warpgroup, at: tuple, split, *, stages: int, interpret) -> None:
+    """Compute attention to all pages for one tile of 64 query rows: a compute warpgroup's work.
+
+    at: index (row, block of queries, KV head, tile) of the tile.
+    """
+    on, (row, block, *_) = Warpgroup(interpret), at
+    queries, dim = refs.q_tiles.at[warpgroup], refs.tiles.shape[-1]
+    plgpu.copy_gmem_to_smem(refs.tiles.at[at], queries, refs.q_ready.at[warpgroup])
+    plgpu.barrier_wait(refs.q_ready.at[warpgroup])
+    scale = dim**-0.5 * math.log2(math.e)
+
+    def step(index, carry, masked: bool):
+        acc, top, total = carry
+        slot = lax.rem(index, jnp.int32(stages))
+        plgpu.barrier_wait(refs.k_ready.at[slot])
+        scores = on.products((TILE, PAIR * TILE), (queries, refs.k_ring.at[slot]))[0] * scale
+        plgpu.barrier_arrive(refs.k_free.at[slot])
+        if masked:
+            # The own page is the list's last; in an odd list it stands in the first half, and again after it.
+            query, column = on.iota(scores.shape, 0), on.iota(scores.shape, 1)
+            own = (pages.count - 1 - (pages.first + index) * PAIR) * TILE  # its first column
+            seen = refs.seen[row, block]
+            last = jnp.where(seen < 0, query, seen - 1)
+            scores = jnp.where(column - own <= last, scores, LOWEST)
+        higher = jnp.maximum(top, scores.max(axis=1))
+        decay = jnp.exp2(top - higher)
+        weights = jnp.exp2(scores - on.along(higher, scores.shape, 0))
+        total = total * decay + weights.sum(axis=1)
+        acc = acc * on.along(decay, acc.shape, 0)
+        plgpu.barrier_wait(refs.v_ready.at[slot])
+        acc = on.add_product(acc, weights, refs.v_ring.at[slot])
+        plgpu.barrier_arrive(refs.v_free.at[slot])
+        return acc, higher, total
+
+    carry = (on.full((TILE, dim), 0, ROWS), on.full((TILE,), LOWEST, ROWS.reduce(1)),
+             on.full((TILE,), 0, ROWS.reduce(1)))
+    steps = pages.steps
+    plain = jnp.where(pages.first + steps == pages.pairs, jnp.maximum(steps - 1, 0), steps)
+    carry = lax.fori_loop(0, plain, lambda i, c: step(i, c, False), carry)
+    acc, top, total = lax.fori_loop(plain, steps, lambda i, c: step(i, c, True), carry)
+    total = jnp.where(total > 0, total, 1.0)
+    out, lse = refs.out_tiles.at[warpgroup], refs.lse_tiles.at[warpgroup]
+    out[...] = (acc / on.along(total, acc.shape, 0)).astype(out.dtype)
+    lse[...] = (top + jnp.log2(total)) * math.log(2)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(out, refs.out.at[(*at, split)])
+    plgpu.copy_smem_to_gmem(lse, refs.lse.at[(*at, split)])
+    plgpu.wait_smem_to_gmem(0)

@@ -1,4 +1,4 @@
-"""The clear form of attention to selected pages, and the oracle of the others: a mask over full attention."""
+"""Reference form of attention to selected pages: a mask over full attention, with which other forms are compared."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qwen_kernels.sparse_attention.selection import Selection
 
 
 def page_mask(selection: Selection, width: int) -> jax.Array:
-    """Which of the first ``width`` pages of its row a block attends to, bool ``[B, Q, K, width]``."""
+    """Return which of a row's first ``width`` pages each block of queries attends to, bool ``[B, Q, K, width]``."""
     listed = jnp.any(selection.places[..., None] == jnp.arange(width), axis=-2)
     before = jnp.arange(width) < selection.count[..., None]
     return jnp.where(selection.dense[..., None], before, listed & (selection.count[..., None] > 0))
@@ -18,7 +18,7 @@ def page_mask(selection: Selection, width: int) -> jax.Array:
 
 def attend(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_table: jax.Array, start: jax.Array,
            length: jax.Array, selection: Selection, dense_heads: tuple[int, ...] = ()) -> jax.Array:
-    """See ``api.attend``. All scores exist in memory."""
+    """Compute attention to the selected pages, as ``api.attend`` describes, with all scores in memory."""
     tokens, page = q.shape[1], k_pages.shape[2]
     k, v = (read_rows(pages, page_table).astype(jnp.float32) for pages in (k_pages, v_pages))
     keys, positions = jnp.arange(k.shape[1]), start[:, None] + jnp.arange(tokens)

@@ -1,12 +1,12 @@
-"""Selectors: what ranks pages for a block of queries.
+"""Selectors: functions that rank pages for a block of queries.
 
-A selector is a function ``(q, view, first, last, most) -> (places, rank)``: for queries ``q[B, K, R, H]``, scaled and
-float32, it proposes pages ``places`` i32[B, K, C] and how much each is wanted, ``rank`` f32[B, K, C]. It may propose
-any page; only those of ``first <= place < last[b]`` count, of which the ``most`` best are taken. To add one, write the
-function and enter it in ``SELECTORS``.
+A selector is a function ``(q, view, first, last, wanted) -> (places, rank)``. For queries ``q[B, K, R, H]``, scaled and
+float32, it proposes pages ``places`` i32 ``[B, K, C]`` and ranks them, ``rank`` f32 ``[B, K, C]``. It may propose any
+page; only pages ``first <= place < last[b]`` count, of which the ``wanted`` best are taken. To add a selector, write
+the function and enter it in ``SELECTORS``.
 
-A rank is the log of a share of attention, of a row or over the rows of the block: one row that retrieves something must
-not drown among others that do not.
+A rank is the log of a share of attention, of a row or over the rows of the block: a row that retrieves something must
+not drown among rows that do not.
 """
 
 from __future__ import annotations
@@ -21,40 +21,49 @@ from qwen_kernels.sparse_attention.view import View
 
 
 def page_shares(scores: jax.Array, view: View) -> jax.Array:
-    """The largest log-share over rows, ``[B, K, N]``, from each row's scores of all pages, ``[B, K, R, N]``."""
+    """Return the log of each page's largest share of a query's attention, ``[B, K, N]``.
+
+    scores: log of the attention weight of each page for each query, ``[B, K, R, N]``.
+    """
     exists = jnp.arange(scores.shape[-1]) <= view.own[:, None, None, None]
     scores = jnp.where(exists, scores, -jnp.inf)
     shares = scores - jax.nn.logsumexp(scores, axis=-1, keepdims=True)
-    return jnp.max(jnp.where(view.known[..., None], shares, -jnp.inf), axis=2)
+    return jnp.max(jnp.where(view.real[..., None], shares, -jnp.inf), axis=2)
 
 
 def bound(q: jax.Array, nodes: jax.Array) -> jax.Array:
-    """An upper bound of q . k over the keys of each node, from ``q[B, K, R, H]`` and ``nodes[B, K, C, 2, H]``."""
+    """Return an upper bound of a query's product with any key of each node, ``[B, K, R, C]``.
+
+    q: ``[B, K, R, H]``. nodes: ``[B, K, C, 2, H]``.
+    """
     parts = jnp.concatenate([jnp.minimum(q, 0), jnp.maximum(q, 0)], axis=-1)  # with the least, and with the greatest
     return jnp.einsum("bkrx,bkcx->bkrc", parts, nodes.reshape(*nodes.shape[:3], -1))
 
 
-def quest(q, view: View, first, last, most):
-    """Bounds of whole pages, as Quest has them (https://arxiv.org/abs/2406.10774)."""
+def quest(q, view: View, first, last, wanted):
+    """Rank pages by upper bounds of their attention scores, as Quest does (https://arxiv.org/abs/2406.10774)."""
     places = view.pages()
     return places, page_shares(bound(q, view.nodes(0, places)), view)
 
 
-def mean_pooled(q, view: View, first, last, most):
-    """The mean query of the block with the mean key of each page (InfLLM, MInference's block-sparse heads)."""
-    pooled = jnp.sum(jnp.where(view.known[..., None], q, 0), axis=2, keepdims=True)
-    pooled /= jnp.maximum(jnp.sum(view.known, axis=2), 1)[..., None, None]
+def mean_pooled(q, view: View, first, last, wanted):
+    """Rank pages by the product of the block's mean query with the page's mean key.
+
+    InfLLM, and MInference's block-sparse heads, do so.
+    """
+    pooled = jnp.sum(jnp.where(view.real[..., None], q, 0), axis=2, keepdims=True)
+    pooled /= jnp.maximum(jnp.sum(view.real, axis=2), 1)[..., None, None]
     scores = jnp.einsum("bkrh,bknh->bkrn", pooled, view.keys().mean(axis=3))
     return view.pages(), scores[:, :, 0]
 
 
-STRIDE = 8
+STRIDE = 8  # tokens
 
 
-def strided(q, view: View, first, last, most):
-    """Sums along antidiagonals of every page, a stride apart, as XAttention has them (https://arxiv.org/abs/2503.16428).
+def strided(q, view: View, first, last, wanted):
+    """Rank pages by sums of attention scores along antidiagonals, a stride apart, as XAttention does.
 
-    One query sees the mean of every stride of keys instead.
+    https://arxiv.org/abs/2503.16428. A single query sees the mean of every stride of keys instead.
     """
     keys = view.keys()
     heads, _, page, dim = keys.shape[1:]
@@ -63,7 +72,7 @@ def strided(q, view: View, first, last, most):
     if rows % page:
         scores = jnp.einsum("bkrh,bknch->bkrnc", q, strided_keys.mean(axis=4))
     else:
-        queries = jnp.where(view.known[..., None], q, 0).reshape(len(q), heads, rows // STRIDE, STRIDE, dim)
+        queries = jnp.where(view.real[..., None], q, 0).reshape(len(q), heads, rows // STRIDE, STRIDE, dim)
         scores = jnp.einsum("bkrsh,bkncsh->bkrnc", queries[:, :, :, ::-1], strided_keys) / STRIDE
     exists = jnp.arange(keys.shape[2])[:, None] <= view.own[:, None, None, None, None]
     scores = jnp.where(exists, scores, -jnp.inf)
@@ -71,14 +80,14 @@ def strided(q, view: View, first, last, most):
     return view.pages(), jnp.log(jnp.mean(jnp.sum(shares, axis=-1), axis=2))
 
 
-def window(q, view: View, first, last, most):
-    """The latest pages: with the sink, a sliding window (StreamingLLM, https://arxiv.org/abs/2309.17453)."""
+def window(q, view: View, first, last, wanted):
+    """Rank later pages higher: with the sink, a sliding window (StreamingLLM, https://arxiv.org/abs/2309.17453)."""
     places = view.pages()
     return places, places.astype(jnp.float32)
 
 
-def oracle(q, view: View, first, last, most):
-    """The true shares, from full attention: what any selector can reach, at full attention's cost."""
+def oracle(q, view: View, first, last, wanted):
+    """Rank pages by their true shares of full attention: the best possible ranks, at full attention's cost."""
     keys = view.keys()
     scores = jnp.einsum("bkrh,bknph->bkrnp", q, keys)
     visible = jnp.arange(keys.shape[2] * keys.shape[3]).reshape(keys.shape[2:4]) <= view.positions[..., None, None]

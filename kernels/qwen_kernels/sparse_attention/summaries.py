@@ -1,4 +1,4 @@
-"""What selection knows of the keys: the least and the greatest value of every channel, over nodes of several sizes.
+"""Summaries of keys, by which pages are selected: least and greatest value of every channel, over several spans.
 
 A page has four leaves of 16 tokens, and is a leaf of a pyramid itself: a node of level l spans 4**l pages of a row. A
 node of a level above 0 is kept with its last page, so pages alone decide what is in it: rows that share a prefix share
@@ -12,14 +12,14 @@ import jax.numpy as jnp
 
 from qwen_kernels.attention.storage import from_storage, read_pages, to_storage
 
-LEAF = 16    # tokens
-LEAVES = 4   # in a page
-RADIX = 4    # nodes of a level in one of the next
-TOP = 64     # nodes of the highest level, at most: they are all looked at
+LEAF = 16  # tokens
+LEAVES = 4  # leaves in a page
+RADIX = 4  # nodes of a level in a node of the next
+TOP = 64  # largest number of nodes of the highest level, which are all scored
 
 
 def levels_above_pages(pages: int) -> int:
-    """How many levels the pyramid over ``pages`` pages has above them, so that at most ``TOP`` nodes are on top."""
+    """Return the number of levels of a pyramid over ``pages`` pages whose top level has at most ``TOP`` nodes."""
     levels = 0
     while pages // RADIX**levels > TOP:
         levels += 1
@@ -27,14 +27,20 @@ def levels_above_pages(pages: int) -> int:
 
 
 def nodes_per_page(pages: int) -> int:
-    """Nodes kept with each page for rows of at most ``pages`` pages: four leaves, the page, and one of each level."""
+    """Return the number of summary nodes stored with each page, for rows of at most ``pages`` pages.
+
+    These are four leaves, the page itself, and a node of each level.
+    """
     return LEAVES + 1 + levels_above_pages(pages)
 
 
 def new_summaries(k_pages: jax.Array, width: int, dtype=None) -> jax.Array:
-    """Room for the nodes of ``k_pages[P, K, PAGE, H]``, ``[P, K, nodes, 2, H]``: leaves, page, levels; least, greatest.
+    """Return empty summaries for ``k_pages[P, K, PAGE, H]``: zeros ``[P, K, nodes, 2, H]``.
 
-    width: most pages of a row. dtype: of the nodes as stored, by default the pages'; 8-bit pages need another.
+    Nodes are in the order leaves, page, levels; the axis of size 2 is least, greatest.
+
+    width: largest number of pages of a row. dtype: stored element type, by default that of the pages; 8-bit pages need
+    another.
     """
     pages, heads, _, dim = k_pages.shape
     return jnp.zeros((pages, heads, nodes_per_page(width), 2, dim), dtype or k_pages.dtype)
@@ -42,7 +48,9 @@ def new_summaries(k_pages: jax.Array, width: int, dtype=None) -> jax.Array:
 
 def update_summaries(summaries: jax.Array, k_pages: jax.Array, page_table: jax.Array, start: jax.Array,
                      length: jax.Array, tokens: int) -> jax.Array:
-    """Nodes that hold any of the positions ``start .. start + tokens - 1``, computed anew; donate ``summaries``.
+    """Recompute the summaries of keys at positions ``start`` to ``start + tokens - 1`` of each row.
+
+    The caller should donate ``summaries``.
 
     The keys are already in their pages. ``start, length``: i32 ``[B]``; positions at or beyond ``length`` are padding.
     ``start`` is the first position of a page unless there are fewer tokens than a page has.
@@ -54,14 +62,14 @@ def update_summaries(summaries: jax.Array, k_pages: jax.Array, page_table: jax.A
     ids = _ids(page_table, places, places * page < length[:, None])
 
     positions = places[..., None] * page + jnp.arange(page)
-    known = (positions < length[:, None, None]).reshape(rows, touched, 1, LEAVES, LEAF, 1)
+    known = (positions < length[:, None, None]).reshape((rows, touched, 1, LEAVES, LEAF, 1))
     keys = read_pages(k_pages, ids[:, None], jnp.arange(heads)[:, None], places[:, None]).swapaxes(1, 2)
-    keys = keys.reshape(rows, touched, heads, LEAVES, LEAF, dim).astype(jnp.float32)
+    keys = keys.reshape((rows, touched, heads, LEAVES, LEAF, dim)).astype(jnp.float32)
     any_known = jnp.any(known, axis=4)
     least = jnp.where(any_known, jnp.min(jnp.where(known, keys, jnp.inf), axis=4), 0)
     greatest = jnp.where(any_known, jnp.max(jnp.where(known, keys, -jnp.inf), axis=4), 0)
     leaves = jnp.stack([least, greatest], axis=4)  # [B, touched, K, LEAVES, 2, H]
-    whole = _join(jnp.where(any_known[..., None, :], leaves, _nothing(leaves.dtype)))
+    whole = _join(jnp.where(any_known[..., None, :], leaves, _empty_node(leaves.dtype)))
     nodes = jnp.concatenate([leaves, whole[:, :, :, None]], axis=3)
     summaries = summaries.at[ids, :, : LEAVES + 1].set(to_storage(nodes, summaries.dtype))
 
@@ -78,17 +86,17 @@ def update_summaries(summaries: jax.Array, k_pages: jax.Array, page_table: jax.A
 
 
 def _join(nodes: jax.Array) -> jax.Array:
-    """Least and greatest of nodes ``[..., n, 2, H]``."""
+    """Join the key ranges of nodes ``[..., n, 2, H]`` to one node ``[..., 2, H]`` that spans all of them."""
     return jnp.stack([jnp.min(nodes[..., 0, :], axis=-2), jnp.max(nodes[..., 1, :], axis=-2)], axis=-2)
 
 
-def _nothing(dtype) -> jax.Array:
-    """The least and the greatest of no key."""
+def _empty_node(dtype) -> jax.Array:
+    """Return the summary ``[2, 1]`` of no keys, which changes nothing when it is joined to other nodes."""
     return jnp.array([[jnp.inf], [-jnp.inf]], dtype)
 
 
 def _ids(page_table: jax.Array, places: jax.Array, valid: jax.Array) -> jax.Array:
-    """Page ids of places ``[B, ...]`` in their rows; page 0, which no row owns, for the invalid ones."""
+    """Return page ids of places ``[B, ...]`` in the rows' page tables; page 0, which no row owns, if not ``valid``."""
     flat = jnp.clip(places, 0, page_table.shape[1] - 1).reshape(len(places), -1)
     ids = jnp.take_along_axis(page_table, flat, axis=1).reshape(places.shape)
     return jnp.where(valid, ids, 0)

@@ -1,4 +1,4 @@
-"""What a selector sees of one block of queries."""
+"""Data that a selector gets to rank pages for one block of queries."""
 
 from __future__ import annotations
 
@@ -14,42 +14,57 @@ from qwen_kernels.sparse_attention.summaries import LEAVES, RADIX
 
 
 class View(NamedTuple):
-    """What a selector may look at, for one block of queries of every row."""
+    """Keys, summaries and positions from which a selector ranks pages for one block of queries of every row.
 
-    k_pages: jax.Array | EightBitPages  # [P, K, PAGE, H] as stored
-    summaries: jax.Array   # [P, K, nodes, 2, H] as stored
-    page_table: jax.Array  # i32[B, N]
-    heads: np.ndarray      # i32[K]: which of the pages' heads the queries' are
-    own: jax.Array         # i32[B]: the page that the queries stand in; later ones do not exist for them
-    positions: jax.Array   # i32[B, R] of the queries
-    known: jax.Array       # bool[B, 1, R]: queries that are no padding
-    local: int             # pages up to and with `own` that are taken anyway
+    Attributes:
+      k_pages: ``[P, K, PAGE, H]`` as stored.
+      summaries: ``[P, K, nodes, 2, H]`` as stored.
+      page_table: i32 ``[B, N]``.
+      heads: i32 ``[K]``, the pages' KV heads that the queries belong to.
+      own: i32 ``[B]``, place of the page that the queries stand in; later pages do not exist for them.
+      positions: i32 ``[B, R]`` of the queries.
+      real: bool ``[B, 1, R]``, queries that are not padding.
+      local: number of pages up to and with ``own`` that are taken without a rank.
+    """
+
+    k_pages: jax.Array | EightBitPages
+    summaries: jax.Array
+    page_table: jax.Array
+    heads: np.ndarray
+    own: jax.Array
+    positions: jax.Array
+    real: jax.Array
+    local: int
 
     def keys(self) -> jax.Array:
-        """Every key of the rows, ``[B, K, N, PAGE, H]``: linear in the context, which a fast selector avoids."""
+        """Return all keys of the rows, f32 ``[B, K, N, PAGE, H]``, at a cost that is linear in the context."""
         places = jnp.arange(self.page_table.shape[1])
         return read_pages(self.k_pages, self.page_table[:, None], self.heads[:, None], places).astype(jnp.float32)
 
     def nodes(self, level: int, index: jax.Array) -> jax.Array:
-        """Nodes ``index`` i32[B, K, C] of a level (0: pages), ``[B, K, C, 2, H]``; those of no whole node: anything."""
+        """Return least and greatest key values of a level's nodes ``index`` i32 ``[B, K, C]``: ``[B, K, C, 2, H]``.
+
+        Level 0 are pages. Nodes that are not whole hold arbitrary values.
+        """
         return self._stored(index, RADIX**level, LEAVES + level)
 
     def leaves(self, places: jax.Array) -> jax.Array:
-        """The leaves of pages i32[B, K, C], ``[B, K, C, LEAVES, 2, H]``."""
+        """Return least and greatest key values of pages' leaves of 16 tokens, f32 ``[B, K, C, LEAVES, 2, H]``."""
         return self._stored(places, 1, slice(0, LEAVES))
 
-    def _stored(self, index, span: int, slot) -> jax.Array:
+    def _stored(self, index: jax.Array, span: int, slot: int | slice) -> jax.Array:
+        """Return entry ``slot`` of the summaries of nodes, each of which spans ``span`` pages."""
         rows = index.shape[0]
         last = jnp.clip((index + 1) * span - 1, 0, self.page_table.shape[1] - 1)
         ids = jnp.take_along_axis(self.page_table, last.reshape(rows, -1), axis=1).reshape(index.shape)
         return from_storage(self.summaries[ids, self.heads[:, None], slot]).astype(jnp.float32)
 
-    def every(self, places: jax.Array) -> jax.Array:
-        """Places i32[B, C] or [C] for every row and head, i32[B, K, C]."""
+    def for_each_head(self, places: jax.Array) -> jax.Array:
+        """Broadcast page places i32 ``[B, C]`` or ``[C]`` to all rows and heads, i32 ``[B, K, C]``."""
         if places.ndim == 2:
             places = places[:, None]
         return jnp.broadcast_to(places, (len(self.page_table), len(self.heads), places.shape[-1]))
 
     def pages(self) -> jax.Array:
-        """All places of the rows, i32[B, K, N]."""
-        return self.every(jnp.arange(self.page_table.shape[1]))
+        """Return the places of all pages of the rows (their indices in the page table), i32 ``[B, K, N]``."""
+        return self.for_each_head(jnp.arange(self.page_table.shape[1]))

@@ -1,4 +1,4 @@
-"""How many engines there should be."""
+"""Autoscaling: the number of engines that a cluster should have, from its number of open requests."""
 
 from __future__ import annotations
 
@@ -9,23 +9,29 @@ from qwen_jax.cluster.ray_serve.config import Autoscaling
 
 
 class Autoscaler:
-    """Wants as many engines as the open requests need at ``target`` each, once they have needed more for
-    ``up_seconds``, or fewer for ``down_seconds``: as many more, or fewer, as they needed all that time."""
+    """A rule for the number of engines, from the number of open requests over time.
+
+    The number rises once more engines have been needed for ``up_seconds``, to the fewest that were needed in that time.
+    It falls once fewer have been needed for ``down_seconds``, to the most that were needed in that time.
+    """
 
     def __init__(self, options: Autoscaling) -> None:
         self.options = options
-        self._more: tuple[float, int] | None = None  # since when more are needed, and the fewest of them
-        self._fewer: tuple[float, int] | None = None  # since when fewer are, and the most of them
+        self._more: tuple[float, int] | None = None  # time since which more are needed, and the fewest needed since
+        self._fewer: tuple[float, int] | None = None  # time since which fewer are needed, and the most needed since
 
     def wanted(self, now: float, requests: int, engines: int) -> int:
-        """
+        """Return the number of engines that the cluster should have now.
+
         Args:
-          now: seconds, of any clock. requests: open ones. engines: that there are, starting ones among them.
+          now: seconds of any clock.
+          requests: number of open requests.
+          engines: number of engines, including those that are starting.
         """
         options = self.options
         needed = min(max(math.ceil(requests / options.target), options.min), options.max)
-        self._more = _held(self._more, now, needed, min) if needed > engines else None
-        self._fewer = _held(self._fewer, now, needed, max) if needed < engines else None
+        self._more = _extend(self._more, now, needed, min) if needed > engines else None
+        self._fewer = _extend(self._fewer, now, needed, max) if needed < engines else None
         if self._more and now - self._more[0] >= options.up_seconds:
             return self._more[1]
         if self._fewer and now - self._fewer[0] >= options.down_seconds:
@@ -33,6 +39,10 @@ class Autoscaler:
         return min(max(engines, options.min), options.max)
 
 
-def _held(before: tuple[float, int] | None, now: float, needed: int, keep: Callable[[int, int], int],
-          ) -> tuple[float, int]:
-    return (before[0], keep(before[1], needed)) if before else (now, needed)
+def _extend(period: tuple[float, int] | None, now: float, needed: int, combine: Callable[[int, int], int],
+            ) -> tuple[float, int]:
+    """Return a period (its start, and the fewest or most engines needed in it) updated by the number needed now.
+
+    Without a period, one begins now.
+    """
+    return (period[0], combine(period[1], needed)) if period else (now, needed)

@@ -1,161 +1,135 @@
-"""What a cluster is to be: the file that ``qwen-jax cluster up`` takes."""
+"""The configuration file of ``qwen-jax cluster up``: model, number of engines, options of engines and gateway."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
+import msgspec
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from msgspec import Meta
 
 from qwen_jax.errors import UserError
+from qwen_jax.serving.options import CacheOptions, EngineOptions, MaxRequests, Options, ServerOptions
+from qwen_jax.structs import convert
 
-Count = Annotated[int, Field(ge=1)]
-Seconds = Annotated[float, Field(gt=0)]
-Port = Annotated[int, Field(ge=1, le=65535)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+Count = Annotated[int, Meta(ge=1)]
 
 
-class EngineOptions(_Section):
-    """Of ``Engine.from_pretrained``, for every engine; see there."""
+class Autoscaling(Options):
+    """Settings of autoscaling: the bounds of the number of engines, and how it follows the open requests.
 
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    max_batch_size: Count = 64
-    max_seq_len: Count | None = None
-    tp_size: Count = 1
-    fp8_enabled: bool = False
-    max_adapters: Annotated[int, Field(ge=0)] = 0
-    max_adapter_rank: Count = 16
-    kv_cache_bytes: Count | None = None
-    batch_invariant: bool = False
-
-
-class Autoscaling(_Section):
-    """
     Attributes:
-      min, max: how many engines there may be.
-      target: open requests per engine that are wanted.
-      up_seconds, down_seconds: for which more, or fewer, have to be wanted before there are.
+      min, max: smallest and largest number of engines.
+      target: number of open requests per engine that is aimed at.
+      up_seconds: time for which more engines must be needed before they are added.
+      down_seconds: time for which fewer engines must be needed before others end.
     """
 
     min: Count
     max: Count
-    target: Annotated[float, Field(gt=0)] = 32.0
-    up_seconds: Annotated[float, Field(ge=0)] = 10.0
-    down_seconds: Annotated[float, Field(ge=0)] = 300.0
+    target: Annotated[float, Meta(gt=0)] = 32.0
+    up_seconds: Annotated[float, Meta(ge=0)] = 10.0
+    down_seconds: Annotated[float, Meta(ge=0)] = 300.0
 
-    @model_validator(mode="after")
-    def _ordered(self) -> Autoscaling:
+    def __post_init__(self) -> None:
         if self.min > self.max:
-            raise ValueError(f"min is {self.min} and max {self.max}")
-        return self
+            raise ValueError(f"min must be at most max, which is {self.max}, not {self.min}")
 
 
-class Server(_Section):
-    """
-    Attributes:
-      host, port: of Ray Serve's proxies, of which every node has one.
-      name: by which clients ask for the model; default: ``model``.
-      max_requests: open at once; more are answered with 429.
-      stall_seconds: without a step, with work, after which an engine is ended. drain_seconds: for requests of an engine
-        that is to end.
-      api_keys, admin_keys: files of the node that the gateway runs on, one key per line; default: its environment's
-        QWEN_JAX_API_KEYS and QWEN_JAX_ADMIN_KEYS.
-      admin_port, admin_host: of the gateway's node, for other weights and trials; none by default.
+class GatewayOptions(ServerOptions):
+    """Options of the gateway, the cluster's one HTTP server: those of a single server.
+
+    ``host`` and ``port`` are those of Ray Serve's proxies on every node.
+
+    Files of keys and the admin port are on the gateway's node. The default of ``max_requests`` is larger than that of
+    a single server, since the requests are those of several engines.
     """
 
-    host: str = "127.0.0.1"
-    port: Port = 8000
-    name: str | None = None
-    max_requests: Count = 4096
-    max_body_bytes: Count = 4 << 20
-    stall_seconds: Seconds = 60.0
-    drain_seconds: Seconds = 300.0
-    api_keys: str | None = None
-    admin_port: Port | None = None
-    admin_host: str = "127.0.0.1"
-    admin_keys: str | None = None
-    log_format: Literal["text", "json"] = "text"
-    otlp_endpoint: str | None = None
+    max_requests: MaxRequests = 4096
 
 
-class Cache(_Section):
-    """Of responses: megabytes in the gateway's process (0 for none), how long, and a second level in Redis."""
+class ClusterConfig(Options):
+    """Configuration of a cluster: the model, its engines, and the gateway in front of them.
 
-    megabytes: Annotated[float, Field(ge=0)] = 64.0
-    seconds: Seconds = 3600.0
-    redis_url: str | None = None
-
-
-class ClusterConfig(_Section):
-    """
     Attributes:
       model: a folder that all nodes have, a hub id or ``bundled``.
-      replicas: how many engines there are, each on devices of its own; or between which numbers.
-      hosts: processes that one engine runs on, each with its part of the devices.
-      resources: of Ray, for each such process, such as {"CPU": 4, "GPU": 8}.
-      environment: of the engines' processes, beside what Ray gives them.
-      surge: an engine that is replaced ends after its successor is there, for which devices have to be free; else
-        before that.
-      fraud: the routes that screen transactions.
+      replicas: number of engines, each on devices of its own; or the bounds between which it follows the load.
+      hosts: number of processes that an engine runs on, each with its share of the devices.
+      resources: Ray's resources of each such process, such as {"CPU": 4, "GPU": 8}.
+      environment: variables of the engines' processes, beside those that Ray sets.
+      surge: whether an engine's successor starts before that engine ends, which needs free devices; otherwise it starts
+        afterwards.
+      engine: options of every engine.
+      server: options of the gateway.
+      cache: options of the response cache, which is in the gateway's process.
+      fraud: whether there are routes that screen card payments.
     """
 
-    model: Annotated[str, Field(min_length=1)]
+    model: Annotated[str, Meta(min_length=1)]
     replicas: Count | Autoscaling = 1
     hosts: Count = 1
-    resources: dict[str, Annotated[float, Field(ge=0)]] = {"CPU": 1.0}
+    resources: dict[str, Annotated[float, Meta(ge=0)]] = msgspec.field(default_factory=lambda: {"CPU": 1.0})
     environment: dict[str, str] = {}
     surge: bool = True
     engine: EngineOptions = EngineOptions()
-    server: Server = Server()
-    cache: Cache = Cache()
+    server: GatewayOptions = GatewayOptions()
+    cache: CacheOptions = CacheOptions()
     fraud: bool = False
 
     def allowed(self, count: int) -> int:
-        """How many engines there may be, nearest to ``count``."""
-        found = self.replicas
-        return found if isinstance(found, int) else min(max(count, found.min), found.max)
+        """Return the allowed number of engines that is nearest to ``count``."""
+        replicas = self.replicas
+        return replicas if isinstance(replicas, int) else min(max(count, replicas.min), replicas.max)
 
     def needs_restart(self, other: ClusterConfig) -> list[str]:
-        """Sections that cannot change while the gateway runs, of those that differ."""
+        """Return the names of the sections that differ from ``other`` and cannot change while the gateway runs."""
         return [name for name in ("server", "cache", "fraud") if getattr(self, name) != getattr(other, name)]
 
     def same_engines(self, other: ClusterConfig) -> bool:
+        """Return whether ``other`` makes its engines in the same way, so that running engines need not be replaced."""
         names = ("model", "engine", "hosts", "resources", "environment")
         return all(getattr(self, name) == getattr(other, name) for name in names)
 
 
 def read_config(path: str) -> ClusterConfig:
-    """UserError for a file that cannot be read, is no YAML, or says what is not known."""
+    """Read a cluster's configuration from a YAML file; UserError when it cannot be read or is invalid."""
     try:
-        found = yaml.safe_load(Path(path).read_text())
+        values = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise UserError(f"the cluster's file cannot be read: {error.strerror}: {path}") from error
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is no YAML: {error}") from error
-    return parse_config(found, path)
+        raise UserError(f"{path} must be YAML: {error}") from error
+    return parse_config(values, path)
 
 
-def parse_config(found: Any, where: str) -> ClusterConfig:
+def parse_config(values: Any, where: str) -> ClusterConfig:
+    """Return the cluster configuration that plain values, as read from YAML, describe; UserError if they are invalid.
+
+    Args:
+      where: name of their origin, with which the message of a UserError begins.
+    """
     try:
-        return ClusterConfig.model_validate(found)
-    except ValidationError as error:
-        # Of replicas, which may be a number or a section, both are told: the one that was meant counts.
-        first = next(one for one in error.errors() if one["type"] != "int_type" or not isinstance(one["input"], dict))
-        named = [str(one) for one in first["loc"]]
-        place = ".".join(one for one in named if one != "Autoscaling" and not one.startswith("constrained-int"))
-        unknown = "unknown key" if first["type"] == "extra_forbidden" else first["msg"]
-        raise UserError(f"{where}: {place or 'the file'}: {unknown}") from error
+        return convert(values, ClusterConfig, "the file")
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def serve_config(config: ClusterConfig) -> dict[str, Any]:
-    """As ``serve deploy`` and a RayService's ``serveConfigV2`` take it."""
-    wanted = config.model_dump(mode="json", exclude_defaults=True)
+    """Return a cluster's configuration in the form that ``serve deploy`` and a RayService's ``serveConfigV2`` take."""
     return {"proxy_location": "EveryNode",
             "http_options": {"host": config.server.host, "port": config.server.port},
             "applications": [{"name": "qwen-jax", "route_prefix": "/",
                               "import_path": "qwen_jax.cluster.ray_serve.gateway:application",
-                              "deployments": [{"name": "Gateway", "user_config": wanted}]}]}
+                              "deployments": [{"name": "Gateway", "user_config": _changed(config)}]}]}
+
+
+def _changed(options: Options) -> dict[str, Any]:
+    """Return the options that differ from their defaults, as plain values."""
+    values = {}
+    for field in msgspec.structs.fields(options):
+        value = getattr(options, field.name)
+        has_factory = field.default_factory is not msgspec.NODEFAULT
+        if value != (field.default_factory() if has_factory else field.default):
+            values[field.name] = _changed(value) if isinstance(value, Options) else value
+    return values

@@ -1,4 +1,4 @@
-"""Ray actors that the processes of engines run under: one per process, with its devices."""
+"""The Ray actor that runs a process of an engine on its node and holds the devices of that process."""
 
 from __future__ import annotations
 
@@ -9,71 +9,70 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
-from typing import Any
 
 import ray
 
-from qwen_jax.serving.ipc.messages import frame
-from qwen_jax.sockets import steady
+from qwen_jax.serving.ipc.messages import Launch, frame
+from qwen_jax.sockets import set_keepalive
 
 TOKEN_BYTES = 32
-CALL_SECONDS = 60  # for the gateway to connect
-SILENCE = 10, 5, 25.0  # see `steady`: a machine that is gone is noticed within half a minute
+CONNECT_SECONDS = 60  # for the gateway to connect
+KEEPALIVE = 10, 5, 25.0  # arguments of `set_keepalive`: a machine that is gone is noticed within half a minute
 
 
 @ray.remote(max_restarts=0, max_task_retries=0, max_concurrency=4)
 class Host:
-    """One process. Ray has chosen its node, and says in the environment which GPUs it has."""
+    """Ray actor that runs a process of an engine. Ray chooses its node and names its GPUs in the environment."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen | None = None
 
     def listen(self) -> tuple[str, int, bytes]:
-        """Address and token with which the gateway is to connect."""
+        """Open a port for the gateway; return address and port, and the token that the gateway must send first."""
         self._address, self._token = ray.util.get_node_ip_address(), secrets.token_bytes(TOKEN_BYTES)
         self._listener = socket.create_server((self._address, 0))
         return *self._listener.getsockname()[:2], self._token
 
     def free_port(self) -> tuple[str, int]:
-        """For processes of one engine to find each other: where the first of them listens."""
+        """Return an address and a port at which the first process of an engine can wait for the others."""
         with socket.socket() as free:
             free.bind(("", 0))
             return ray.util.get_node_ip_address(), free.getsockname()[1]
 
     def lead(self, environment: Mapping[str, str]) -> int:
-        """Runs the engine's process, which talks to the gateway itself, to its end; its exit code."""
-        self._listener.settimeout(CALL_SECONDS)
+        """Run the engine's first process, which talks to the gateway, to its end; return its exit code."""
+        self._listener.settimeout(CONNECT_SECONDS)
         with self._listener:
             connection = self._accept()
         with connection:
-            steady(connection, *SILENCE)
+            set_keepalive(connection, *KEEPALIVE)
             self._start(connection, environment)
         return self._process.wait()
 
-    def follow(self, first: list[Any], environment: Mapping[str, str]) -> int:
-        """Runs another process of an engine; ``first``: its first frame."""
+    def follow(self, launch: Launch, environment: Mapping[str, str]) -> int:
+        """Run another process of the engine to its end; return its exit code. ``launch`` is its first message."""
         ours, theirs = socket.socketpair()
         with ours:
             with theirs:
                 self._start(theirs, environment)
-            ours.sendall(frame(*first))
+            ours.sendall(frame(launch))
             return self._process.wait()
 
     def end(self) -> None:
-        """The process, whatever it is doing."""
+        """Kill the engine's process that this actor runs."""
         if self._process:
             self._process.kill()
 
     def _accept(self) -> socket.socket:
-        """The first connection that knows the token."""
+        """Wait for the gateway's connection, which sends the token first, and return it; close others."""
         while True:
             connection, _ = self._listener.accept()
-            connection.settimeout(CALL_SECONDS)
+            connection.settimeout(CONNECT_SECONDS)
             try:
-                said = connection.recv(TOKEN_BYTES, socket.MSG_WAITALL)
+                sent = connection.recv(TOKEN_BYTES, socket.MSG_WAITALL)
             except OSError:
-                said = b""
-            if hmac.compare_digest(said, self._token):
+                sent = b""
+            if hmac.compare_digest(sent, self._token):
                 connection.settimeout(None)
                 return connection
             connection.close()

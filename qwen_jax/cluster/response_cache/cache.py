@@ -1,7 +1,7 @@
-"""Answers that were given before: kept by exact key, computed once when several ask at the same time.
+"""A cache of answers by exact key, in which requests that arrive together are computed once.
 
-Nothing here looks at what an answer says, and nothing is ever "similar": a key is a hash of everything that an answer
-depends on, the weights' version among it, so a new version simply has other keys and what it left behind ages out.
+Nothing here looks at what an answer says, and no two requests are "similar": a key is a hash of everything that an
+answer depends on. The version of the weights is part of it, so a new version has other keys and old entries expire.
 """
 
 from __future__ import annotations
@@ -9,78 +9,86 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
 import msgspec
+from cachetools import TLRUCache
 
 from qwen_jax.cluster.response_cache.redis_store import RedisStore
 from qwen_jax.errors import UserError
 
 PREFILL_ONLY = frozenset(("classify", "score", "embeddings"))
 KEY_BYTES = 32
-ENTRY_BYTES = 300  # of Python's objects for one entry, beside its value
+ENTRY_BYTES = 300  # memory of an entry beside its value: Python objects
 Compute = Callable[[], Awaitable[bytes]]
 _encode = msgspec.msgpack.Encoder(order="deterministic").encode
 
 
 def cacheable(kind: str, options: Mapping[str, Any]) -> bool:
-    """Whether the same request has the same answer: temperature 0, or nothing drawn at all (`PREFILL_ONLY`).
+    """Return true if the same request always has the same answer: temperature 0, or nothing drawn (`PREFILL_ONLY`).
 
     A seed is not enough. A seeded draw repeats where logits repeat bit by bit, which is promised in float32 and in
     batch-invariant mode only; a greedy answer is *the* answer up to ties within rounding.
 
     Args:
-      options: resolved ones. An unset temperature is the checkpoint's, so it does not count as 0.
+      kind: kind of request, as for `cache_key`.
+      options: the options of the request itself. An unset temperature is the checkpoint's, so it does not count as 0.
     """
     return kind in PREFILL_ONLY or options.get("temperature") == 0
 
 
-def key_of(*, kind: str, model: str, weight_version: Any, adapter: Any, prompt: Any, options: Any,
-           tenant: str) -> bytes:
-    """32 bytes that differ whenever one of the arguments does.
+def cache_key(*, kind: str, model: str, weight_version: Any, adapter: Any, prompt: Any, options: Any,
+              tenant: str) -> bytes:
+    """Return a key of 32 bytes that differs whenever one of the arguments does.
 
     Arguments are JSON values, encoded as MessagePack: every string and list carries its length, 1, 1.0, "1" and true
     differ, and the order of an object's fields does not matter.
 
     Args:
-      kind: of request: "completion", "chat", "classify", "score" or "embeddings".
-      weight_version: what names the weights, and how they are computed with (precision, selector), in every process
-        that shares the cache. An engine's own counter starts at 0 in each, so with Redis it is not enough.
-      adapter: None, or its name together with what changes when other weights are loaded under that name.
+      kind: kind of request: "completion", "chat", "classify", "score" or "embeddings".
+      model: name of the model.
+      weight_version: identity of the weights and of the computation (precision, selector) in all processes that share
+        the cache. An engine's own counter starts at 0 in each process, so with Redis it is not enough.
+      adapter: None, or its name together with an identity of its weights.
       prompt: text, token ids, or messages and tools, exactly as they go to the engine.
-      options: everything else that changes the answer or its form; not priority, deadline, or who asks.
-      tenant: whose answers these are; no other tenant is given them.
+      options: all other options that change the answer or its form; not priority, deadline or user.
+      tenant: owner of the answer; other tenants do not get it.
 
     Raises:
-      UserError: a value that could not be sent to an engine either.
+      UserError: a value that cannot be encoded, and so could not be sent to an engine either.
     """
     try:
         content = _encode((kind, model, weight_version, adapter, prompt, options, tenant))
     except (OverflowError, UnicodeEncodeError, RecursionError) as error:
-        raise UserError(f"a value of the request cannot be used: {error}") from error
+        raise UserError(f"values of the request must be encodable as MessagePack: {error}") from error
     return blake2b(content, digest_size=KEY_BYTES).digest()
 
 
-class Unshared(bytes):
-    """What ``compute`` returns for its own caller alone, neither kept nor shared: an answer that was cut short by a
+class UncacheableAnswer(bytes):
+    """An answer that ``compute`` returns for its own caller alone, to be neither kept nor shared: it was cut short by a
     deadline, ended in an error, or came from other weights than its key says."""
 
 
 @dataclass(frozen=True)
 class CacheStats:
-    """Counters since the start, and what is held now.
+    """Counters of a response cache since its start, and the size of its present contents.
 
     Attributes:
-      hits_local, hits_redis: answers found. misses: computed. shared: taken from a computation that was under way.
-      errors: lookups to which Redis gave no answer in time. garbage: what it held under our keys and did not verify.
-      unwritten: answers that did not reach Redis.
-      breaker: "off" without Redis; "closed" while it is used, "open" while it is skipped, "half-open" while one
+      hits_local: answers found in this process.
+      hits_redis: answers found in Redis.
+      misses: answers computed.
+      shared: answers taken from a computation that another caller had started.
+      errors: lookups to which Redis gave no answer in time.
+      garbage: values in Redis under our keys that did not verify.
+      unwritten: answers that were not written to Redis.
+      breaker: "off" without Redis; "closed" while it is used, "open" while it is skipped, "half-open" while a
         connection is tried in the background.
-      entries, bytes: held in this process.
+      entries: number of answers in this process.
+      bytes: memory of the answers in this process.
     """
 
     hits_local: int
@@ -96,88 +104,79 @@ class CacheStats:
 
 
 class LocalCache:
-    """The most recently used values, as many as fit in ``max_bytes``; each for at most ``ttl_seconds``."""
+    """A cache of the most recently used answers that fit in ``max_bytes``, each for at most ``ttl_seconds``."""
 
     def __init__(self, max_bytes: int, ttl_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._max_bytes, self._ttl_seconds, self._clock = max_bytes, ttl_seconds, clock
-        self._entries: OrderedDict[bytes, tuple[bytes, float]] = OrderedDict()  # oldest use first; (value, end)
-        self.bytes = 0
+        self._ttl_seconds = ttl_seconds
+        # Entries are (answer, seconds for which it is kept).
+        self._entries = TLRUCache(max_bytes, ttu=lambda key, entry, now: now + entry[1], timer=clock,
+                                  getsizeof=lambda entry: len(entry[0]) + ENTRY_BYTES)
 
     def __len__(self) -> int:
         return len(self._entries)
 
+    @property
+    def bytes(self) -> int:
+        return self._entries.currsize
+
     def get(self, key: bytes) -> bytes | None:
         entry = self._entries.get(key)
-        if entry is None:
-            return None
-        value, end = entry
-        if self._clock() >= end:
-            self._remove(key)
-            return None
-        self._entries.move_to_end(key)
-        return value
+        return None if entry is None else entry[0]
 
     def put(self, key: bytes, value: bytes, seconds: float = math.inf) -> None:
-        """seconds: for which it may still be kept, where it is older than this call."""
-        if key in self._entries:
-            self._remove(key)
-        size = len(value) + ENTRY_BYTES
-        if size > self._max_bytes:
-            return
-        self._entries[key] = value, self._clock() + min(self._ttl_seconds, seconds)
-        self.bytes += size
-        while self.bytes > self._max_bytes:
-            self._remove(next(iter(self._entries)))
-
-    def _remove(self, key: bytes) -> None:
-        self.bytes -= len(self._entries.pop(key)[0]) + ENTRY_BYTES
+        """Store an answer for ``ttl_seconds``, or for ``seconds`` if those are fewer: the rest of an older answer's."""
+        self._entries.pop(key, None)
+        with suppress(ValueError):  # larger than the cache
+            self._entries[key] = value, min(self._ttl_seconds, seconds)
 
 
-class _Flight:
-    """One computation and how many wait for it."""
+class _Computation:
+    """A running computation of an answer, and the number of callers that wait for it."""
 
     def __init__(self, task: asyncio.Task[bytes]) -> None:
         self.task, self.waiting = task, 0
 
     @property
-    def settled(self) -> bool:
-        """Whether everybody who waited is answered by it."""
+    def shareable(self) -> bool:
+        """True if its result, an answer or a `UserError`, is meant for all callers and not only for the first."""
         if self.task.cancelled():
             return False
         if error := self.task.exception():
             return isinstance(error, UserError)
-        return not isinstance(self.task.result(), Unshared)
+        return not isinstance(self.task.result(), UncacheableAnswer)
 
 
 class ResponseCache:
-    """Used by one event loop.
+    """A cache of answers in this process and, behind it, in Redis. It is used by one event loop.
 
     Args:
-      max_bytes: kept in this process.
-      ttl_seconds: after which an answer is forgotten, here and in Redis.
-      redis: behind this process's own cache, shared by all that use the same server.
+      max_bytes: memory for the answers kept in this process.
+      ttl_seconds: age at which an answer is dropped, here and in Redis.
+      redis: second level, shared by all processes that use the same Redis server.
 
     Raises:
-      UserError: a size or a time that cannot be.
+      UserError: max_bytes or ttl_seconds is out of range.
     """
 
     def __init__(self, max_bytes: int = 256 << 20, ttl_seconds: float = 3600.0, redis: RedisStore | None = None,
                  clock: Callable[[], float] = time.monotonic) -> None:
-        if max_bytes < 0 or not 0.001 <= ttl_seconds < 2**31:
-            raise UserError("the response cache needs max_bytes of at least 0 and ttl_seconds of at least 0.001 and "
-                            f"less than 2**31, not {max_bytes} and {ttl_seconds}")
+        if max_bytes < 0:
+            raise UserError(f"max_bytes of the response cache must be 0 or more, not {max_bytes}")
+        if not 0.001 <= ttl_seconds < 2**31:
+            raise UserError("ttl_seconds of the response cache must be at least 0.001 and less than 2**31, not "
+                            f"{ttl_seconds}")
         self._local, self._redis, self._ttl_seconds = LocalCache(max_bytes, ttl_seconds, clock), redis, ttl_seconds
-        self._flights: dict[bytes, _Flight] = {}
+        self._running: dict[bytes, _Computation] = {}
         self._tasks: set[asyncio.Task] = set()
         self._hits_local = self._hits_redis = self._misses = self._shared = 0
 
     async def start(self) -> None:
-        """Waits until Redis is there, or has shown that it is not; without this the first lookups miss."""
+        """Wait until Redis is connected, or has failed to. Without this call the first lookups miss."""
         if self._redis:
             await self._redis.start()
 
     async def close(self) -> None:
-        """Cancels what is being computed, and writes to Redis what is waiting to be."""
+        """Cancel running computations and finish waiting writes to Redis."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -185,56 +184,59 @@ class ResponseCache:
             await self._redis.close()
 
     async def get(self, key: bytes) -> bytes | None:
-        """For answers that cannot be shared while they are computed, such as streams; then ``put``."""
-        if (value := self._in_memory(key)) is None and (value := await self._in_redis(key)) is None:
+        """Return the cached answer under a key, from this process or Redis, or None.
+
+        Meant for answers that callers cannot share while they are computed: the caller computes one and calls `put`.
+        """
+        if (value := self.get_local(key)) is None and (value := await self._get_from_redis(key)) is None:
             self._misses += 1
         return value
 
-    def at_hand(self, key: bytes) -> bytes | None:
-        """An answer that this process has. None says nothing of Redis, and counts as nothing yet."""
-        return self._in_memory(key)
+    def get_local(self, key: bytes) -> bytes | None:
+        """Return the cached answer under a key from this process alone, or None, which is not counted as a miss."""
+        value = self._local.get(key)
+        self._hits_local += value is not None
+        return value
 
     def put(self, key: bytes, value: bytes) -> None:
-        """Returns at once; Redis is written to in the background."""
+        """Store an answer under a key, in this process and, in the background, in Redis. Returns at once."""
         self._local.put(key, value)
         if self._redis:
             self._redis.put(key, value, self._ttl_seconds)
 
     async def get_or_compute(self, key: bytes, compute: Compute) -> bytes:
-        """The answer under this key; ``compute`` is awaited where there is none, once for all who ask meanwhile.
+        """Return the answer under a key. If there is none, await ``compute``, once for all callers that wait meanwhile.
 
-        Whoever is cancelled leaves alone: a computation ends when nobody waits for it any more. Its `UserError` is
-        everybody's, because the same request is wrong for everybody. Any other exception, a cancellation from within
-        and an `Unshared` answer are those of its first caller only; one of the others computes anew for the rest. Who
-        has waited for two such computations goes on alone, so that none waits for more than three.
+        A caller that is cancelled leaves the others waiting; the computation ends when no caller waits for it. Its
+        `UserError` goes to all callers, because the same request is wrong for all of them. Any other exception, a
+        cancellation from within and an `UncacheableAnswer` go to the first caller only, and another caller computes
+        again for the rest. A caller that has waited for two such computations computes alone, so that none waits for
+        more than three.
         """
         for _ in range(2):
-            if (value := self._in_memory(key)) is not None:
+            if (value := self.get_local(key)) is not None:
                 return value
-            flight = self._flights.get(key)
-            first = flight is None
+            computation = self._running.get(key)
+            first = computation is None
             if first:
-                flight = self._take_off(key, compute)
-            await self._wait(key, flight)
+                computation = self._start(key, compute)
+            await self._wait(key, computation)
             if first:
-                return flight.task.result()
-            if flight.settled:
+                return computation.task.result()
+            if computation.shareable:
                 self._shared += 1
-                return flight.task.result()
+                return computation.task.result()
         return await self._compute(key, compute)
 
     def stats(self) -> CacheStats:
         redis = self._redis
-        return CacheStats(self._hits_local, self._hits_redis, self._misses, self._shared,
-                          redis.errors if redis else 0, redis.garbage if redis else 0, redis.unwritten if redis else 0,
-                          redis.breaker if redis else "off", len(self._local), self._local.bytes)
+        return CacheStats(
+            hits_local=self._hits_local, hits_redis=self._hits_redis, misses=self._misses, shared=self._shared,
+            errors=redis.errors if redis else 0, garbage=redis.garbage if redis else 0,
+            unwritten=redis.unwritten if redis else 0, breaker=redis.breaker if redis else "off",
+            entries=len(self._local), bytes=self._local.bytes)
 
-    def _in_memory(self, key: bytes) -> bytes | None:
-        value = self._local.get(key)
-        self._hits_local += value is not None
-        return value
-
-    async def _in_redis(self, key: bytes) -> bytes | None:
+    async def _get_from_redis(self, key: bytes) -> bytes | None:
         found = await self._redis.get(key) if self._redis else None
         if found is None:
             return None
@@ -243,42 +245,42 @@ class ResponseCache:
         self._hits_redis += 1
         return value
 
-    async def _find(self, key: bytes, compute: Compute) -> bytes:
-        found = await self._in_redis(key)
-        return await self._compute(key, compute) if found is None else found
+    async def _find_or_compute(self, key: bytes, compute: Compute) -> bytes:
+        value = await self._get_from_redis(key)
+        return await self._compute(key, compute) if value is None else value
 
     async def _compute(self, key: bytes, compute: Compute) -> bytes:
         self._misses += 1
         value = await compute()
-        if not isinstance(value, Unshared):
+        if not isinstance(value, UncacheableAnswer):
             self.put(key, value)
         return value
 
-    def _take_off(self, key: bytes, compute: Compute) -> _Flight:
-        """In a task of its own, which the first caller's cancellation does not reach."""
-        task = asyncio.create_task(self._find(key, compute))
-        flight = self._flights[key] = _Flight(task)
+    def _start(self, key: bytes, compute: Compute) -> _Computation:
+        """Start to look up or compute an answer in a task, which goes on when its first caller is cancelled."""
+        task = asyncio.create_task(self._find_or_compute(key, compute))
+        computation = self._running[key] = _Computation(task)
         self._tasks.add(task)
 
-        def landed(_) -> None:
+        def ended(_) -> None:
             self._tasks.discard(task)
-            self._forget(key, flight)
+            self._forget(key, computation)
             if not task.cancelled():
-                task.exception()  # taken note of, also where nobody waits
+                task.exception()  # marks it as retrieved, even if no caller waits
 
-        task.add_done_callback(landed)
-        return flight
+        task.add_done_callback(ended)
+        return computation
 
-    async def _wait(self, key: bytes, flight: _Flight) -> None:
-        flight.waiting += 1
+    async def _wait(self, key: bytes, computation: _Computation) -> None:
+        computation.waiting += 1
         try:
-            await asyncio.wait([flight.task])
+            await asyncio.wait([computation.task])
         finally:
-            flight.waiting -= 1
-            if not flight.waiting and not flight.task.done():
-                self._forget(key, flight)  # nobody may join what is being cancelled
-                flight.task.cancel()
+            computation.waiting -= 1
+            if not computation.waiting and not computation.task.done():
+                self._forget(key, computation)  # no caller may join what is being cancelled
+                computation.task.cancel()
 
-    def _forget(self, key: bytes, flight: _Flight) -> None:
-        if self._flights.get(key) is flight:
-            del self._flights[key]
+    def _forget(self, key: bytes, computation: _Computation) -> None:
+        if self._running.get(key) is computation:
+            del self._running[key]

@@ -1,49 +1,77 @@
-"""The response cache in front of a server's routes. Plain ASGI, inside of what checks keys and sizes."""
+"""ASGI middleware that answers repeated requests from the response cache, after checks of API keys and sizes."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 
-from qwen_jax.cluster.fraud_routes import adapter_on_trial
-from qwen_jax.cluster.response_cache.cache import ResponseCache, Unshared, cacheable, key_of
+from qwen_jax.cluster.response_cache.cache import ResponseCache, UncacheableAnswer, cache_key, cacheable
 from qwen_jax.errors import UserError
 from qwen_jax.serving.http.service import Service
 from qwen_jax.serving.http.streaming import gone
 
-KINDS = {"/v1/completions": "completion", "/v1/chat/completions": "chat", "/score": "score", "/classify": "classify",
-         "/v1/embeddings": "embeddings", "/fraud/screen": "fraud", "/fraud/screen/batch": "fraud batch"}
-IRRELEVANT = ("user", "metadata", "priority", "timeout", "store", "service_tier", "safety_identifier",
-              "prompt_cache_key")
+
+@dataclass(frozen=True)
+class CachedRoute:
+    """Settings of an HTTP route whose answers are cached.
+
+    Attributes:
+      kind: kind of request, part of the key.
+      deterministic: true if the same request has the same answer with any options.
+      needs_model: true if requests must name a model; a request that names none is then left to the route.
+      user_of: function that returns the user of a request, given its options. All requests of a user get the same
+        version while a trial runs. Without this function requests pass through during trials.
+    """
+
+    kind: str
+    deterministic: bool = False
+    needs_model: bool = True
+    user_of: Callable[[dict[str, Any]], str] | None = None
+
+
+OPENAI_ROUTES = {"/v1/completions": CachedRoute("completion"), "/v1/chat/completions": CachedRoute("chat"),
+                 "/score": CachedRoute("score"), "/classify": CachedRoute("classify"),
+                 "/v1/embeddings": CachedRoute("embeddings")}
+IRRELEVANT_FIELDS = ("user", "metadata", "priority", "timeout", "store", "service_tier",
+                     "safety_identifier", "prompt_cache_key")
 _decode = msgspec.json.Decoder().decode
 
 
-class Cached:
-    """Middleware. A request with one answer is answered from the cache, or once for all who ask meanwhile.
+class CacheMiddleware:
+    """Middleware that answers deterministic requests from the cache, and computes equal ones that arrive together once.
 
-    What it keeps is the whole body of an answer with status 200 that the weights of its key have computed; clients are
-    told which way it came by ``X-Cache``. Other answers, streams, and what may differ each time pass through.
+    An entry is the whole body of a response with status 200 that was computed by the weights in its key. The header
+    ``X-Cache`` tells clients if it is a hit or a miss. Other responses, streams and requests that sample pass through.
+
+    Args:
+      identity: what decides answers beside the weights, such as their element type.
+      routes: the cached routes by path.
+      adapter_for: function that returns the adapter that a user gets for the base model while a trial runs: "" for
+        none, None if that cannot be told.
     """
 
-    def __init__(self, app: Any, service: Service, cache: ResponseCache, identity: Any) -> None:
-        self._app, self._service, self._cache, self._identity = app, service, cache, identity
+    def __init__(self, app: Any, service: Service, cache: ResponseCache, *, identity: Any,
+                 routes: Mapping[str, CachedRoute], adapter_for: Callable[[str], str | None]) -> None:
+        self._app, self._service, self._cache = app, service, cache
+        self._identity, self._routes, self._adapter_for = identity, routes, adapter_for
 
     async def __call__(self, scope, receive, send) -> None:
-        kind = KINDS.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
-        if kind is None or self._service.draining or self._service.varies() is None and kind != "fraud":
+        route = self._routes.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if route is None or self._service.draining or self._service.varies() is None and route.user_of is None:
             await self._app(scope, receive, send)
             return
         body = await _whole(receive)
-        key, version = (None, None) if body is None else self._key(kind, body, dict(scope["headers"]))
+        key, version = (None, None) if body is None else self._key(route, body, dict(scope["headers"]))
         if key is None:
-            await self._app(scope, _again(body, receive), send)
+            await self._app(scope, _replayed(body, receive), send)
             return
-        if (value := self._cache.at_hand(key)) is not None:  # without a task, which costs as much as all the rest
+        if (value := self._cache.get_local(key)) is not None:  # without a task, which costs as much as all the rest
             await self._from_cache(scope, send, value)
             return
         computed = False
@@ -74,58 +102,63 @@ class Cached:
         scope["details"]["cached"] = True
         await _send(send, value, b"hit")
 
-    def _key(self, kind: str, body: bytes, headers: dict[bytes, bytes]) -> tuple[bytes | None, Callable[[], Any]]:
-        """None for what is not to be cached, bad requests among it. And which version answers it, whenever asked."""
+    def _key(self, route: CachedRoute, body: bytes,
+             headers: dict[bytes, bytes]) -> tuple[bytes | None, Callable[[], list[Any] | None]]:
+        """Return the cache key of a request, and a function that returns the version that would answer it now.
+
+        The key is None for a request that is not cached, such as an invalid one, which the route itself refuses.
+        """
         user = None
         version = lambda: self._version(user)  # noqa: E731
         try:
             options = _decode(body)
             if not isinstance(options, dict) or options.get("stream"):
                 return None, version
-            if not kind.startswith("fraud") and not cacheable(kind, options):  # nothing is drawn where fraud is judged
+            if not route.deterministic and not cacheable(route.kind, options):
                 return None, version
-            model = options.pop("model", self._service.model if kind.startswith("fraud") else None)
+            model = options.pop("model", None if route.needs_model else self._service.model)
             adapter = None if model == self._service.model else self._service.adapters[model]
-            if kind == "fraud" and adapter is None:
-                user = options.get("user") or options["account"]["number"]
-            for name in IRRELEVANT:
+            if route.user_of is not None and adapter is None:
+                user = route.user_of(options)
+            for name in IRRELEVANT_FIELDS:
                 options.pop(name, None)
             if version() is None:
                 return None, version
             tenant = hashlib.blake2b(headers.get(b"authorization", b""), digest_size=16).hexdigest()
-            return key_of(kind=kind, model=self._service.model, weight_version=version(), adapter=adapter, prompt=None,
-                          options=options, tenant=tenant), version
+            return cache_key(kind=route.kind, model=self._service.model, weight_version=version(), adapter=adapter,
+                             prompt=None, options=options, tenant=tenant), version
         except (msgspec.DecodeError, UserError, KeyError, TypeError, RecursionError):
-            return None, version  # the route says what is wrong
+            return None, version
 
     def _version(self, user: str | None) -> list[Any] | None:
-        """None while that cannot be told. user: of a payment to screen, who has one version also during a trial."""
+        """Return the identity of the weights and adapter that would answer a user; None if a trial leaves it open."""
         varies = self._service.varies()
         if varies is None and user is not None:
-            varies = adapter_on_trial(self._service.link, user)
+            varies = self._adapter_for(user)
         return None if varies is None else [self._identity, self._service.weights, varies]
 
     async def _computed(self, scope: dict[str, Any], body: bytes, version_now: Callable[[], Any]) -> bytes:
+        """Pass a request to its route; return the response as it is kept: status, headers and body in MessagePack."""
         number, version = self._service.weight_version, version_now()
         status, headers, parts = 0, [], []
 
-        async def keep(message) -> None:
+        async def collect(message) -> None:
             nonlocal status, headers
             if message["type"] == "http.response.start":
                 status, headers = message["status"], message["headers"]
             else:
                 parts.append(message.get("body", b""))
 
-        await self._app(scope, _again(body, _never), keep)
-        found = dict(headers)
+        await self._app(scope, _replayed(body, _never), collect)
+        by_name = dict(headers)
         value = msgspec.msgpack.encode((status, list(map(list, headers)), b"".join(parts)))
-        same = (found.get(b"x-weight-version") == str(number).encode() and version == version_now()
-                and found.get(b"x-adapter") in (None, version[-1].encode()))
-        return value if status == 200 and same else Unshared(value)
+        same = (by_name.get(b"x-weight-version") == str(number).encode() and version == version_now()
+                and by_name.get(b"x-adapter") in (None, version[-1].encode()))
+        return value if status == 200 and same else UncacheableAnswer(value)
 
 
 async def _whole(receive: Callable) -> bytes | None:
-    """A request's body; None when its client left before its end."""
+    """Read a request's body; return None if its client left before the end."""
     parts, more = [], True
     while more:
         message = await receive()
@@ -136,8 +169,8 @@ async def _whole(receive: Callable) -> bytes | None:
     return b"".join(parts)
 
 
-def _again(body: bytes | None, after: Callable) -> Callable:
-    """A ``receive`` that gives a body that has been read, and then what comes."""
+def _replayed(body: bytes | None, after: Callable) -> Callable:
+    """Return an ASGI ``receive`` that gives a body that has been read already, and then what ``after`` gives."""
     messages = [{"type": "http.disconnect"} if body is None else {"type": "http.request", "body": body}]
 
     async def receive():
@@ -150,8 +183,8 @@ async def _never():
     await asyncio.Event().wait()
 
 
-async def _send(send: Callable, value: bytes, how: bytes) -> None:
+async def _send(send: Callable, value: bytes, origin: bytes) -> None:
     status, headers, body = msgspec.msgpack.decode(value)
     headers = [(bytes(name), bytes(content)) for name, content in headers]
-    await send({"type": "http.response.start", "status": status, "headers": [*headers, (b"x-cache", how)]})
+    await send({"type": "http.response.start", "status": status, "headers": [*headers, (b"x-cache", origin)]})
     await send({"type": "http.response.body", "body": body})

@@ -1,9 +1,10 @@
-"""Answers in Redis, for several processes. It may be slow, away, or hold nonsense: that costs a lookup its few
-milliseconds at most, and never an answer.
+"""A store of cached answers in Redis, shared by several processes.
 
-Requests do not touch connections. A lookup is put in a list and waited for until its budget is spent; one task sends
-all that have gathered as one pipeline, so a request that is cancelled cannot leave half a reply behind for the next
-one. Connections are made and tried in the background, and lookups go only to one that works.
+Redis may be slow, away, or hold nonsense: that costs a lookup a few milliseconds at most, and never an answer.
+
+Requests do not touch connections. A lookup is put in a list and waits at most `LOOKUP_SECONDS`; one task sends all
+lookups that have gathered as one pipeline, so a cancelled request cannot leave half a reply behind for the next lookup.
+Connections are made and tried in the background, and lookups go only to a connection that works.
 """
 
 from __future__ import annotations
@@ -20,22 +21,26 @@ from typing import Any
 from qwen_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
-FORMAT = b"QJR1"  # of a value: FORMAT, the key, a checksum of all the rest, the answer. Other formats do not verify.
+FORMAT = b"QJR1"  # a value is FORMAT, the key, a checksum of all the rest, the answer; other formats do not verify
 CHECKSUM_BYTES = 16
-MOST_BYTES = 1 << 18  # of a value: what a network moves within a lookup's budget. Larger answers stay in their process
-MOST_WAITING_BYTES = 16 << 20  # to be written; what comes on top of that is not
+MAX_VALUE_BYTES = 1 << 18  # about what a network moves within LOOKUP_SECONDS; larger answers stay in their process
+MAX_WAITING_BYTES = 16 << 20  # of values that wait to be written; further values are not written
 BATCH = 32  # lookups, or writes, in one pipeline
+LOOKUP_SECONDS = 0.005
 CONNECT_SECONDS = 1.0
 WRITE_SECONDS = 0.5  # for a batch, in the background
-TURNS = 4  # of the event loop, from bytes in the socket to a reply
+MAX_FAILURES = 5  # in a row, after which Redis is skipped for RETRY_SECONDS; then one connection is tried, and so on
+RETRY_SECONDS = 1.0
+LOOP_TURNS = 4  # turns of the event loop from bytes in the socket to a reply
 
 
 def pack(key: bytes, value: bytes) -> bytes:
+    """Return the bytes to store in Redis for an answer: a mark of the format, the key, a checksum and the answer."""
     return b"".join((FORMAT, key, _checksum(key, value), value))
 
 
 def unpack(key: bytes, packed: Any) -> bytes | None:
-    """The value; None for anything that was not packed under this key."""
+    """Return the answer in bytes read from Redis, or None if they are damaged or not `pack`'s for this key."""
     start = len(FORMAT) + len(key)
     if not isinstance(packed, bytes) or packed[:start] != FORMAT + key:
         return None
@@ -55,27 +60,25 @@ def _name(key: bytes) -> bytes:
 
 
 class RedisStore:
-    """Used by one event loop.
+    """A store of cached answers in Redis, used by one event loop.
 
     Args:
-      url: redis://, rediss:// or unix://, as redis-py takes it.
-      budget_seconds: what a lookup waits at most.
-      failures: in a row, after which Redis is skipped.
-      retry_seconds: for how long; then one connection is tried in the background, and so on.
+      url: address that begins with redis://, rediss:// or unix://, as redis-py takes it.
 
     Attributes:
-      errors: lookups without an answer. garbage: values that did not verify. unwritten: values that were not stored.
+      errors: number of lookups without an answer in time.
+      garbage: number of values that did not verify.
+      unwritten: number of values that were not stored.
 
     Raises:
-      UserError: redis-py is not installed, or the address is none.
+      UserError: redis-py is not installed, or the address is invalid.
     """
 
-    def __init__(self, url: str, budget_seconds: float = 0.005, failures: int = 5, retry_seconds: float = 1.0) -> None:
-        self._budget, self._most_failures, self._retry_seconds = budget_seconds, failures, retry_seconds
+    def __init__(self, url: str) -> None:
         # Two clients of one connection each: a large write does not make lookups wait.
         self._reader, self._writer = _client(url), _client(url)
         self._connected, self._failures, self._retry_at = False, 0, -math.inf
-        self._asked: list[tuple[bytes, asyncio.Future]] = []
+        self._lookups: list[tuple[bytes, asyncio.Future]] = []
         self._waiting: list[tuple[bytes, bytes, int]] = []  # (name, packed, milliseconds)
         self._waiting_bytes = 0
         self._probing: asyncio.Task | None = None
@@ -85,15 +88,17 @@ class RedisStore:
 
     @property
     def breaker(self) -> str:
-        """"closed", "open" or "half-open"."""
+        """State of the circuit breaker: "closed" while Redis is used, "open" while it is skipped, "half-open" while a
+        connection is tried."""
         return "closed" if self._connected else "half-open" if _running(self._probing) else "open"
 
     async def start(self) -> None:
-        """Waits for the first connection, or until it has failed."""
+        """Wait until the first connection to Redis works or has failed."""
         if not self._usable() and self._probing:
             await asyncio.wait([self._probing])
 
     async def close(self) -> None:
+        """Finish waiting writes, for at most WRITE_SECONDS, and close the connections to Redis."""
         if _running(self._writing):
             await asyncio.wait([self._writing], timeout=WRITE_SECONDS)
         tasks = [task for task in (self._probing, self._reading, self._writing) if _running(task)]
@@ -106,23 +111,23 @@ class RedisStore:
                 await client.aclose()
 
     async def get(self, key: bytes) -> tuple[bytes, float] | None:
-        """The value and the seconds that it may still be kept for. None where there is none, or Redis does not say."""
+        """Return the answer under a key and the seconds until it expires; None if Redis has none or does not reply."""
         if not self._usable():
             return None
         future = asyncio.get_running_loop().create_future()
-        self._asked.append((key, future))
+        self._lookups.append((key, future))
         if not _running(self._reading):
             self._reading = asyncio.create_task(self._read())
         try:
-            return await _within(self._budget, future)
+            return await _within(LOOKUP_SECONDS, future)
         except TimeoutError:
             self.errors += 1
             return None
 
     def put(self, key: bytes, value: bytes, seconds: float) -> None:
-        """Returns at once."""
+        """Store an answer under a key for ``seconds``. Returns at once; Redis is written to in the background."""
         size = len(value) + len(FORMAT) + len(key) + CHECKSUM_BYTES
-        if not self._connected or size > MOST_BYTES or self._waiting_bytes + size > MOST_WAITING_BYTES:
+        if not self._connected or size > MAX_VALUE_BYTES or self._waiting_bytes + size > MAX_WAITING_BYTES:
             self.unwritten += 1
             return
         self._waiting.append((_name(key), pack(key, value), math.ceil(seconds * 1000)))
@@ -138,40 +143,40 @@ class RedisStore:
     async def _probe(self) -> None:
         try:
             await _within(CONNECT_SECONDS, self._reader.ping())
-            await _within(self._budget, self._reader.ping())  # connecting may take its time, lookups may not
+            await _within(LOOKUP_SECONDS, self._reader.ping())  # connecting may take its time, lookups may not
         except Exception as error:
             self._fail(error)
             return
-        if self._failures >= self._most_failures:
+        if self._failures >= MAX_FAILURES:
             logger.warning("the response cache uses Redis again")
         self._connected = True
 
     async def _read(self) -> None:
-        while self._asked:
-            asked, self._asked = self._asked[:BATCH], self._asked[BATCH:]
-            asked = [(key, future) for key, future in asked if not future.done()]
-            found = await self._fetch([key for key, _ in asked])
-            for (_, future), value in zip(asked, found or [None] * len(asked)):
+        while self._lookups:
+            batch, self._lookups = self._lookups[:BATCH], self._lookups[BATCH:]
+            batch = [(key, future) for key, future in batch if not future.done()]
+            values = await self._fetch([key for key, _ in batch])
+            for (_, future), value in zip(batch, values or [None] * len(batch)):
                 if not future.done():
-                    self.errors += found is None
+                    self.errors += values is None
                     future.set_result(value)
 
     async def _fetch(self, keys: Sequence[bytes]) -> list[tuple[bytes, float] | None] | None:
-        """None when Redis failed."""
+        """Read several keys from Redis: return the list of what `get` returns for each, or None if Redis failed."""
         if not keys or not self._connected:
             return None
         pipeline = self._reader.pipeline(transaction=False)
         for key in keys:
-            pipeline.getrange(_name(key), 0, MOST_BYTES)  # a get that cannot bring more than this
+            pipeline.getrange(_name(key), 0, MAX_VALUE_BYTES)  # as a get, with a limit to the size of the reply
             pipeline.pttl(_name(key))
         try:
-            replies = await _within(self._budget, pipeline.execute(raise_on_error=False))
+            replies = await _within(LOOKUP_SECONDS, pipeline.execute(raise_on_error=False))
         except Exception as error:
             self._fail(error)
             self._usable()  # at once, in the background, unless there were too many failures
             return None
         self._failures = 0
-        return [self._verified(*three) for three in zip(keys, replies[::2], replies[1::2])]
+        return [self._verified(*lookup) for lookup in zip(keys, replies[::2], replies[1::2])]
 
     def _verified(self, key: bytes, packed: Any, milliseconds: Any) -> tuple[bytes, float] | None:
         if packed == b"" and milliseconds == -2:  # there is no such key
@@ -185,10 +190,10 @@ class RedisStore:
     def _fail(self, error: Exception) -> None:
         was_connected, self._connected = self._connected, False
         self._failures += 1
-        if self._failures < self._most_failures:
+        if self._failures < MAX_FAILURES:
             return
-        self._retry_at = time.monotonic() + self._retry_seconds
-        if was_connected or self._failures == self._most_failures:
+        self._retry_at = time.monotonic() + RETRY_SECONDS
+        if was_connected or self._failures == MAX_FAILURES:
             logger.warning("the response cache goes on without Redis: %r", error)
 
     async def _write(self) -> None:
@@ -198,7 +203,10 @@ class RedisStore:
             self._waiting_bytes -= sum(len(packed) for _, packed, _ in batch)
 
     async def _store(self, batch: Sequence[tuple[bytes, bytes, int]]) -> int:
-        """How many were not stored. Says nothing about lookups, which decide alone whether Redis is used."""
+        """Write a batch of (name, packed answer, milliseconds to live) to Redis; return how many were not stored.
+
+        Failures here leave the circuit breaker as it is.
+        """
         if not self._connected:
             return len(batch)
         pipeline = self._writer.pipeline(transaction=False)
@@ -217,21 +225,24 @@ def _client(url: str) -> Any:
         from redis.asyncio.retry import Retry
         from redis.backoff import NoBackoff
     except ImportError as error:
-        raise UserError("a response cache in Redis needs redis-py: pip install redis") from error
-    try:  # Timeouts are this file's. RESP2 connects without further questions.
+        raise UserError("a response cache in Redis needs redis-py: pip install 'qwen-jax[redis]'") from error
+    try:  # This file has its own timeouts. RESP2 connects without a handshake.
         return Redis.from_url(url, protocol=2, retry=Retry(NoBackoff(), 0), socket_timeout=None,
                               socket_connect_timeout=CONNECT_SECONDS)
     except ValueError as error:
-        raise UserError(f"the address of Redis cannot be used: {error}") from error
+        raise UserError(f"--redis-url must be an address such as redis://localhost: {error}") from error
 
 
 async def _within(seconds: float, awaitable: Awaitable[Any]) -> Any:
-    """TimeoutError when it takes longer, by Redis's fault: a process that was busy, or kept from running, finds the
-    reply and the end of the time together, and then the reply counts."""
+    """Await a reply of Redis for at most ``seconds``; raise TimeoutError when it takes longer.
+
+    A process that was busy, or kept from running, finds the reply and the end of the time together: then the reply
+    counts, for which the event loop gets a few more turns.
+    """
     future = asyncio.ensure_future(awaitable)
     try:
         await asyncio.wait([future], timeout=seconds)
-        for _ in range(TURNS):
+        for _ in range(LOOP_TURNS):
             if not future.done():
                 await asyncio.sleep(0)
         if not future.done():

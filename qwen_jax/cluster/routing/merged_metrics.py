@@ -1,36 +1,46 @@
-"""Figures of several engines as if of one."""
+"""Metrics and statistics of several engines, merged so that they read like those of one engine."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-_SAMPLE = re.compile(rb"^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (.*)$")
-ADDED = ("pages_used", "pages_total", "running", "waiting", "prompt_tokens", "generated_tokens", "preemptions",
-         "prefix_queries", "prefix_hits", "compiles_after_warmup", "unused_slots", "model_flops", "bytes_read",
-         "device_seconds", "host_seconds")
+from prometheus_client import CollectorRegistry, Metric, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
+
+from qwen_jax.engine.api.stats import merge_stats
 
 
 def merged_metrics(texts: Mapping[str, bytes]) -> bytes:
-    """Prometheus' text of all engines, whose samples say in a label ``engine`` of which they are."""
-    families: dict[bytes, list[bytes]] = {}
-    for name, text in texts.items():
-        label, family = b'engine="' + name.encode() + b'"', b""
-        for line in text.splitlines():
-            if line.startswith(b"#"):
-                family = line.split(b" ", 3)[2]
-                lines = families.setdefault(family, [])
-                if line not in lines:
-                    lines.append(line)
-            elif found := _SAMPLE.match(line):
-                metric, labels, value = found.groups()
-                both = b",".join(one for one in (label, labels) if one)
-                families[family].append(metric + b"{" + both + b"} " + value)
-    return b"".join(line + b"\n" for lines in families.values() for line in lines)
+    """Merge the metrics of several engines, each in Prometheus' text format, into one text.
+
+    texts: by the name of the engine, which the label ``engine`` of its samples then says.
+    """
+    families: dict[str, Metric] = {}
+    for engine, text in texts.items():
+        for family in text_string_to_metric_families(text.decode()):
+            merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            merged.samples += [sample._replace(labels={"engine": engine, **sample.labels})
+                               for sample in family.samples]
+    registry = CollectorRegistry()
+    registry.register(_Collected(families.values()))
+    return generate_latest(registry)
+
+
+class _Collected(Collector):
+    """A Prometheus collector of metric families that are complete already."""
+
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
 
 
 def merged_stats(stats: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """Those of the first engine, with what adds up added up; and under ``engines`` those of each."""
-    each = list(stats.values())
-    return {**each[0], **{name: sum(one[name] for one in each) for name in ADDED}, "engines": dict(stats)}
+    """Merge the statistics of several engines, given by engine name, field by field.
+
+    Each engine's own statistics stand under ``engines``.
+    """
+    return {**merge_stats(list(stats.values())), "engines": dict(stats)}

@@ -1,4 +1,4 @@
-"""Which queued requests move between replicas when their queues have become uneven."""
+"""The rule by which queued requests move between replicas whose queues have become uneven."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qwen_jax.errors import UserError
 
 
 class Move(NamedTuple):
-    """``count`` queued requests go from the replica with index ``source`` to the one with index ``target``."""
+    """A move of ``count`` queued requests between replicas, which are given by index."""
 
     source: int
     target: int
@@ -18,24 +18,25 @@ class Move(NamedTuple):
 
 
 def rebalance_load(loads: Sequence[int]) -> list[Move]:
-    """The moves that bring queues closer to their mean.
+    """Return the moves of queued requests that bring the replicas' queues closer to their mean, in order.
 
     Each replica under 0.9 x mean takes, in order of index, ``min(0.3 x deficit, donor - mean)`` requests, rounded down,
-    from the replica that is the largest at that moment (the first of several). A deficit is what a replica lacks to the
-    mean. The donor is the smaller by every move, so no donor gets below the mean and no taker above it, however many
-    take. Only 0.3 of a deficit moves at once because loads are old when they are read: what is missing still moves in
+    from the replica with the longest queue at that moment (the first of several). The deficit is what a replica lacks
+    to the mean. Loads are updated after every move, so that no donor gets below the mean and no taker above it, however
+    many replicas take. Only 0.3 of a deficit moves at once because loads are old when they are read: the rest moves in
     the next rounds. Rounds end by themselves: deficits of 3 and less move nothing.
 
     Args:
-      loads: per replica, the requests in its queue. Those that run have their keys and values there and stay.
+      loads: the number of queued requests of each replica. Running requests do not count: they stay with their keys
+        and values.
 
-    Returns the moves, none of them of nothing, to be made in this order. Raises UserError for a load that is not a
-    whole number of at least 0.
+    Raises:
+      UserError: a load is not an integer of at least 0.
     """
     loads = [_checked(load) for load in loads]
     count, total = len(loads), sum(loads)
     moves = []
-    # In whole numbers, everything times `count`: mean = total / count need not be one.
+    # In integers, with everything multiplied by `count`, because the mean, total / count, need not be an integer.
     for target in range(count):
         deficit = total - count * loads[target]
         if 10 * deficit <= total:  # at least 0.9 x mean
@@ -55,5 +56,5 @@ def _checked(load: int) -> int:
     except TypeError:
         number = -1
     if number < 0:
-        raise UserError(f"a load is a number of queued requests, 0 or more, and not {load!r}")
+        raise UserError(f"a load must be a number of queued requests, an integer of 0 or more, not {load!r}")
     return number

@@ -1,4 +1,4 @@
-"""What a request gets back."""
+"""Results of requests, as callers get them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ import numpy as np
 
 @dataclass
 class Times:
-    """When what happened to a request, in seconds of ``time.monotonic``; None for what has not.
+    """Moments in the life of a request, in seconds of ``time.monotonic``; None until they happen.
 
     Attributes:
-      arrived: it was tokenised and checked; a server puts its own arrival here.
-      started: its first step began. first_token, last_token: they were there. ended: the request was over.
+      arrived: the request was tokenised and checked; a server puts its own arrival here.
+      started: its first step began.
+      first_token: its first token was sampled.
+      last_token: its latest token was sampled.
+      ended: its output was complete.
     """
 
     arrived: float = field(default_factory=time.monotonic)
@@ -24,26 +27,24 @@ class Times:
     ended: float | None = None
 
 
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """Vectors ``[..., D]`` of length 1; a vector of zeros stays one."""
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), np.finfo(np.float32).tiny)
-
-
 @dataclass
 class RequestOutput:
-    """One finished answer.
+    """Finished answer to a request: its text and tokens, or its embedding, with figures about them.
 
     Attributes:
+      prompt_token_ids: token ids of the prompt.
       text: the answer without special tokens and without the stop string; "" when the engine has no tokenizer.
-      token_ids: every generated id, the one that ended it included.
-      finish_reason: "stop" | "length" | "abort" | "error".
-      schedule: "full_attention" | "sparse_attention" | "recompute".
-      density: pages that attention read, as a share of those that full attention reads.
-      logprobs: per generated token, {id: log-probability} of the token and of the most likely ones asked for.
-      prompt_logprobs: the same for the prompt; None for its first token, which nothing precedes.
-      error: what went wrong where ``finish_reason`` is "error".
-      index: which of the ``n`` answers to its prompt this is.
-      embedding: float32 [D], where one was asked for.
+      token_ids: every generated id, including the last one when it ended the answer.
+      finish_reason: "stop", "length", "abort" or "error".
+      schedule: "full_attention", "sparse_attention" or "recompute".
+      density: pages that attention read, as a share of the pages that full attention would have read.
+      logprobs: {id: log-probability} for each generated token: of the token and of the most likely ids.
+      prompt_logprobs: the same for each token of the prompt; None for its first token, which nothing precedes.
+      error: reason when ``finish_reason`` is "error".
+      index: number of this answer among the ``n`` to its prompt.
+      weight_version: version of the weights that computed it.
+      embedding: float32 [D], when an embedding was requested.
+      times: moments of the request.
     """
 
     prompt_token_ids: list[int]
@@ -62,12 +63,24 @@ class RequestOutput:
 
 
 @dataclass(frozen=True)
+class Delta:
+    """New part of a streamed answer: what was generated since the part before.
+
+    ``text`` may be empty while it is undecided whether a character or a stop string is complete.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True)
 class Score:
-    """A continuation's log-probabilities after its prompt.
+    """Log-probabilities of the tokens of a continuation after its prompt.
 
     Attributes:
-      token_logprobs: of each of its tokens, given the prompt and the tokens before.
-      greedy: whether greedy decoding would say it.
+      token_logprobs: log-probability of each of its tokens, given the prompt and the tokens before.
+      greedy: whether greedy decoding would generate it.
     """
 
     token_logprobs: tuple[float, ...]
@@ -75,20 +88,17 @@ class Score:
 
     @property
     def logprob(self) -> float:
+        """Log-probability of the whole continuation."""
         return sum(self.token_logprobs)
 
     @classmethod
-    def of(cls, output: RequestOutput, start: int) -> Score:
-        """From a scored prompt whose continuation begins at position ``start``."""
-        scored = list(zip(output.prompt_token_ids[start:], output.prompt_logprobs[start:], strict=True))
-        return cls(tuple(among[token] for token, among in scored),
-                   all(among[token] >= max(among.values()) for token, among in scored))
+    def from_output(cls, output: RequestOutput, start: int) -> Score:
+        """Make a continuation's score from prompt log-probabilities; it begins at position ``start`` of the prompt."""
+        tokens = list(zip(output.prompt_token_ids[start:], output.prompt_logprobs[start:], strict=True))
+        return cls(tuple(by_id[token] for token, by_id in tokens),
+                   all(by_id[token] >= max(by_id.values()) for token, by_id in tokens))
 
 
-@dataclass(frozen=True)
-class Delta:
-    """One piece of a streamed answer. ``text`` may be empty while a character or a stop string is undecided."""
-
-    text: str
-    token_ids: list[int]
-    finish_reason: str | None = None
+def normalized(vectors: np.ndarray) -> np.ndarray:
+    """Return vectors ``[..., D]`` scaled to length 1; a vector of zeros stays zero."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), np.finfo(np.float32).tiny)

@@ -1,4 +1,4 @@
-"""What a caller may ask of the sampler: one request's options, validated. No JAX here.
+"""Sampling options of a request, validated. No JAX here.
 
 Names, meanings and ranges are vLLM's and OpenAI's (https://docs.vllm.ai/en/stable/api/vllm/sampling_params.html).
 """
@@ -20,7 +20,7 @@ MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
 MAX_STOP = 16  # stop strings; stop_token_ids likewise, so that they fit beside a full logit_bias in the sampler's rows
 
-# What an unset option means when the checkpoint's generation_config is silent too.
+# Values of options that neither the caller nor the checkpoint's generation_config sets.
 NEUTRAL = dict(
     max_tokens=256, min_tokens=0, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
     presence_penalty=0.0, frequency_penalty=0.0, ignore_eos=False, stop=(), stop_token_ids=(), logit_bias={},
@@ -30,30 +30,31 @@ FROM_CHECKPOINT = ("temperature", "top_k", "top_p", "repetition_penalty")
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Options of one request. ``None`` is "unset": the checkpoint's generation_config decides, else the neutral value.
+    """Sampling options of a request. ``None`` is "unset": then the checkpoint's generation_config or else a neutral
+    value applies.
 
     Attributes:
-      max_tokens: most tokens to generate, >= 1 (unset: 256).
-      min_tokens: end-of-sequence and ``stop_token_ids`` are not drawn before this many tokens, 0..max_tokens.
+      max_tokens: maximum number of tokens to generate, >= 1 (unset: 256).
+      min_tokens: number of tokens before which end-of-sequence and ``stop_token_ids`` are not drawn, 0..max_tokens.
       temperature: >= 0; 0 is greedy (the most likely token after penalties and bias).
-      top_k: draw among the k most likely tokens; 0 or -1 is off.
-      top_p: draw among the fewest most likely tokens whose probabilities add up to top_p, in (0, 1].
-      min_p: drop tokens less likely than min_p times the most likely one, in [0, 1].
-      repetition_penalty: > 0; a token seen in the prompt or the output has its logit divided (if positive) or
-        multiplied (if negative) by this. 1 is off.
+      top_k: number of most likely tokens to draw among; 0 or -1 is off.
+      top_p: probability in (0, 1] that the most likely tokens to draw among, as few as possible, add up to.
+      min_p: share in [0, 1] of the most likely token's probability below which tokens are not drawn.
+      repetition_penalty: > 0; divides (if positive) or multiplies (if negative) the logit of a token seen in the prompt
+        or the output. 1 is off.
       presence_penalty: in [-2, 2]; subtracted once from the logit of a token that was generated.
       frequency_penalty: in [-2, 2]; subtracted as often as the token was generated.
       logit_bias: {token id: value in [-100, 100]}, added to logits, at most 300 ids. Ids may be strings, as in JSON.
-      seed: a 64-bit integer. The same seed gives the same draws whatever else shares the batch. Unset: picked by the
-        engine, differently for each request.
-      stop: a string or up to 16 strings; the text ends before the first one that appears.
+      seed: a 64-bit integer. The same seed gives the same draws beside any other requests. Unset: picked by the engine,
+        differently for each request.
+      stop: a string or up to 16 strings; the text ends before the first of them that appears.
       stop_token_ids: up to 16 ids that end the text like end-of-sequence does.
-      ignore_eos: do not stop at end-of-sequence.
-      logprobs: log-probability of each generated token and of this many most likely ones, 0..20. They are the model's
-        own: before penalties, bias and temperature.
+      ignore_eos: whether to go on at end-of-sequence.
+      logprobs: number of most likely tokens, 0..20, whose log-probabilities are returned beside that of each generated
+        token. They are the model's own: before penalties, bias and temperature.
       prompt_logprobs: the same for the prompt's tokens, 0..20.
-      structured_output: what the answer has to look like (`StructuredOutput`); it ends where nothing may follow.
-      n: how many answers to draw, >= 1; 1 when greedy.
+      structured_output: form that the answer must have (`StructuredOutput`); it ends where nothing may follow.
+      n: number of answers to draw, >= 1; 1 when greedy.
 
     Raises:
       UserError: a value of the wrong kind or out of range; the sentence names the field.
@@ -110,11 +111,13 @@ class SamplingParams:
             raise UserError(f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})")
 
     def resolved(self, generation_defaults: Any = None) -> "SamplingParams":
-        """A copy with every option set that has a neutral value; ``seed`` and the log-probability counts may stay None.
+        """Return a copy whose unset options are filled in from ``generation_defaults``, else with a neutral value.
+
+        ``seed`` and the log-probability counts may stay None.
 
         Args:
           generation_defaults: any object; its attributes ``temperature``, ``top_k``, ``top_p``,
-            ``repetition_penalty`` fill what is unset, where present and not None. ``do_sample`` False means greedy.
+            ``repetition_penalty`` set unset options, where present and not None. ``do_sample`` False means greedy.
         """
         values = dict(NEUTRAL)
         for name in FROM_CHECKPOINT:
@@ -126,7 +129,7 @@ class SamplingParams:
         return replace(self, **{name: value for name, value in values.items() if getattr(self, name) is None})
 
     def check(self, vocab_size: int) -> "SamplingParams":
-        """Returns itself; UserError when a token id in ``logit_bias`` or ``stop_token_ids`` is not below vocab_size."""
+        """Return self if all ids in ``logit_bias`` and ``stop_token_ids`` are below vocab_size; UserError otherwise."""
         for name in ("logit_bias", "stop_token_ids"):
             for token in getattr(self, name) or ():
                 if token >= vocab_size:
@@ -135,12 +138,12 @@ class SamplingParams:
 
     @property
     def uses_counts(self) -> bool:
-        """Whether a penalty is on, so that the sampler has to know which tokens were seen (call on resolved params)."""
+        """True when a penalty is on: the sampler then needs counts of the tokens seen. Options must be `resolved`."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     @cached_property
     def scalars(self) -> tuple[tuple[float, ...], tuple[int, ...]]:
-        """(f32 options, integer options) in the order of ``sampler.pack_rows``; made once per request."""
+        """Sampling options as numbers, floats and then integers, in the order of ``padded_batch.pack_rows``."""
         floats = (self.temperature, self.top_p, self.min_p, self.repetition_penalty, self.presence_penalty,
                   self.frequency_penalty)  # fmt: skip
         seed = (self.seed or 0) & (2**64 - 1)
@@ -150,7 +153,7 @@ class SamplingParams:
 
     @cached_property
     def bias(self) -> tuple[np.ndarray, np.ndarray]:
-        """``logit_bias`` as (ids int32[n], values float32[n])."""
+        """``logit_bias`` as two arrays: token ids int32[n] and values float32[n]."""
         bias = self.logit_bias or {}
         return np.fromiter(bias.keys(), np.int32, len(bias)), np.fromiter(bias.values(), np.float32, len(bias))
 
@@ -202,7 +205,7 @@ def _logit_bias(value: Any) -> dict[int, float] | None:
     if not isinstance(value, Mapping):
         raise UserError(f"logit_bias must be a mapping of token id to value, not {type(value).__name__}")
     if len(value) > MAX_LOGIT_BIAS:
-        raise UserError(f"logit_bias has {len(value)} entries; at most {MAX_LOGIT_BIAS} are allowed")
+        raise UserError(f"logit_bias must have at most {MAX_LOGIT_BIAS} entries, not {len(value)}")
     bias = {}
     for token, amount in value.items():
         if isinstance(token, str) and token.isascii() and token.isdigit():
@@ -223,7 +226,7 @@ def _stop(value: Any) -> tuple[str, ...] | None:
     if not isinstance(strings, Sequence) or not all(isinstance(s, str) and s for s in strings):
         raise UserError(f"stop must be a non-empty string or a list of them, not {value!r}")
     if len(strings) > MAX_STOP:
-        raise UserError(f"stop has {len(strings)} strings; at most {MAX_STOP} are allowed")
+        raise UserError(f"stop must have at most {MAX_STOP} strings, not {len(strings)}")
     return tuple(strings)
 
 
@@ -234,7 +237,7 @@ def _stop_token_ids(value: Any) -> tuple[int, ...] | None:
         raise UserError(f"stop_token_ids must be a list of token ids, not {value!r}")
     ids = tuple(dict.fromkeys(_as_int("stop_token_ids: a token id", token) for token in value))
     if len(ids) > MAX_STOP:
-        raise UserError(f"stop_token_ids has {len(ids)} ids; at most {MAX_STOP} are allowed")
+        raise UserError(f"stop_token_ids must have at most {MAX_STOP} ids, not {len(ids)}")
     for token in ids:
         if not 0 <= token < 2**31:
             raise UserError(f"stop_token_ids: token id {token} is not in the vocabulary")

@@ -1,4 +1,4 @@
-"""What a caller may ask an answer to look like, validated. No JAX here, and not the grammar library."""
+"""Form that an answer must have, as callers give it, validated. No JAX here, and not the grammar library."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from qwen_jax.errors import UserError
 
 @dataclass(frozen=True)
 class StructuredOutput:
-    """What an answer must look like; exactly one field is set. Hashable.
+    """Form that an answer must have; exactly one field is set. Hashable.
 
     Attributes:
       json_schema: a JSON schema, as a mapping or JSON text; kept as JSON text, properties in the order given.
-      regex: the whole answer matches it (Rust's syntax: no look-around, no back-references).
-      choice: the answer is one of these strings.
-      json_object: the answer is any JSON object.
+      regex: regular expression for the whole answer (Rust's syntax: no look-around, no back-references).
+      choice: strings of which the answer is one.
+      json_object: whether the answer is any JSON object.
       grammar: a Lark grammar, in llguidance's dialect.
 
     Raises:
-      UserError: none or several are set, or a value of the wrong kind. Whether a grammar makes sense is found by
+      UserError: no field or several are set, or a value of the wrong kind. Errors in a grammar itself are found by
         ``GrammarCompiler.matcher``.
     """
 
@@ -51,7 +51,7 @@ class StructuredOutput:
 
     @property
     def kind(self) -> str:
-        """The field that is set."""
+        """Name of the field that is set."""
         return next(name for name in _FIELDS if getattr(self, name) not in (None, False))
 
 
@@ -59,7 +59,7 @@ _FIELDS = tuple(StructuredOutput.__dataclass_fields__)
 
 
 def from_response_format(value: Mapping[str, Any] | None) -> StructuredOutput | None:
-    """OpenAI's ``response_format``; None for plain text. Schemas are always enforced, whatever ``strict`` says."""
+    """Make a `StructuredOutput` from OpenAI's ``response_format``; None for plain text. ``strict`` changes nothing."""
     if value is None:
         return None
     kind = value.get("type") if isinstance(value, Mapping) else None
@@ -76,23 +76,26 @@ def from_response_format(value: Mapping[str, Any] | None) -> StructuredOutput | 
 
 
 def from_guided(options: Mapping[str, Any]) -> StructuredOutput | None:
-    """vLLM's options: ``json``, ``regex``, ``choice``, ``grammar``, ``json_object``, each with or without ``guided_``
-    before it; None when none is set. Other names are refused."""
+    """Make a `StructuredOutput` from vLLM's options for it; None when none is set. UserError for other names.
+
+    They are ``json``, ``regex``, ``choice``, ``grammar`` and ``json_object``, with or without ``guided_`` before them.
+    """
     names = {"json": "json_schema", **{name: name for name in ("regex", "choice", "grammar", "json_object")}}
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for key, value in options.items():
         name = names.get(key.removeprefix("guided_"))
         if name is None:
             raise UserError(f"unknown structured output option {key!r}: use {', '.join(names)}")
         if value in (None, False):
             continue
-        if name in found:
+        if name in fields:
             raise UserError(f"structured output option {key!r} is given twice")
-        found[name] = value
-    return StructuredOutput(**found) if found else None
+        fields[name] = value
+    return StructuredOutput(**fields) if fields else None
 
 
 def _schema_text(schema: Any) -> str:
+    """Return a JSON schema, a mapping or JSON text, as checked JSON text."""
     try:
         value = json.loads(schema) if isinstance(schema, str) else schema
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
@@ -104,6 +107,7 @@ def _schema_text(schema: Any) -> str:
 
 
 def _text(name: str, value: Any) -> str:
+    """Return the value of field ``name`` if it is a non-empty string with a UTF-8 encoding, else raise UserError."""
     if not isinstance(value, str) or not value:
         raise UserError(f"{name} must be a non-empty string, not {value!r}")
     try:

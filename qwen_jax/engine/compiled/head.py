@@ -1,33 +1,69 @@
-"""From final hidden states to sampled tokens and log-probabilities."""
+"""Language model head inside a step: samples tokens from hidden states, and computes prompts' log-probabilities."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
-from qwen_jax.engine.compiled.sampler import (
-    Sampled,
-    SamplingRows,
-    count_prompt,
-    sample,
-    top_logprobs,
-)
+from qwen_jax.engine.compiled.sampler import Sampled, SamplingRows, count_prompt, sample, top_logprobs
 from qwen_jax.engine.compiled.state import PromptScores, StepBatch
 from qwen_jax.model import Qwen2
 
 SCORED_TOKENS = 64  # prompt positions whose logits [SCORED_TOKENS, V] exist at once
-
-REUSED_TOKENS = 512  # entered into the counts at once
-
+REUSED_TOKENS = 512  # reused tokens of each row that are added to the counts at once
 SAMPLED_ROWS = 32  # rows whose logits [SAMPLED_ROWS, V] exist at once
 
 
+def sample_rows(model: Qwen2, hidden, sampling: SamplingRows, slots, *, allowed, counts, vocab_limit) -> Sampled:
+    """Compute logits of ``hidden[R, D]`` and sample a token for each row, at most ``SAMPLED_ROWS`` rows at a time."""
+
+    def sample_group(group):
+        hidden, sampling, slots, allowed = group
+        return sample(model.logits(hidden), sampling, counts, slots, vocab_limit=vocab_limit, allowed=allowed)
+
+    rows = len(hidden)
+    inputs = hidden, sampling, slots, allowed
+    if rows <= SAMPLED_ROWS or rows % SAMPLED_ROWS:
+        return sample_group(inputs)
+    groups = jax.tree.map(lambda x: x.reshape(-1, SAMPLED_ROWS, *x.shape[1:]), inputs)
+    return jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), jax.lax.map(sample_group, groups))
+
+
+def score_prompt(model: Qwen2, hidden, targets, vocab_limit) -> PromptScores:
+    """Return the log-probabilities of prompt tokens ``targets[R, T]`` after final hidden states ``hidden[R, T, D]``.
+
+    Positions without a target (-1) are put last, and blocks of them are skipped at run time.
+    """
+    block_size = min(SCORED_TOKENS, targets.size)
+    flat_hidden, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    order = jnp.argsort(flat_targets < 0, stable=True)
+
+    def score_block(positions):
+        def scores():
+            return top_logprobs(model.logits(flat_hidden[positions]), jnp.maximum(flat_targets[positions], 0),
+                                vocab_limit)
+
+        def zeros():
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(scores))
+
+        return jax.lax.cond(jnp.any(flat_targets[positions] >= 0), scores, zeros)
+
+    def in_place(x):
+        """Undo the reordering by ``order``: move values ``[blocks, block_size, ...]`` to their targets' places."""
+        x = x.reshape(-1, *x.shape[2:])
+        return jnp.zeros_like(x).at[order].set(x, unique_indices=True).reshape(*targets.shape, *x.shape[1:])
+
+    return PromptScores(*map(in_place, jax.lax.map(score_block, order.reshape(-1, block_size))))
+
 
 def count_reused(counts, batch: StepBatch):
-    """Enters the tokens that no step of this sequence computes: as many turns as the longest reused prefix needs."""
+    """Add the tokens that rows in their first step reuse from the prefix cache to the token counts, for penalties.
+
+    ``REUSED_TOKENS`` of every row are added at a time, until the row with the most is done.
+    """
     width = batch.reused.shape[1]
     size = min(REUSED_TOKENS, width)
-    most = jnp.max(jnp.where(batch.first, batch.start, 0))
+    longest = jnp.max(jnp.where(batch.first, batch.start, 0))
 
     def body(index, counts):
         begin = jnp.minimum(index * size, width - size)  # the last turn may repeat some: those are left out
@@ -36,43 +72,4 @@ def count_reused(counts, batch: StepBatch):
         valid = batch.first[:, None] & (positions < batch.start[:, None]) & (positions >= index * size)
         return count_prompt(counts, batch.slots, tokens, valid, positions >= batch.prompt_length[:, None])
 
-    return jax.lax.fori_loop(0, (most + size - 1) // size, body, counts)
-
-
-
-def sample_rows(model: Qwen2, hidden, sampling: SamplingRows, slots, allowed, counts, vocab_limit) -> Sampled:
-    """Head and sampling for ``hidden[R, D]``, at most ``SAMPLED_ROWS`` rows at a time."""
-
-    def some(item):
-        hidden, sampling, slots, allowed = item
-        return sample(model.logits(hidden), sampling, counts, slots, vocab_limit, allowed)
-
-    rows = len(hidden)
-    items = hidden, sampling, slots, allowed
-    if rows <= SAMPLED_ROWS or rows % SAMPLED_ROWS:
-        return some(items)
-    parts = jax.tree.map(lambda x: x.reshape(-1, SAMPLED_ROWS, *x.shape[1:]), items)
-    return jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), jax.lax.map(some, parts))
-
-
-
-def score_prompt(model: Qwen2, hidden, targets, vocab_limit) -> PromptScores:
-    """Log-probabilities of ``targets[R, T]``. Positions that want none come last and are skipped at run time."""
-    block = min(SCORED_TOKENS, targets.size)
-    flat, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    order = jnp.argsort(wanted < 0, stable=True)
-
-    def one(places):
-        def some():
-            return top_logprobs(model.logits(flat[places]), jnp.maximum(wanted[places], 0), vocab_limit)
-
-        def nothing():
-            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(some))
-
-        return jax.lax.cond(jnp.any(wanted[places] >= 0), some, nothing)
-
-    def back(x):  # [blocks, block, ...] in `order`
-        x = x.reshape(-1, *x.shape[2:])
-        return jnp.zeros_like(x).at[order].set(x, unique_indices=True).reshape(*targets.shape, *x.shape[1:])
-
-    return PromptScores(*map(back, jax.lax.map(one, order.reshape(-1, block))))
+    return jax.lax.fori_loop(0, (longest + size - 1) // size, body, counts)

@@ -9,24 +9,22 @@ import jax
 from qwen_jax.config import ModelConfig
 from qwen_jax.model.lora import adapt_site
 
-NO_ADAPTER = 0  # the slot whose values stay zero
-
+NO_ADAPTER = 0  # the adapter slot whose values stay zero
 
 
 class Adapters(NamedTuple):
-    """What a step is given. Slot 0 is no adapter."""
+    """Weights of all loaded LoRA adapters, stacked along an axis of A slots. Slot 0 stands for no adapter."""
 
-    layers: tuple[dict[str, jax.Array], ...]  # per layer: {target}.a [S, r, I], {target}.b [S, O, r]
-    scale: jax.Array  # f32[S]
+    layers: tuple[dict[str, jax.Array], ...]  # per layer: {target}.a [A, r, I], {target}.b [A, O, r]
+    scale: jax.Array  # f32[A]
 
 
-
-def adapt_rows(config: ModelConfig, adapters: Adapters, slots: jax.Array):
-    """``adapt`` for ``Qwen2.hidden``: row b with the adapter in slot ``slots[b]`` (i32[R])."""
-    scale = adapters.scale[slots]
-    rows = [{name: values[slots] for name, values in layer.items()} for layer in adapters.layers]
+def adapt_rows(config: ModelConfig, adapters: Adapters, adapter_slots: jax.Array):
+    """Return the function with which ``Qwen2.hidden`` applies to row b the adapter in slot ``adapter_slots[b]``."""
+    scale = adapters.scale[adapter_slots]
+    rows = [{name: values[adapter_slots] for name, values in layer.items()} for layer in adapters.layers]
 
     def adapt(layer: int, site: str, x: jax.Array, y: jax.Array) -> jax.Array:
-        return adapt_site(config, rows[layer], scale, site, x, y)
+        return adapt_site(config, rows[layer], scale, site=site, x=x, y=y)
 
     return adapt

@@ -1,4 +1,4 @@
-"""Finds, row by row, numbers that are of no use: not finite, or beyond what 8 bits hold."""
+"""Numeric guard: finds the rows of a batch with unusable numbers, not finite or beyond what their 8 bits hold."""
 
 from __future__ import annotations
 
@@ -13,49 +13,54 @@ from qwen_jax.quantization import FP8Tensor
 
 
 class Guard:
-    """Looks at what a step computes while it is traced.
+    """Finder of rows whose numbers become unusable in a step; its checks are traced into the step's program.
 
-    A row trips where its queries, keys and values show it; other rows do not.
+    A row trips when its own queries, keys or values show unusable numbers; other rows do not.
 
     Attributes:
-      trips: i32 ``[R]``, 0 or 1 + the first layer in which it showed; the number of layers stands for what comes after
-        the last one.
+      trips: i32 ``[R]``, 0 or 1 + the first layer in which a row tripped; the number of layers stands for what comes
+        after the last one.
     """
 
     def __init__(self, known: jax.Array) -> None:
-        """known: bool ``[R, T]``, positions that are no padding."""
+        """Begin with no tripped row. known: bool ``[R, T]``, positions to be checked: those that are no padding."""
         self._known = known
         self.trips = jnp.zeros(len(known), jnp.int32)
 
-    def storable(self, layer: int, written: Iterable[tuple[EightBitPages, jax.Array]], offset: int = 0) -> None:
-        """Keys and values ``[R, T, K, H]`` on their way into 8-bit pages; offset: of their first position."""
-        for pages, values in written:
-            self._trip(layer, jnp.any(pages.beyond(values), axis=(2, 3)), offset)
+    def check_storable(self, layer: int, written: Iterable[tuple[EightBitPages, jax.Array]], offset: int = 0) -> None:
+        """Mark as tripped the rows with keys or values ``[R, T, K, H]`` that their 8-bit pages cannot hold.
 
-    def finite(self, layer: int, x: jax.Array, offset: int = 0) -> None:
-        """``x[R, T, ...]`` that a layer computed; offset: of its first position."""
+        offset: place of the first of these tokens in the row.
+        """
+        for pages, values in written:
+            self._trip(layer, jnp.any(pages.out_of_range(values), axis=(2, 3)), offset)
+
+    def check_finite(self, layer: int, x: jax.Array, offset: int = 0) -> None:
+        """Mark as tripped the rows with NaN or Inf in ``x[R, T, ...]``, which a layer computed."""
         self._trip(layer, ~jnp.all(jnp.isfinite(x), axis=tuple(range(2, x.ndim))), offset)
 
     def _trip(self, layer: int, wrong: jax.Array, offset: int) -> None:
-        """wrong: bool ``[R, T]``."""
+        """Mark rows with an unusable number at any known position as tripped in a layer. wrong: bool ``[R, T]``."""
         rows = jnp.any(wrong & self._known[:, offset:offset + wrong.shape[1]], axis=1)
         self.trips = jnp.where((self.trips == 0) & rows, layer + 1, self.trips)
 
 
 def damaged_weights(model: Qwen2) -> jax.Array:
-    """0, or 1 + the first layer with a scale of weights that is not a positive number, i32. That trips all rows, and is
-    asked once for all the tokens of a step."""
+    """Return 1 + the first layer whose 8-bit weights have a scale that is not a positive number; 0 without one.
+
+    Damaged weights trip all rows. They are checked once for all the tokens of a step.
+    """
     num_layers = model.config.num_layers
-    found = [jnp.int32(num_layers + 2)]
+    layers = [jnp.int32(num_layers + 2)]
     for path, value in params_of(model).items():
         if isinstance(value, FP8Tensor):
             layer = int(path.split(".")[1]) if path.startswith("layers.") else num_layers
             fine = jnp.all((value.scale > 0) & jnp.isfinite(value.scale))
-            found.append(jnp.where(fine, found[0], layer + 1))
-    first = jnp.min(jnp.stack(found))
-    return jnp.where(first == found[0], 0, first)
+            layers.append(jnp.where(fine, layers[0], layer + 1))
+    first = jnp.min(jnp.stack(layers))
+    return jnp.where(first == layers[0], 0, first)
 
 
-def first_trip(one: jax.Array, other: jax.Array) -> jax.Array:
-    """Of two i32 arrays of trips, the earlier layer."""
-    return jnp.where((one > 0) & ((other == 0) | (one < other)), one, other)
+def earlier_trip(trips: jax.Array, others: jax.Array) -> jax.Array:
+    """Return for each row the earlier of two trips: i32[R], 1 + the layer in which it tripped, 0 for none."""
+    return jnp.where((trips > 0) & ((others == 0) | (trips < others)), trips, others)

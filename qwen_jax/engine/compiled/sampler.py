@@ -1,10 +1,11 @@
-"""Sampling inside the executable: every option, one compiled program, and the vocabulary is never sorted.
+"""Sampling of tokens inside a compiled step, one program for all options. The vocabulary is never sorted.
 
 Order (Hugging Face's): repetition, presence and frequency penalties, bias; temperature; top-k; top-p on what top-k
-left; min-p (vLLM takes min-p before top-k and top-p); then one draw. What nobody in the batch uses is skipped at run
-time by ``lax.cond`` or a loop of zero passes; nothing is recompiled. A neighbour's options cannot change a row's token.
+left; min-p (vLLM takes min-p before top-k and top-p); then one draw. Options that no row of the batch uses are skipped
+at run time by ``lax.cond`` or a loop of zero passes; nothing is recompiled. A neighbour's options cannot change a row's
+token.
 
-Non-finite logits do not fail: the row gets some id below ``vocab_limit``, and finding the fault is the caller's.
+Non-finite logits do not fail: the row gets some id below ``vocab_limit``, and finding the fault is up to the caller.
 """
 
 from typing import NamedTuple
@@ -22,7 +23,7 @@ GREEDY_BELOW = 1e-5  # temperatures below this are greedy: logits divided by les
 
 
 class SamplingRows(NamedTuple):
-    """Options of the R rows of one step. See ``SamplingParams`` for meanings; everything is set here."""
+    """Sampling options of the R rows of one step, none of them unset. Meanings are those of ``SamplingParams``."""
 
     temperature: jax.Array  # f32[R]; 0 is greedy
     top_k: jax.Array  # i32[R]; <= 0 is off
@@ -39,27 +40,31 @@ class SamplingRows(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """One step's result. Rows that asked for no log-probabilities get 0, ids -1 and -inf in the last three."""
+    """Sampled tokens of R rows and their log-probabilities.
+
+    Rows that ask for no log-probabilities have 0 for the token, and ids -1 with -inf for the most likely tokens.
+    """
 
     tokens: jax.Array  # i32[R]
-    logprobs: jax.Array  # f32[R], of the chosen token: log-softmax of the logits as the model gave them
+    logprobs: jax.Array  # f32[R], log-softmax of the chosen token's logit as the model gave it
     top_ids: jax.Array  # i32[R, 20], most likely first; -1 where the vocabulary has fewer
     top_logprobs: jax.Array  # f32[R, 20]
 
 
 def clear_counts(counts, slots, first) -> jax.Array:
-    """Forgets what other sequences left: counts i32[S, V], slots i32[R], first bool[R]."""
+    """Set the token counts of rows in their first step to 0: counts i32[S, V], slots i32[R], first bool[R]."""
     return counts.at[jnp.where(first, slots, counts.shape[0])].set(0, mode="drop")
 
 
 def count_prompt(counts, slots, tokens, valid, is_output) -> jax.Array:
-    """Enters a prefill chunk into ``token_counts``.
+    """Add the tokens of a prefill chunk to the token counts, which penalties are computed from.
 
     Args:
       counts: i32[S, V].
       slots: i32[R], the row's place in counts.
-      tokens, valid, is_output: i32/bool[R, T]; is_output marks tokens that were generated before (a request prefilled
-        again after preemption). Invalid positions are ignored.
+      tokens: i32[R, T].
+      valid: bool[R, T]; other positions are ignored.
+      is_output: bool[R, T], marks tokens that were generated before (a request prefilled again after preemption).
     """
     nowhere = counts.shape[0]
     prompt_slot = jnp.where(valid & ~is_output, slots[:, None], nowhere)
@@ -71,20 +76,20 @@ def count_prompt(counts, slots, tokens, valid, is_output) -> jax.Array:
 
 
 def count_output(counts, slots, tokens, valid) -> jax.Array:
-    """Enters one generated token per row: counts i32[S, V], slots and tokens i32[R], valid bool[R]."""
+    """Add one generated token per row to counts i32[S, V]: slots and tokens i32[R], valid bool[R]."""
     return counts.at[jnp.where(valid, slots, counts.shape[0]), tokens].add(1, mode="drop")
 
 
 def sample(logits, rows: SamplingRows, counts, slots, vocab_limit, allowed=None) -> Sampled:
-    """Draws one token per row.
+    """Sample one token per row from its logits, by the options of the row.
 
     Args:
       logits: f32[R, V].
       rows: options of the rows.
       counts: i32[S, V] token counts; read only if a row has a penalty.
-      slots: i32[R], each row's place in counts (any valid one for padding).
+      slots: i32[R], each row's place in counts (any valid place for padding).
       vocab_limit: i32 scalar; ids at or above it do not exist, neither as tokens nor in log-probabilities.
-      allowed: masks as ``grammar.apply_mask`` takes them; None allows everything.
+      allowed: masks of allowed tokens, as `apply_mask` takes them; None allows everything.
     """
     logits = jnp.where(jnp.arange(logits.shape[1]) < vocab_limit, logits.astype(jnp.float32), -jnp.inf)
     scores = _penalised(logits, rows, counts, slots)
@@ -97,21 +102,24 @@ def sample(logits, rows: SamplingRows, counts, slots, vocab_limit, allowed=None)
         lambda: best,
         lambda: jnp.where(greedy, best, jnp.minimum(draw(scores, top, rows, ~greedy), vocab_limit - 1)),
     )
-    asked = rows.logprobs >= 0
-    size = len(asked)
+    wanted = rows.logprobs >= 0
+    size = len(wanted)
     none = (jnp.zeros(size), jnp.full((size, MAX_LOGPROBS), -1, jnp.int32), jnp.full((size, MAX_LOGPROBS), -jnp.inf))
 
-    def some():
-        found = top_logprobs(logits, tokens, vocab_limit)
-        return tuple(jnp.where(asked.reshape(-1, *[1] * (x.ndim - 1)), x, y) for x, y in zip(found, none, strict=True))
+    def logprobs_where_wanted():
+        scores = top_logprobs(logits, tokens, vocab_limit)
+        return tuple(jnp.where(wanted.reshape(-1, *[1] * (x.ndim - 1)), x, neutral)
+                     for x, neutral in zip(scores, none, strict=True))
 
-    return Sampled(tokens, *lax.cond(jnp.any(asked), some, lambda: none))
+    return Sampled(tokens, *lax.cond(jnp.any(wanted), logprobs_where_wanted, lambda: none))
 
 
 def top_logprobs(logits, tokens, vocab_limit) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Log-softmax over ids below vocab_limit: (of ``tokens`` f32[R], ids i32[R, 20], log-probabilities f32[R, 20]).
+    """Return log-probabilities over ids below vocab_limit, of chosen tokens and of the 20 most likely ones.
 
-    Args: logits f32[R, V]; tokens i32[R]; vocab_limit i32 scalar. Prompt log-probabilities use this too.
+    Args: logits f32[R, V]; tokens i32[R], the chosen ones; vocab_limit i32 scalar.
+    Returns: log-probabilities of ``tokens`` f32[R]; the most likely ids i32[R, 20] and their log-probabilities
+    f32[R, 20].
     """
     logits = jnp.where(jnp.arange(logits.shape[1]) < vocab_limit, logits, -jnp.inf)
     norm = jax.nn.logsumexp(logits, axis=1, keepdims=True)
@@ -125,7 +133,7 @@ def top_logprobs(logits, tokens, vocab_limit) -> tuple[jax.Array, jax.Array, jax
 
 
 def _penalised(logits, rows, counts, slots):
-    """Logits after penalties and bias. A neutral row comes out bit for bit as it went in."""
+    """Return logits after penalties and bias. A row without these options is returned bit for bit."""
 
     def penalties(scores):
         seen = counts[slots]
@@ -146,6 +154,6 @@ def _penalised(logits, rows, counts, slots):
 
 
 def apply_mask(scores: jax.Array, mask: jax.Array) -> jax.Array:
-    """Scores f32[R, V] with -inf where the mask, int32 or uint32 [R, W], has no bit. Other values are untouched."""
+    """Set scores f32[R, V] to -inf where the mask, int32 or uint32 [R, ceil(V / 32)], has no bit for the token."""
     bits = (mask[:, :, None] >> jnp.arange(32, dtype=mask.dtype)) & 1
     return jnp.where(bits.reshape(len(mask), -1)[:, : scores.shape[1]] != 0, scores, -jnp.inf)

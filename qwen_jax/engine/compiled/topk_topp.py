@@ -1,7 +1,7 @@
-"""One draw per row from [R, V] scores: temperature, top-k, top-p, min-p, inverse CDF. The vocabulary is never sorted.
+"""Random draws of tokens from [R, V] scores: temperature, top-k, top-p, min-p, inverse CDF, without sorting V.
 
-Each truncation keeps the tokens whose weight is at or above a threshold, so tokens that tie with the last kept one (in
-float32) are kept too. A threshold is looked up among the 64 highest weights when it lies there, as it nearly always
+Each truncation keeps the tokens whose weight is at or above a threshold, so tokens that tie with the last kept token
+(in float32) are kept too. A threshold is looked up among the 64 highest weights when it lies there, as it nearly always
 does; otherwise it is found by bisection. It depends on its own row alone.
 """
 
@@ -10,18 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-CANDIDATES = 64
-BLOCK = 128
+CANDIDATES = 64  # highest weights of a row that are listed
+BLOCK = 128  # elements that one reduction sums up
 
 
 def draw(scores, top, rows, active) -> jax.Array:
-    """Tokens i32[R] drawn after temperature and truncation.
+    """Draw a token i32 for each row from its scores, after temperature, top-k, top-p and min-p.
 
     Args:
-      scores: f32[R, V] logits after penalties and bias; -inf is never drawn while anything else is there.
+      scores: f32[R, V] logits after penalties and bias; -inf is never drawn while another score is finite.
       top: f32[R], the highest score of each row.
       rows: ``sampler.SamplingRows``.
-      active: bool[R]; other rows (greedy ones) get any token.
+      active: bool[R]; other rows (greedy rows) get any token.
     """
     temperature = jnp.where(active, rows.temperature, 1)[:, None]
     weights = jnp.exp((scores - top[:, None]) / temperature)  # probabilities up to a factor; the most likely has 1
@@ -31,16 +31,16 @@ def draw(scores, top, rows, active) -> jax.Array:
 
 
 def uniforms(seed, step) -> jax.Array:
-    """f32[R] in [0, 1): row r's number depends on (seed[r], step[r]) and nothing else."""
+    """Return a random number in [0, 1) for each row, f32[R], which depends on its seed and its step alone."""
 
-    def one(seed, step):
+    def uniform(seed, step):
         return jax.random.uniform(jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step))
 
-    return jax.vmap(one)(seed, step)
+    return jax.vmap(uniform)(seed, step)
 
 
 def _truncated(weights, rows, active):
-    """Weights f32[R, V] with 0 for tokens outside top-k, top-p or min-p. Rows that are not active keep theirs."""
+    """Set weights f32[R, V] to 0 for tokens outside top-k, top-p or min-p. Rows that are not active keep theirs."""
     vocab = weights.shape[1]
     listed, _ = top_k(weights, min(CANDIDATES, vocab))
     size = listed.shape[1]
@@ -65,20 +65,22 @@ def _truncated(weights, rows, active):
     )  # fmt: skip
     floor = jnp.where(in_list, _at(listed, jnp.argmax(reached, axis=1)), floor)
     floor = jnp.maximum(jnp.where(nucleus, floor, 0), jnp.where(active, rows.min_p, 0))
-    floor = jnp.minimum(floor, listed[:, 0])  # the most likely token stays, whatever rounding made of its weight
+    floor = jnp.minimum(floor, listed[:, 0])  # the most likely token stays, however its weight was rounded
     return jnp.where(weights >= floor[:, None], weights, 0)
 
 
 def _bisected(measure, target, total, high, at_most_one, wanted):
-    """Largest t f32[R] in [0, high] with measure(t) >= target: bisection over bit patterns, at most 31 passes over V.
+    """Find for each row the largest threshold t in [0, high] with measure(t) >= target, in at most 31 passes over V.
 
-    The bits of floats that are not negative are integers in the same order: exact, and quick to reach a tiny t.
+    Bisects the bit patterns: those of floats that are not negative are integers in the same order. So the result is
+    exact, and a tiny t is reached quickly.
 
     Args:
-      measure: t f32[R, 1] -> [R], how much lies at or above t.
+      measure: function of t f32[R, 1] that returns [R], how much lies at or above t.
       total: [R], measure(0); not below the target.
-      at_most_one: (measure(low) - measure(high), low f32[R]) -> bool[R]: no two elements are left in [low, high), so
-        the set of elements at or above low is decided. For a float32 sum: or none that the sum can resolve.
+      at_most_one: function of (measure(low) - measure(high), low f32[R]) that returns bool[R], whether at most one
+        element is left in [low, high), so that the set of elements at or above low is decided. For a float32 sum also
+        true where the sum cannot resolve the elements left.
       wanted: bool[R]; other rows cost no pass and get 0.
     """
 
@@ -105,12 +107,12 @@ def _bisected(measure, target, total, high, at_most_one, wanted):
 
 
 def _blocks(x, fill):
-    """[R, V] -> [R, ceil(V / BLOCK), BLOCK]; two short reductions are faster than one long one, and parallel."""
+    """Reshape [R, V] to [R, ceil(V / BLOCK), BLOCK]: two short reductions are faster than a long one, and parallel."""
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK)), constant_values=fill).reshape(len(x), -1, BLOCK)
 
 
 def top_k(x, k):
-    """Highest k of each row, highest first: (values, ids)."""
+    """Return the k highest values of each row, highest first, and their ids."""
     # Without the barriers XLA merges a slice of the result into its expansion of top-k, a sort of the whole row, and no
     # longer recognises it: 300 ms instead of 2 for [8, 151936] on a CPU. One barrier for both results crashes XLA's
     # compiler where there are several devices.
@@ -119,12 +121,12 @@ def top_k(x, k):
 
 
 def _at(x, index):
-    """x[r, index[r]] for each row r."""
+    """Return x[r, index[r]] for each row r."""
     return jnp.take_along_axis(x, index.reshape(-1, *[1] * (x.ndim - 1)), axis=1)[:, 0]
 
 
 def max_and_argmax(x):
-    """Largest value [R] of x[R, V] and the first index i32[R] that has it."""
+    """Return the largest value [R] of each row of x[R, V], and the first index i32[R] that has it."""
     blocks = _blocks(x, -jnp.inf)
     highest = jnp.max(blocks, axis=2)
     block = jnp.argmax(highest, axis=1)
@@ -133,10 +135,10 @@ def max_and_argmax(x):
 
 
 def inverse_cdf(weights, u):
-    """First id whose cumulative weight exceeds u times the total: weights f32[R, V], u f32[R] in [0, 1] -> i32[R].
+    """Return the first id i32[R] whose cumulative weight exceeds u times the total: weights f32[R, V], u f32[R].
 
-    Sums blocks, and blocks of blocks; then picks one and descends into it. An id of weight 0 is never returned while
-    another one is positive: where rounding leaves nothing above the target, it is the last positive id.
+    Sums blocks, and blocks of blocks; then picks a block and descends into it. An id of weight 0 is never returned
+    while another weight is positive: where rounding leaves nothing above the target, it is the last positive id.
     """
     levels = [weights[:, None]]
     while levels[-1].shape[1] * levels[-1].shape[2] > BLOCK:
@@ -154,14 +156,18 @@ def inverse_cdf(weights, u):
 
 
 def running_sum(x):
-    """Cumulative sums of x[R, n] for a small n, as one product: XLA:CPU compiles ``cumsum`` to hundreds of operations,
-    which took a third of a program's compile time."""
+    """Return the cumulative sums of each row of x[R, n] for a small n, computed as one matrix product.
+
+    XLA:CPU compiles ``cumsum`` to hundreds of operations, which took a third of a program's compile time.
+    """
     upper = np.triu(np.ones((x.shape[1],) * 2, np.float32))
     return jnp.dot(x, upper, precision=lax.Precision.HIGHEST)
 
 
 def _first_above(cumulative, weights, target):
-    """First index with a positive weight whose cumulative weight exceeds target[R], else the last positive one."""
+    """Return each row's first index with a positive weight whose cumulative weight exceeds target[R], or else its last
+    index with a positive weight.
+    """
     positive = weights > 0
     above = positive & (cumulative > target[:, None])
     last = weights.shape[1] - 1 - jnp.argmax(positive[:, ::-1], axis=1)

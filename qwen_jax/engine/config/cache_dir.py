@@ -7,6 +7,6 @@ from pathlib import Path
 
 
 def default_cache_dir() -> Path:
-    """``$QWEN_JAX_CACHE``, else ``~/.cache/qwen-jax``; the programs are in ``executables`` below it."""
+    """Return the folder of compiled programs: ``executables`` in ``$QWEN_JAX_CACHE``, else in ``~/.cache/qwen-jax``."""
     root = os.environ.get("QWEN_JAX_CACHE")
     return (Path(root) if root else Path.home() / ".cache" / "qwen-jax") / "executables"

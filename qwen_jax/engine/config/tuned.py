@@ -1,4 +1,4 @@
-"""What `qwen-jax tune` found for a device and a model's shape, as a file in the user's cache."""
+"""Results of `qwen-jax tune` for a device and a model's shape, as a file in the user's cache."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import logging
 import os
 import platform
 import re
-import tempfile
 from dataclasses import asdict, dataclass, field, fields, replace
 from hashlib import sha256
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qwen_jax.atomic import replace_file
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.config.cache_dir import default_cache_dir
 from qwen_jax.engine.scheduling.buckets import Grid, Limits, bucket_table, default_limits
@@ -25,23 +25,23 @@ from qwen_jax.errors import UserError
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-REFUSE = "QWEN_JAX_TUNED"  # environment variable: "0" for engines that look for no file
-# Of a model's configuration, what changes no program.
+REFUSE = "QWEN_JAX_TUNED"  # environment variable: with "0" engines look for no file
+# Fields of a model's configuration that change no program.
 _HARMLESS = ("dtype", "bos_token_id", "eos_token_id", "rope")
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """Thresholds and shapes for one kind of device and one shape of model.
+    """Schedule thresholds and bucket shapes for one kind of device and one shape of model.
 
-    Sparse attention is an approximation, and who gets it is not for a tuner to widen: its threshold may be above the
-    default's and never below. Full attention and recompute compute the same.
+    Sparse attention is an approximation, so its threshold is never below the default: tuning must not approximate more
+    prompts. Full attention and recompute compute the same.
 
     Attributes:
-      measured: beside each choice, by its name, what it was measured or predicted to do.
+      measured: content of the file, with measured or predicted times beside each choice.
       path: the file it was read from.
 
-    Raises UserError for what no engine could run.
+    Raises UserError for shapes that no engine could run.
     """
 
     policy: SchedulePolicy
@@ -50,9 +50,9 @@ class Tuned:
     path: Path | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        least = DEFAULT_POLICY.sparse_above_tokens
-        if self.policy.sparse_above_tokens < least:
-            raise UserError(f"sparse_above_tokens={self.policy.sparse_above_tokens} is below {least}: more prompts "
+        default = DEFAULT_POLICY.sparse_above_tokens
+        if self.policy.sparse_above_tokens < default:
+            raise UserError(f"sparse_above_tokens={self.policy.sparse_above_tokens} is below {default}: more prompts "
                             "would be approximated than without tuning")
         for name, values in (("decode_rows", self.grid.decode_rows),
                              ("sparse_decode_rows", self.grid.sparse_decode_rows)):
@@ -63,31 +63,34 @@ class Tuned:
         bucket_table(self.limits(64, 4096), self.policy)
 
     def limits(self, max_batch_size: int, max_seq_len: int) -> Limits:
+        """Return the limits of an engine of these sizes, with the tuned bucket shapes."""
         return default_limits(max_batch_size, max_seq_len, policy=self.policy, grid=self.grid)
 
     def choices(self) -> dict[str, Any]:
+        """Return every tuned threshold and shape by its name."""
         return asdict(self.policy) | asdict(self.grid)
 
     @classmethod
     def from_choices(cls, choices: dict[str, Any], measured: dict[str, Any] | None = None,
                      path: Path | None = None) -> Tuned:
-        """UserError for names that are missing or unknown, and for values of another type."""
-        known = {one.name for one in (*fields(SchedulePolicy), *fields(Grid))}
+        """Make a `Tuned` from a result of `choices`. UserError for missing or unknown names, or wrong types."""
+        known = {choice.name for choice in (*fields(SchedulePolicy), *fields(Grid))}
         if wrong := known ^ set(choices):
             raise UserError(f"its choices lack or do not know {', '.join(sorted(wrong))}")
         values = {name: _frozen(name, value) for name, value in choices.items()}
-        policy, grid = (kind(**{one.name: values[one.name] for one in fields(kind)}) for kind in (SchedulePolicy, Grid))
+        policy, grid = (kind(**{choice.name: values[choice.name] for choice in fields(kind)})
+                        for kind in (SchedulePolicy, Grid))
         return cls(policy, grid, measured or {}, path)
 
 
 def subject(config: ModelConfig, dtype: Any, fp8_enabled: bool) -> dict[str, Any]:
-    """What a file is about: device, model shape, element type."""
+    """Return what tuning results depend on: device, model shape, element type and whether weights are 8-bit."""
     shape = {name: value for name, value in asdict(config).items() if name not in _HARMLESS}
     return {"device": device_name(), "model": shape, "dtype": str(jnp.dtype(dtype)), "fp8": bool(fp8_enabled)}
 
 
 def device_name() -> str:
-    """Of the first device; for a CPU its model and how many processors this process may use."""
+    """Return the name of the first device; for a CPU its model and the number of cores this process may use."""
     device = jax.local_devices()[0]
     if device.platform != "cpu":
         return device.device_kind
@@ -101,15 +104,17 @@ def device_name() -> str:
 
 
 def path_of(about: dict[str, Any]) -> Path:
-    """Where the file about this `subject` is: ``tuned`` beside the executables' folder in the cache."""
+    """Return the path of the tuning results for a `subject`: in the folder ``tuned`` of the user's cache."""
     digest = sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
     name = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
     return default_cache_dir().parent / "tuned" / f"{name}-{digest}.json"
 
 
 def find(config: ModelConfig, dtype: Any, fp8_enabled: bool = False) -> Tuned | None:
-    """What was found for this device and model; None without a file, or when ``QWEN_JAX_TUNED=0``. A file that is of no
-    use is said so, and passed over."""
+    """Return the stored tuning results for this device and model; None without any, or with ``QWEN_JAX_TUNED=0``.
+
+    A file that cannot be used is skipped with a warning.
+    """
     if os.environ.get(REFUSE) == "0":
         return None
     about = subject(config, dtype, fp8_enabled)
@@ -124,7 +129,7 @@ def find(config: ModelConfig, dtype: Any, fp8_enabled: bool = False) -> Tuned | 
 
 
 def read(path: Path, about: dict[str, Any]) -> Tuned:
-    """FileNotFoundError without a file; UserError for one that is not about this `subject`, or not to be used."""
+    """Read tuning results. FileNotFoundError without the file, UserError if it is unusable or of another `subject`."""
     again = "run `qwen-jax tune` again or remove it"
     try:
         stored = json.loads(path.read_text())
@@ -146,7 +151,10 @@ def read(path: Path, about: dict[str, Any]) -> Tuned:
 
 
 def write(path: Path, about: dict[str, Any], tuned: Tuned, beside: dict[str, dict[str, Any]], **more: Any) -> Tuned:
-    """Keep ``tuned``, with what was measured ``beside`` each choice, by its name, and ``more`` for a reader."""
+    """Write tuning results to a file, and return them as `read` would.
+
+    beside: measurements to keep with each choice, by its name. more: other fields of the file, for people to read.
+    """
     stored = {"format": FORMAT, "jax": jax_version(), "about": about,
               "choices": {name: {"value": value} | beside.get(name, {}) for name, value in tuned.choices().items()},
               **more}
@@ -155,25 +163,23 @@ def write(path: Path, about: dict[str, Any], tuned: Tuned, beside: dict[str, dic
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A file that is complete or as it was before. UserError when it cannot be written."""
+    """Write a JSON file atomically. Raises UserError when it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".partial", delete=False) as file:
-            file.write(json.dumps(value, indent=1) + "\n")
-        os.replace(file.name, path)
+        replace_file(path, (json.dumps(value, indent=1) + "\n").encode(), private=True)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; set QWEN_JAX_CACHE to a folder of yours") from None
 
 
 def jax_version() -> str:
-    """As far as it decides what programs cost: major and minor."""
+    """Return the major and minor version of JAX, which decide what programs cost."""
     return ".".join(jax.__version__.split(".")[:2])
 
 
 def _frozen(name: str, value: Any) -> Any:
-    """A list as a tuple, and no numbers but integers."""
+    """Return a tuned value, an integer or a list, with lists as tuples. Raises UserError for other values."""
     if isinstance(value, list | tuple):
-        return tuple(_frozen(name, one) for one in value)
+        return tuple(_frozen(name, item) for item in value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise UserError(f"{name} must hold integers, not {value!r}")
     return value

@@ -1,4 +1,4 @@
-"""A parallel plan on the devices: replicas of the model, each with programs, pages and a scheduler of its own."""
+"""Replicas of the model under a parallel plan, each with programs, pages and a scheduler of its own."""
 
 from __future__ import annotations
 
@@ -6,123 +6,140 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-from qwen_kernels.sparse_attention import Sparsity
 
-from qwen_jax.config import ModelConfig
 from qwen_jax.engine.compiled.state import StepOutput
-from qwen_jax.engine.config import engine_config
+from qwen_jax.engine.config import memory
+from qwen_jax.engine.config.resolve import ResolvedConfig
 from qwen_jax.engine.multihost.channel import Leader
 from qwen_jax.engine.multihost.leader import LeaderRunner
 from qwen_jax.engine.runner.model_runner import Runner
-from qwen_jax.engine.runner.pipeline_runner import Pipeline
+from qwen_jax.engine.runner.pipeline_runner import PipelineRunner
 from qwen_jax.engine.runner.stage import ShardedWeights, Sizes
-from qwen_jax.engine.scheduling.buckets import Bucket, Limits
 from qwen_jax.engine.scheduling.page_pool import PagePool
-from qwen_jax.engine.scheduling.schedule_policy import SPARSE, SchedulePolicy
+from qwen_jax.engine.scheduling.schedule_policy import SPARSE
 from qwen_jax.engine.scheduling.scheduler import Scheduler
-from qwen_jax.engine.scheduling.step_plan import StepPlan
+from qwen_jax.engine.scheduling.sequence import StepPlan
 from qwen_jax.engine.weights.lora_table import AdapterTable
 from qwen_jax.engine.weights.model_shard import shards_of
 from qwen_jax.engine.weights.weight_sharding import WeightSharding
 from qwen_jax.engine.weights.weight_store import VersionedWeights
 from qwen_jax.errors import UserError
 from qwen_jax.parallel.plan import ParallelPlan, make_plan
-from qwen_jax.quantization import Precision, Ranges, default_precision
+from qwen_jax.quantization import default_precision
 
 
-class Blueprint(NamedTuple):
-    """What all plans of one engine have in common.
+@dataclass(frozen=True)
+class RunningStep:
+    """A step that a replica's devices are working on.
 
     Attributes:
-      table, limits, policy: of every replica. kv_cache_bytes: of every device; None for a share of what is free.
-      draft: the configuration of the model that guesses tokens, if there is one.
+      handle: what `Runner.start` returned.
+      planned_at, started_at: when its planning began and when its program was started, in ``time.perf_counter``.
     """
 
-    config: ModelConfig
-    dtype: Any
-    precision: Precision
-    ranges: tuple[Ranges, ...] | None
-    table: tuple[Bucket, ...]
-    limits: Limits
-    policy: SchedulePolicy
-    sparsity: tuple[Sparsity | None, ...]
-    vocab_limit: int
-    kv_cache_bytes: int | None = None
-    prefix_cache: bool = True
-    invariant: bool = False
-    draft: ModelConfig | None = None
-    cache_dir: Path | None = None
-    strict: bool = False
+    plan: StepPlan
+    handle: Any
+    planned_at: float
+    started_at: float
+
+
+@dataclass(frozen=True)
+class FinishedStep:
+    """A step whose program has ended.
+
+    Attributes:
+      output: what the program returned, on the host.
+      tokens: new tokens of each row of the plan; None for a row whose numbers were unusable.
+      ready_at: when the output was there, in ``time.perf_counter``.
+    """
+
+    plan: StepPlan
+    running: RunningStep
+    output: StepOutput
+    tokens: list[list[int] | None]
+    ready_at: float
 
 
 @dataclass(eq=False)
 class Replica:
-    """One model at work.
+    """A copy of the model with its scheduler and its runner.
 
     Attributes:
-      under_way: the step that its devices are working on: the plan, what `Runner.start` gave, and the times of its
-        planning and of its start. undelivered: the last one that ended, whose texts are still to be made.
-      step_seconds: of the last decode step, per token of a row; None before there was one.
+      running: the step that its devices are working on, if any.
+      undelivered: the last step that ended, until its results have reached the requests.
+      step_seconds: device time of the last decode step for one token per row; None before the first.
     """
 
     scheduler: Scheduler
     runner: Runner
-    under_way: tuple[StepPlan, Any, float, float] | None = None
-    undelivered: tuple[StepPlan, StepOutput, list[list[int] | None]] | None = None
+    running: RunningStep | None = None
+    undelivered: FinishedStep | None = None
     step_seconds: float | None = None
 
 
 @dataclass
 class Deployment:
-    """One plan.
+    """The replicas of a model under one parallel plan.
 
     Attributes:
-      spread: how the weights have to lie; draft_sharding: those of the draft model.
+      sharding: how the plan distributes the weights. draft_sharding: the same for the draft model, if there is one.
       replicas: empty until `build`.
     """
 
     plan: ParallelPlan
-    blueprint: Blueprint
+    config: ResolvedConfig
     sharding: WeightSharding = field(init=False)
     draft_sharding: WeightSharding | None = field(init=False, default=None)
     replicas: list[Replica] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        one, plan = self.blueprint, self.plan
-        self.sharding = WeightSharding(one.config, one.dtype, shards_of(plan), one.precision, one.ranges)
-        if one.draft:
+        config, plan = self.config, self.plan
+        self.sharding = WeightSharding(config.model, config.dtype, shards_of(plan), config.precision, config.ranges)
+        if config.draft:
             if len(plan.stages) > 1:
                 raise UserError("a draft model needs its target on the same devices: use pp_size=1, or speculation="
                                 "'ngram'")
-            beside = make_plan(one.draft, plan.data, 1, plan.tensor)
-            self.draft_sharding = WeightSharding(one.draft, one.dtype, shards_of(beside),
-                                       default_precision(one.draft, False, None))
+            draft_plan = make_plan(config.draft, plan.data, 1, plan.tensor)
+            self.draft_sharding = WeightSharding(config.draft, config.dtype, shards_of(draft_plan),
+                                                 default_precision(config.draft, False, None))
 
-    def build(self, weights: VersionedWeights, draft: VersionedWeights | None, adapters: AdapterTable, free_bytes: int,
-              arrivals: Iterator[int], leader: Leader | None = None) -> None:
-        """Replicas; nothing is compiled yet, and nothing allocated. ``free_bytes``: of each device, beside the weights.
-        ``leader``: of the other processes, where there are some and this is the first."""
-        one, stages = self.blueprint, len(self.plan.stages)
-        sparse = any(bucket.schedule == SPARSE for bucket in one.table)
-        largest = max(self.sharding.parts, key=lambda part: part.end - part.start)
-        beside = self.draft_sharding.parts[0].local if self.draft_sharding else None
-        num_pages = engine_config.num_pages(largest.local, beside, one.limits, one.dtype, one.kv_cache_bytes, sparse,
-                                       largest.precision(one.precision), free_bytes)
-        wide_pages = engine_config.wide_pages(one.limits, one.precision)
-        sizes = Sizes(num_pages, one.limits.max_batch_size, one.vocab_limit, one.sparsity, wide_pages)
-        dense_tail = max((layer.dense_tail for layer in one.sparsity if layer), default=0)
-        kind = partial(LeaderRunner, leader) if leader else Runner if stages == 1 else Pipeline
+    def build(self, weights: VersionedWeights, draft: VersionedWeights | None, adapters: AdapterTable, *,
+              free_bytes: int, arrivals: Iterator[int], leader: Leader | None = None) -> None:
+        """Make the replicas, each with a scheduler and a runner, without compiling or allocating anything yet.
+
+        Args:
+          free_bytes: memory of each device that the weights leave free.
+          arrivals: ascending numbers, shared by the schedulers of all replicas.
+          leader: connection to the other processes, where there are some and this is the first.
+        """
+        config, stages = self.config, len(self.plan.stages)
+        pages, wide_pages = self._pages(free_bytes)
+        sizes = Sizes(pages, config.limits.max_batch_size, config.vocab_limit, config.sparsity, wide_pages)
+        dense_tail = max((layer.dense_tail for layer in config.sparsity if layer), default=0)
+        kind = partial(LeaderRunner, leader) if leader else Runner if stages == 1 else PipelineRunner
         for index in range(self.plan.data):
-            runner = kind(one.table, sizes, ShardedWeights(weights, self.sharding),
-                          range(index * stages, (index + 1) * stages), adapters,
-                          draft and ShardedWeights(draft, self.draft_sharding), one.cache_dir, one.strict)
-            scheduler = Scheduler(one.table, one.limits, PagePool(num_pages), one.policy, one.prefix_cache,
-                                  one.invariant, dense_tail, PagePool(wide_pages) if wide_pages else None, arrivals)
+            runner = kind(table=config.table, sizes=sizes, weights=ShardedWeights(weights, self.sharding),
+                          shards=range(index * stages, (index + 1) * stages), adapters=adapters,
+                          draft=draft and ShardedWeights(draft, self.draft_sharding), cache_dir=config.cache_dir,
+                          strict=config.strict_compiles)
+            scheduler = Scheduler(config.table, config.limits, PagePool(pages), policy=config.policy,
+                                  prefix_cache=config.prefix_cache, invariant=config.batch_invariant,
+                                  dense_tail=dense_tail, wide_pool=PagePool(wide_pages) if wide_pages else None,
+                                  arrivals=arrivals)
             self.replicas.append(Replica(scheduler, runner))
+
+    def _pages(self, free_bytes: int) -> tuple[int, int]:
+        """Return the number of KV pages that a replica gets, and the number of 16-bit pages beside 8-bit ones."""
+        config = self.config
+        largest = max(self.sharding.shards, key=lambda part: part.end - part.start)
+        draft = self.draft_sharding.shards[0].device_config if self.draft_sharding else None
+        pages = memory.num_pages(largest.device_config, draft, config.limits, config.dtype, config.kv_cache_bytes,
+                                 sparse=any(bucket.schedule == SPARSE for bucket in config.table),
+                                 precision=largest.precision(config.precision), free_bytes=free_bytes)
+        return pages, memory.wide_pages(config.limits, config.precision)
 
     @property
     def runners(self) -> list[Runner]:
@@ -130,11 +147,11 @@ class Deployment:
 
     @property
     def bytes_per_device(self) -> int:
-        """Of the weights, on the device that has the most."""
-        found: dict[jax.Device, int] = {}
+        """Bytes of the weights on the device that has the most of them."""
+        by_device: dict[jax.Device, int] = {}
         for sharding in (self.sharding, self.draft_sharding):
-            for part, leaves in zip(sharding.parts, sharding.shapes, strict=True) if sharding else ():
+            for part, leaves in zip(sharding.shards, sharding.shapes, strict=True) if sharding else ():
                 own = sum(prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
                 for device in part.devices:
-                    found[device] = found.get(device, 0) + own
-        return max(found.values())
+                    by_device[device] = by_device.get(device, 0) + own
+        return max(by_device.values())

@@ -1,6 +1,6 @@
-"""Answers that follow a grammar: which tokens may come next, as bits, computed by llguidance on the host.
+"""Grammars of answers: masks of the tokens that may come next, computed by llguidance on the host.
 
-A mask row has a bit per token id: id i is bit i % 32 of word i // 32. W = ceil(V / 32) words.
+A mask has a bit per token id: id i is bit i % 32 of word i // 32. W = ceil(V / 32) words.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from qwen_jax.engine.api.structured_output import StructuredOutput
 from qwen_jax.errors import UserError
 
-# Between two JSON tokens. Bounded, because a weak model may otherwise write blanks until max_tokens; 32 is a line end
-# and more indentation than people read.
+# Blanks between two JSON tokens. Bounded, because a weak model may otherwise write blanks until max_tokens; 32 are a
+# line end and more indentation than people read.
 JSON_BLANKS = r"[ \t\n\r]{1,32}"
 # A hostile regex keeps the library busy for as long as its fuel lasts: 3 s by default, 0.3 s so. A schema of 400 varied
 # fields still fits. Verbose errors would print the parser's state, not what is wrong with the grammar.
@@ -25,11 +25,11 @@ _LIMITS = LLParserLimits(initial_lexer_fuel=200_000, verbose_errors=False)
 
 
 class GrammarError(RuntimeError):
-    """In the middle of an answer the grammar became too complex to follow, or allows no text any more."""
+    """Error in the middle of an answer: its grammar became too complex to follow, or allows no text any more."""
 
 
 class GrammarCompiler:
-    """Makes matchers for one tokenizer. May be used from several threads.
+    """Compiler of grammars to matchers, which follow an answer token by token. Several threads may use it.
 
     Args:
       tokenizer: a transformers fast tokenizer, or None: then every request for a matcher is refused.
@@ -48,9 +48,10 @@ class GrammarCompiler:
         self._lock = threading.Lock()
 
     def matcher(self, spec: StructuredOutput) -> Matcher:
-        """A matcher at the beginning of an answer. Milliseconds, the first time seconds; UserError for a bad grammar.
+        """Compile a grammar; return a matcher at the beginning of an answer. UserError for a bad grammar.
 
-        The first mask is computed here: it finds grammars without any text, and prepares what every later mask uses.
+        Takes milliseconds, the first time seconds. The first mask is computed here: it finds grammars without any text,
+        and prepares data that every later mask uses.
         """
         if self._tokenizer is None:
             raise UserError("structured output needs a tokenizer: give a checkpoint with tokenizer.json")
@@ -70,6 +71,7 @@ class GrammarCompiler:
         return Matcher(inner, self._text_ids, self._eos)
 
     def _library_tokenizer(self) -> LLTokenizer:
+        """Return llguidance's form of the tokenizer, made on first use."""
         with self._lock:
             if self._library is None:
                 from llguidance.hf import from_tokenizer  # imports transformers
@@ -80,62 +82,46 @@ class GrammarCompiler:
 
 
 class Matcher:
-    """Where one answer is in its grammar. One thread at a time."""
+    """Position of an answer in its grammar: says which tokens may come next. For one thread at a time."""
 
-    def __init__(self, inner: LLMatcher, text_ids: np.ndarray, eos: frozenset[int], accepted: int = 0,
-                 ends: int = 0) -> None:
-        self._inner, self._text_ids, self._eos = inner, text_ids, eos
-        # End-of-sequence is counted here and not told to the library, whose rollback does not count it consistently.
-        self._accepted, self._ends = accepted, ends
+    def __init__(self, inner: LLMatcher, text_ids: np.ndarray, eos: frozenset[int], ended: bool = False) -> None:
+        """Begin where ``inner`` is.
+
+        text_ids: mask uint32 [W] of the ids that are text. ended: whether end-of-sequence has been accepted.
+        """
+        self._inner, self._text_ids, self._eos, self._ended = inner, text_ids, eos, ended
 
     @property
     def finished(self) -> bool:
-        """Whether nothing but end-of-sequence is possible."""
-        return self._ends > 0 or (self._inner.is_stopped() and not self._inner.is_error())
+        """True when the answer is complete: nothing but end-of-sequence may follow."""
+        return self._ended or (self._inner.is_stopped() and not self._inner.is_error())
 
-    def fill(self, row: np.ndarray) -> None:
-        """Writes the mask of the next token into ``row``, uint32 or int32 [W]. GrammarError when it is lost."""
-        words = row.view(np.uint32)
-        if self._ends:
-            words[:] = 0
+    def mask(self) -> np.ndarray:
+        """Return a new mask int32 [W] of the tokens that may come next. GrammarError if it cannot be computed."""
+        if self._ended:
+            words = np.zeros_like(self._text_ids)
         else:
             allowed = np.frombuffer(self._inner.compute_bitmask(), "<u4")
             self._check()
-            np.bitwise_and(allowed[: len(self._text_ids)], self._text_ids, out=words)
-        if self._ends or self._inner.is_accepting():
+            words = allowed[: len(self._text_ids)] & self._text_ids
+        if self._ended or self._inner.is_accepting():
             for token in self._eos:
                 words[token // 32] |= np.uint32(1 << token % 32)
-
-    def mask(self) -> np.ndarray:
-        """A new mask of the next token, int32 [W]."""
-        row = np.empty(len(self._text_ids), np.int32)
-        self.fill(row)
-        return row
+        return words.view(np.int32)
 
     def accept(self, token: int) -> None:
-        """Advance by one token. ValueError, and no change, when the mask does not allow it; GrammarError as `fill`."""
+        """Advance by a token of the answer. ValueError, and no change, if it is not allowed; GrammarError as `mask`."""
         if token in self._eos:
-            if not self._ends and not self._inner.is_accepting():
+            if not self._ended and not self._inner.is_accepting():
                 raise ValueError(f"the grammar cannot end here: token {token} is not allowed")
-            self._ends += 1
-        elif self._ends or not self._is_text(token) or not self._inner.try_consume_tokens([token]):
+            self._ended = True
+        elif self._ended or not self._is_text(token) or not self._inner.try_consume_tokens([token]):
             self._check()
             raise ValueError(f"token {token} is not allowed by the grammar")
-        self._accepted += 1
-
-    def rollback(self, count: int) -> None:
-        """Take back the last ``count`` accepted tokens. ValueError for more than were accepted."""
-        if not 0 <= count <= self._accepted:
-            raise ValueError(f"cannot take back {count} tokens of {self._accepted}")
-        ends = min(count, self._ends)
-        if count > ends and not self._inner.rollback(count - ends):
-            raise GrammarError(_reason(self._inner.get_error()))
-        self._ends -= ends
-        self._accepted -= count
 
     def copy(self) -> Matcher:
-        """One that advances on its own."""
-        return Matcher(self._inner.deep_copy(), self._text_ids, self._eos, self._accepted, self._ends)
+        """Return a matcher at the same position, which advances on its own."""
+        return Matcher(self._inner.deep_copy(), self._text_ids, self._eos, self._ended)
 
     def _is_text(self, token: int) -> bool:
         return 0 <= token < 32 * len(self._text_ids) and bool((self._text_ids[token // 32] >> (token % 32)) & 1)
@@ -146,6 +132,7 @@ class Matcher:
 
 
 def _definition(spec: StructuredOutput) -> str:
+    """Return the form of an answer as a grammar in llguidance's own notation."""
     if spec.kind == "regex":
         return LLMatcher.grammar_from_regex(spec.regex)
     if spec.kind == "grammar":
@@ -158,7 +145,7 @@ def _definition(spec: StructuredOutput) -> str:
 
 
 def _reason(message: str) -> str:
-    """One line of the library's message, which may draw below it where in the grammar the fault is."""
+    """Return the line of llguidance's error message that names the fault, without the drawing that may follow it."""
     if message.startswith("NoExtension"):
         return "no text satisfies it"
     if "error: " in message:  # the regex parser says it last

@@ -1,10 +1,10 @@
-"""From what a caller gives to requests: tokenised, checked, with every option resolved."""
+"""Input processing: makes requests of what callers give, tokenised and checked, with every option resolved."""
 
 from __future__ import annotations
 
 import itertools
 import secrets
-from collections.abc import Mapping, Sequence
+from collections import abc
 from dataclasses import replace
 from typing import Any
 
@@ -16,23 +16,29 @@ from qwen_jax.engine.api.sampling_params import MAX_LOGPROBS, SamplingParams
 from qwen_jax.engine.frontend.grammar import GrammarCompiler
 from qwen_jax.engine.frontend.request import Request
 from qwen_jax.engine.scheduling.scheduler import Scheduler
-from qwen_jax.engine.scheduling.sequence import Sequence as TokenSequence
+from qwen_jax.engine.scheduling.sequence import Sequence
 from qwen_jax.engine.weights.lora_table import AdapterTable
 from qwen_jax.errors import UserError
 
 POOLINGS = "mean", "last"
-EMBEDDING = SamplingParams(max_tokens=1, temperature=0.0)  # the token that the step samples is nobody's
-FIRST_TOKEN = SamplingParams(max_tokens=1, temperature=0.0, logprobs=MAX_LOGPROBS)  # nor here: how likely others are is
-Messages = Sequence[Mapping[str, Any]]
-Prompt = str | Sequence[int]
+# An embedding, a score and a classification need no answer. A step samples a token all the same, which is discarded.
+EMBEDDING_PARAMS = SamplingParams(max_tokens=1, temperature=0.0)
+SCORING_PARAMS = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1)
+CLASSIFICATION_PARAMS = SamplingParams(max_tokens=1, temperature=0.0, logprobs=MAX_LOGPROBS)
+Messages = abc.Sequence[abc.Mapping[str, Any]]
+Prompt = str | abc.Sequence[int]
 
 
 class InputProcessor:
-    """Reads the engine and changes nothing in it, so it may run on other threads than the steps.
+    """Converter of prompts and options to tokenised, checked requests. Any thread may call it: the engine is unchanged.
 
     Args:
-      vocab_limit: how many token ids exist; vocab_size: how many the model has logits for.
-      scheduler, adapters: asked whether a request could run at all.
+      tokenizer: a transformers fast tokenizer, or None: then prompts are token ids.
+      defaults: sampling options and end-of-sequence ids of the checkpoint.
+      vocab_limit: number of token ids that exist.
+      vocab_size: number of token ids that the model has logits for.
+      scheduler: checks whether a request fits into the engine.
+      adapters: checks whether a request's adapter is loaded.
     """
 
     def __init__(self, tokenizer: Any, defaults: GenerationDefaults, vocab_limit: int, vocab_size: int,
@@ -44,22 +50,23 @@ class InputProcessor:
 
     @property
     def max_seq_len(self) -> int:
+        """Maximum number of tokens of a prompt and its answer."""
         return self.scheduler.limits.max_seq_len
 
     def tokens(self, prompt: Prompt | Messages) -> list[int]:
-        """Token ids of a text, of a conversation up to where the assistant begins to answer, or of token ids."""
+        """Return the token ids of a prompt: a text, a conversation (see `conversation`), or ids, which are checked."""
         if not isinstance(prompt, str):
-            if len(prompt) and isinstance(prompt[0], Mapping):
+            if len(prompt) and isinstance(prompt[0], abc.Mapping):
                 return self.conversation(prompt)
             return check_token_ids(prompt, self.vocab_limit)
         if self._tokenizer is None:
             raise UserError("this engine has no tokenizer: give token ids, or a checkpoint with tokenizer.json")
         return self._tokenizer.encode(prompt, add_special_tokens=False)
 
-    def conversation(self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
-        """Token ids of a conversation up to where the assistant begins to answer.
+    def conversation(self, messages: Messages, tools: abc.Sequence[abc.Mapping[str, Any]] | None = None) -> list[int]:
+        """Return the token ids of a conversation up to where the assistant begins to answer.
 
-        tools: descriptions of what the model may call, as the chat template wants them.
+        tools: descriptions of what the model may call, as the chat template takes them.
         """
         template = self._tokenizer and self._tokenizer.chat_template
         if not template:
@@ -75,42 +82,63 @@ class InputProcessor:
 
     def requests(self, prompt: Prompt | Messages, params: SamplingParams, score_from: int | None = None,
                  adapter: str | None = None, priority: int = 0, deadline: float | None = None,
-                 pooling: str | None = None) -> list[Request]:
-        """``params.n`` requests, not yet submitted. UserError for what could not run.
+                 pooling: str | None = None, streams: bool = False) -> list[Request]:
+        """Make ``params.n`` requests for a prompt, not yet submitted. UserError for requests that could not run.
 
-        score_from: the first prompt position whose log-probability is wanted. priority: the lowest runs first.
-        deadline: in seconds of ``time.monotonic``. pooling: of the embedding that is wanted, `POOLINGS`; None for none.
+        Args:
+          score_from: first prompt position whose log-probability is wanted; by default 1 with ``prompt_logprobs``.
+          adapter: name of the LoRA adapter, if any.
+          priority: requests with a lower number run first.
+          deadline: time at which the request is aborted, in seconds of ``time.monotonic``.
+          pooling: kind of embedding that is wanted (`POOLINGS`); None for none.
+          streams: whether the answers are read piece by piece.
         """
         if pooling not in (None, *POOLINGS):
-            raise UserError(f"unknown pooling {pooling!r}: use {' or '.join(POOLINGS)}")
+            raise UserError(f"pooling must be {' or '.join(POOLINGS)}, not {pooling!r}")
         tokens = self.tokens(prompt)
-        self._adapters.check(adapter)
+        if adapter is not None:
+            self._adapters.check(adapter)
         params = params.resolved(self._defaults).check(self.vocab_limit)
         if params.prompt_logprobs is not None and score_from is None:
             score_from = 1
         if params.seed is None:
             params = replace(params, seed=secrets.randbits(32))
         matcher = params.structured_output and self._grammars.matcher(params.structured_output)
+        reusable = None if score_from is None else score_from - 1  # logits are needed from the position before
+        if pooling == "mean":  # hidden states of all tokens are needed
+            reusable = 0
         requests = []
         for index in range(params.n):
             own = replace(params, seed=(params.seed + index) % 2**64) if index else params
-            sequence = TokenSequence(next(self._ids), tokens, own.max_tokens, own, priority, deadline)
-            sequence.min_new_tokens = own.min_tokens
+            sequence = Sequence(next(self._ids), tokens, own.max_tokens, params=own, priority=priority,
+                                deadline=deadline, min_new_tokens=own.min_tokens, reusable=reusable)
             if matcher:
                 sequence.burst = 1  # the host has to see each token
             self.scheduler.check(sequence)
-            requests.append(Request(sequence, self._tokenizer, self._defaults.eos_token_ids, index, score_from,
-                                    adapter, matcher, pooling))
+            requests.append(Request(sequence, self._tokenizer, self._defaults.eos_token_ids, index=index,
+                                    score_from=score_from, adapter_name=adapter, matcher=matcher, pooling=pooling,
+                                    streams=streams))
         return requests
+
+    def score_requests(self, prompt: Prompt | Messages, continuation: Prompt, adapter: str | None = None,
+                       **options: Any) -> list[Request]:
+        """Make the request that computes a continuation's log-probabilities after its prompt; options of `requests`.
+
+        The two are encoded apart and must fit into ``max_seq_len`` - 1 tokens together.
+        """
+        prompt, continuation = self.tokens(prompt), self.tokens(continuation)
+        if not prompt or not continuation:
+            raise UserError("a score needs at least one token of prompt and one of continuation")
+        return self.requests([*prompt, *continuation], SCORING_PARAMS, len(prompt), adapter, **options)
 
 
 def is_single(prompts: Any) -> bool:
-    """Whether this is one prompt, and not several."""
+    """Return True for a prompt, and False for a list of prompts."""
     return isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(p, int | np.integer) for p in prompts))
 
 
-def check_token_ids(tokens: Sequence[int], vocab_size: int) -> list[int]:
-    """``tokens`` as a list of int; UserError for what is not a token id."""
+def check_token_ids(tokens: abc.Sequence[int], vocab_size: int) -> list[int]:
+    """Return token ids as a list of int. UserError for values that are no ids below ``vocab_size``."""
     checked = []
     for token in tokens:
         if isinstance(token, bool) or not isinstance(token, int | np.integer):

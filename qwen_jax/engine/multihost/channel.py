@@ -1,8 +1,8 @@
-"""Several processes, each with devices of its own, as one engine: how they find each other and what they say.
+"""Messages between the processes of one engine, each of which drives devices of its own.
 
 Programs over the devices of several processes run when all of them start the same programs in the same order. So
-process 0 decides (`Leader`), and the others do what it tells them (`Follower`). None of them can go on without the
-others: when one ends, so do all.
+process 0 decides (`Leader`), and the others do what it tells them (`Follower`). No process can go on without the
+others: when one ends, all end.
 """
 
 from __future__ import annotations
@@ -20,24 +20,41 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from multiprocessing.connection import Client, Connection, Listener
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax._src import distributed  # its key-value store has no public name
 
 from qwen_jax.errors import UserError
-from qwen_jax.sockets import steady
+from qwen_jax.sockets import set_keepalive
 
-HEARTBEAT_SECONDS = 20  # after which JAX gives up a process that was silent; a broken connection is noticed at once
-WAIT_SECONDS = 600  # for another process to come as far as this one
-_engines = itertools.count()  # of this process: the same engine has the same number in all of them
+HEARTBEAT_SECONDS = 20  # silence after which JAX gives up a process; a broken connection is noticed at once
+WAIT_SECONDS = 600  # longest wait for another process to come as far as this one
+_engine_numbers = itertools.count()  # the same engine has the same number in every process
+
+
+class Command(NamedTuple):
+    """A command that process 0 sends to the other processes.
+
+    Attributes:
+      name: what to do, such as "step" or "load_weights".
+      number: number under which process 0 waits for a `Follower.answer`, or None when it does not wait.
+      arguments: positional arguments of the command.
+    """
+
+    name: str
+    number: int | None
+    arguments: tuple[Any, ...]
 
 
 def connect() -> Leader | Follower | None:
-    """This process's side of a new engine, once all processes have called this; None when there is only one."""
+    """Connect the processes of a new engine, and return this process's end; None where there is a single process.
+
+    Waits until all processes have called it. Process 0 gets the `Leader`, every other process a `Follower`.
+    """
     if jax.process_count() == 1:
         return None
-    state, key = distributed.global_state, f"qwen_jax/engine/{next(_engines)}"
+    state, key = distributed.global_state, f"qwen_jax/engine/{next(_engine_numbers)}"
     if jax.process_index() == 0:
         password = secrets.token_bytes(32)
         with Listener(("", 0), authkey=password) as listener:
@@ -55,10 +72,15 @@ def connect() -> Leader | Follower | None:
 
 
 class Leader:
-    """Process 0's connections to the others, by process."""
+    """Connections of process 0 to the other processes: sends them commands and collects their answers.
+
+    Args:
+      connections: index of a process -> connection to it.
+    """
 
     def __init__(self, connections: Mapping[int, Connection]) -> None:
-        self._connections = {process: _steady(one) for process, one in sorted(connections.items())}
+        self._connections = {process: _with_keepalive(connection)
+                             for process, connection in sorted(connections.items())}
         self._lock, self._numbers, self._closing = threading.Lock(), itertools.count(), False
         self._answers: dict[tuple[int, Any], Future] = defaultdict(Future)
         for process, connection in self._connections.items():
@@ -66,8 +88,11 @@ class Leader:
         atexit.register(self.close)
 
     def tell(self, command: str, *arguments: Any, number: int | None = None) -> None:
-        """The other processes do this too, after all that they were told before. Any thread may call this."""
-        message = pickle.dumps((command, number, arguments))
+        """Send the other processes a command, which they run after the commands sent before. Any thread may call this.
+
+        number: number under which the caller waits for answers (see `Command`); only `ask` gives one.
+        """
+        message = pickle.dumps(Command(command, number, arguments))
         with self._lock:
             for process, connection in self._connections.items():
                 try:
@@ -76,7 +101,10 @@ class Leader:
                     _end_all(process)
 
     def ask(self, command: str, *arguments: Any) -> Callable[[], None]:
-        """As `tell`; what is returned waits until all have done it. UserError when one could not."""
+        """Send the other processes a command, and return a function that waits until all of them have run it.
+
+        The function raises UserError with the reasons of the processes that could not run the command.
+        """
         number = next(self._numbers)
         self.tell(command, *arguments, number=number)
 
@@ -89,18 +117,19 @@ class Leader:
         return wait
 
     def agree(self, name: str, value: Any) -> list[Any]:
-        """Every process's value, by process, once all have called this."""
+        """Exchange a value: return, in order, the values that all processes passed under the same name."""
         values = [value, *(self._answer(process, name) for process in self._connections)]
         self.tell(name, values)
         return values
 
     def close(self) -> None:
-        """No more comes: the others return from `Follower.commands`."""
+        """Tell the other processes that no command follows, so that they return from `Follower.commands`."""
         if not self._closing:
             self._closing = True
             self.tell("end")
 
     def _answer(self, process: int, key: Any) -> Any:
+        """Wait for and return what a process sends under a key: a command's number or the name of a value."""
         with self._lock:
             future = self._answers[process, key]
         answer = future.result()
@@ -120,28 +149,27 @@ class Leader:
 
 
 class Follower:
-    """Another process's connection to process 0."""
+    """Connection to process 0 of a process other than process 0: receives its commands and answers them."""
 
     def __init__(self, connection: Connection) -> None:
-        self._connection, self._lock = _steady(connection), threading.Lock()
-        self._commands: queue.SimpleQueue[tuple[str, int | None, tuple]] = queue.SimpleQueue()
+        self._connection, self._lock = _with_keepalive(connection), threading.Lock()
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         threading.Thread(target=self._listen, daemon=True).start()
 
-    def commands(self) -> Iterator[tuple[str, int | None, tuple]]:
-        """What process 0 says, until it has no more: a command, the number of the `answer` that it waits for, or None,
-        and arguments."""
-        while (command := self._commands.get())[0] != "end":
+    def commands(self) -> Iterator[Command]:
+        """Yield process 0's commands, until it closes its connections."""
+        while (command := self._commands.get()).name != "end":
             yield command
 
     def answer(self, number: int, error: str | None) -> None:
-        """That a command has been done, or why it could not be. Any thread may call this."""
+        """Tell process 0 that a command has been run (error: None), or why it failed. Any thread may call this."""
         self._send(number, error)
 
     def agree(self, name: str, value: Any) -> list[Any]:
-        """As `Leader.agree`."""
+        """Send process 0 this process's value, and return the values of all processes, as `Leader.agree` does."""
         self._send(name, value)
-        told, _, (values,) = self._commands.get()
-        assert told == name, f"process 0 is at {told} and this one at {name}"
+        received, _, (values,) = self._commands.get()
+        assert received == name, f"process 0 is at {received} and process {jax.process_index()} at {name}"
         return values
 
     def _send(self, key: Any, value: Any) -> None:
@@ -151,22 +179,25 @@ class Follower:
     def _listen(self) -> None:
         try:
             while True:
-                message = pickle.loads(self._connection.recv_bytes())
-                self._commands.put(message)
-                if message[0] == "end":
+                command = pickle.loads(self._connection.recv_bytes())
+                self._commands.put(command)
+                if command.name == "end":
                     return
         except (EOFError, OSError):
             _end_all(0)
 
 
-def _steady(connection: Connection) -> Connection:
+def _with_keepalive(connection: Connection) -> Connection:
     with socket.socket(fileno=os.dup(connection.fileno())) as options:
-        steady(options, 5, 3, 15.0)
+        set_keepalive(options, idle=5, interval=3, limit=15.0)
     return connection
 
 
 def _end_all(process: int) -> None:
-    """Ends this process, which may be waiting for another in a program on its devices: nothing gentler ends that."""
+    """End this process at once, because another has ended.
+
+    The process may be waiting for the other in a program on its devices, which only its end can interrupt.
+    """
     print(f"qwen-jax: process {process} of {jax.process_count()} has ended; process {jax.process_index()} cannot go on "
           "without it and ends too", file=sys.stderr, flush=True)
     sys.stdout.flush()

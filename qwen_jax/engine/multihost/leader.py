@@ -1,4 +1,4 @@
-"""An engine over several processes: what process 0 does on its devices, the others do on theirs."""
+"""Runner, weights and adapters of an engine's process 0, which have the other processes do the same as they do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from qwen_jax.engine.compiled.state import StepBatch
 from qwen_jax.engine.multihost.channel import Follower, Leader
 from qwen_jax.engine.runner.model_runner import Runner
-from qwen_jax.engine.runner.padded_batch import everything
+from qwen_jax.engine.runner.padded_batch import allow_all_mask
 from qwen_jax.engine.scheduling.buckets import Bucket
 from qwen_jax.engine.weights.lora_table import AdapterTable
 from qwen_jax.engine.weights.weight_sharding import ShardedLeaves
@@ -20,7 +20,7 @@ from qwen_jax.errors import UserError
 
 
 def check_same(processes: Leader | Follower, runner: Runner) -> None:
-    """UserError in every process when they have not made the same engine."""
+    """Raise UserError, in every process, when the processes' engines differ in model, sizes or programs."""
     identity = repr((runner.table, runner.sizes, [stage.identity for stage in runner.stages]))
     digests = processes.agree("engine", hashlib.sha256(identity.encode()).hexdigest())
     others = [str(process) for process, digest in enumerate(digests) if digest != digests[0]]
@@ -30,33 +30,36 @@ def check_same(processes: Leader | Follower, runner: Runner) -> None:
 
 
 class LeaderRunner(Runner):
-    """Process 0's: its steps are everyone's."""
+    """Runner of process 0, which sends each step to the other processes so that they run it too."""
 
-    def __init__(self, leader: Leader, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, leader: Leader, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self._leader = leader
 
     def warmup(self, progress: bool) -> None:
         began = time.perf_counter()
-        self.compile(progress)  # a step waits for the other processes for less than this may take them
+        self.compile(progress)  # before the first step: compiling may take the others longer than a step may wait
         self._leader.agree("compiled", True)
         super().warmup(progress)
         self._leader.tell("warm")
         self.warmup_seconds = time.perf_counter() - began
 
     def start(self, bucket: Bucket, batch: StepBatch, version: int) -> Any:
-        everywhere = batch
-        if batch.allowed is everything(bucket.rows, self._vocab_size):  # by far the largest of the arrays
-            everywhere = batch._replace(allowed=None)
-        self._leader.tell("step", self.table.index(bucket), everywhere, version)
+        sent = batch
+        if batch.allowed is allow_all_mask(bucket.rows, self._vocab_size):  # by far the largest of the arrays
+            sent = batch._replace(allowed=None)
+        self._leader.tell("step", self.table.index(bucket), sent, version)
         return super().start(bucket, batch, version)
 
 
 class LeaderWeights(VersionedWeights):
-    """Process 0's: every process loads its own part of the same checkpoint, and versions change everywhere."""
+    """Weights of process 0, which have the other processes load, switch and drop the same versions.
 
-    def __init__(self, leader: Leader, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    Every process loads its own shard of a checkpoint.
+    """
+
+    def __init__(self, leader: Leader, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self._leader = leader
 
     def load(self, source: Any) -> ShardedLeaves:
@@ -95,14 +98,14 @@ class LeaderWeights(VersionedWeights):
 
 
 class LeaderAdapters(AdapterTable):
-    """Process 0's: adapters are everyone's."""
+    """Adapters of process 0, which loads and unloads them in the other processes too."""
 
-    def __init__(self, leader: Leader, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, leader: Leader, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self._leader = leader
 
     def load(self, name: str, folder: str | Path) -> None:
-        super().load(name, folder)  # what is refused here, nobody else hears of
+        super().load(name, folder)  # first, so that the others are not asked for what is refused here
         try:
             self._leader.ask("load_adapter", name, str(folder))()
         except UserError:

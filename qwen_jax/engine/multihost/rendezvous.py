@@ -1,4 +1,4 @@
-"""How the processes of one engine find each other."""
+"""Start of JAX in several processes that make one engine together."""
 
 from __future__ import annotations
 
@@ -9,23 +9,29 @@ import jax
 
 from qwen_jax.engine.multihost.channel import HEARTBEAT_SECONDS
 from qwen_jax.errors import UserError
+from qwen_jax.xla_flags import set_safe_flags
 
 
 def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
-    """Makes this process one of several; call it before anything else of JAX, in every one of them.
+    """Make this process one of the processes that run one engine together.
+
+    Every process has to call it, before anything else of JAX.
 
     Args:
-      coordinator: "host:port", where process 0 listens; the port must be free there.
-      processes: how many there are; process: which of them this is, from 0.
+      coordinator: "host:port" at which process 0 listens; the port must be free there.
+      processes: number of processes.
+      process: index of this process, from 0.
 
-    Without arguments the environment says: ``MASTER_ADDR``, ``MASTER_PORT``, ``WORLD_SIZE`` and ``RANK`` (torchrun, Ray
-    Train, Kubeflow), SLURM, Open MPI, or Kubernetes (an indexed Job, with ``jax[k8s]``). UserError when nothing does.
+    Without arguments they are read from the environment: ``MASTER_ADDR``, ``MASTER_PORT``, ``WORLD_SIZE`` and ``RANK``
+    (torchrun, Ray Train, Kubeflow), SLURM, Open MPI, or Kubernetes (an indexed Job, with ``jax[k8s]``). UserError when
+    none of these is there, or the processes cannot be joined.
     """
-    given = (coordinator, processes, process)
-    if any(one is None for one in given) and any(one is not None for one in given):
+    given = [argument is not None for argument in (coordinator, processes, process)]
+    if any(given) and not all(given):
         raise UserError("give coordinator, processes and process together, or none of them")
     if coordinator is None:
         coordinator, processes, process = from_environment(os.environ)
+    set_safe_flags()
     try:
         jax.distributed.initialize(coordinator, processes, process, local_device_ids=devices_of_task(os.environ),
                                    heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
@@ -35,9 +41,11 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
                         "torchrun") from error
 
 
-
 def from_environment(environment: Mapping[str, str]) -> tuple[str | None, int | None, int | None]:
-    """Coordinator, processes and process as torchrun and those like it set them; None where JAX has to look itself."""
+    """Return the arguments of `join` from torchrun's environment variables, or three Nones without these.
+
+    JAX finds them itself when they are None.
+    """
     names = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
     if not all(environment.get(name) for name in names):
         return None, None, None
@@ -45,8 +53,10 @@ def from_environment(environment: Mapping[str, str]) -> tuple[str | None, int | 
     return f"{host}:{port}", int(processes), int(process)
 
 
-
 def devices_of_task(environment: Mapping[str, str]) -> list[int] | None:
-    """All of a node's GPUs where SLURM starts one task per node, for which JAX would take the first alone."""
+    """Return the indices of all GPUs of this node where SLURM starts one task per node, else None.
+
+    JAX would give such a task the first GPU alone.
+    """
     tasks, gpus = environment.get("SLURM_STEP_TASKS_PER_NODE", ""), environment.get("SLURM_GPUS_ON_NODE", "")
     return list(range(int(gpus))) if tasks.split("(")[0] == "1" and gpus.isdigit() else None

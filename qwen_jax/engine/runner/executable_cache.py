@@ -1,4 +1,4 @@
-"""Key to compiled executable: compiled ahead of time, kept on disk, counted."""
+"""Cache of executables: programs that are compiled ahead of time, kept by key in memory and on disk."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import logging
 import os
 import pickle
 import platform
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -24,34 +23,40 @@ import qwen_kernels
 from jax.experimental import serialize_executable
 from qwen_kernels.attention import xla
 
+from qwen_jax.atomic import replace_file
+
 log = logging.getLogger(__name__)
+# Everything whose code or constants reach a traced program: whole folders, so that a new file cannot be forgotten.
+TRACED = ("config.py", "engine/api", "engine/compiled", "engine/runner", "engine/scheduling", "engine/weights", "model",
+          "parallel", "quantization")
+_tiles_lock = threading.Lock()  # programs are lowered on several threads, and tiles are globals of the kernel's module
 
 
 @dataclass
 class Program:
-    """One executable and what it took to get it ready.
+    """A compiled program, with the time and memory that it takes."""
 
-    ``temp_bytes`` are XLA's temporary buffers. ``flops`` and ``bytes_accessed`` are XLA's estimates of one run, in
-    which the body of a loop counts once: one micro-batch of a prefill, one token of a decode step. 0 where it gives
-    none.
-    """
-
-    run: Callable
-    seconds: float
-    from_disk: bool
-    temp_bytes: int
+    run: Callable  # the executable
+    seconds: float  # time to compile or load it
+    from_disk: bool  # whether it was loaded from disk
+    temp_bytes: int  # size of XLA's temporary buffers; 0 where it is not known
+    # XLA's estimates of one run, in which the body of a loop counts once: one micro-batch of a prefill, one token of a
+    # decode step. 0 where XLA gives none.
     flops: float
     bytes_accessed: float
 
 
 class Executables:
-    """The table of compiled programs.
+    """Table of compiled programs by key, which compiles missing ones or loads them from disk.
 
     Args:
-      lower: ``lower(key)`` gives the ``jax.stages.Lowered`` step.
-      devices: ``devices(key)``, in the order of the step's mesh.
+      lower: function of a key that returns the lowered program.
+      devices: function of a key that returns the program's devices in the order of its mesh.
       identity: everything but key and devices that the programs depend on; any JSON value.
-      cache_dir: where serialised programs are kept; None keeps none.
+      cache_dir: folder that keeps serialised programs; None keeps none.
+
+    Attributes:
+      programs: the programs that are ready, by key.
     """
 
     def __init__(self, lower: Callable[[Hashable], jax.stages.Lowered],
@@ -63,23 +68,19 @@ class Executables:
         self.programs: dict[Hashable, Program] = {}
 
     def prepare(self, keys: Iterable[Hashable]) -> Iterable[tuple[Hashable, Program]]:
-        """Make the program of every key ready, and yield it with its key.
+        """Compile or load the program of every key that has none yet, and yield it with its key.
 
-        Several compile at a time: XLA compiles one program on one core.
+        Several compile at a time, because XLA compiles a program on a single core.
         """
         missing = [key for key in keys if key not in self.programs]
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
-            work = [threads.submit(self._load_or_compile, key) for key in missing]
+            futures = [threads.submit(self._load_or_compile, key) for key in missing]
             try:
-                for key, program in zip(missing, work, strict=True):
-                    self.programs[key] = program.result()
+                for key, future in zip(missing, futures, strict=True):
+                    self.programs[key] = future.result()
                     yield key, self.programs[key]
             finally:
                 threads.shutdown(cancel_futures=True)
-
-    def __getitem__(self, key: Hashable) -> Program:
-        """The key's program. KeyError when it was not prepared: nothing compiles here."""
-        return self.programs[key]
 
     def _load_or_compile(self, key: Hashable) -> Program:
         began = time.perf_counter()
@@ -91,10 +92,12 @@ class Executables:
             if path:
                 _write(path, compiled)
         memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
-        return Program(compiled, time.perf_counter() - began, from_disk, getattr(memory, "temp_size_in_bytes", 0),
-                       cost.get("flops", 0.0), cost.get("bytes accessed", 0.0))
+        return Program(compiled, time.perf_counter() - began, from_disk,
+                       temp_bytes=getattr(memory, "temp_size_in_bytes", 0), flops=cost.get("flops", 0.0),
+                       bytes_accessed=cost.get("bytes accessed", 0.0))
 
     def _path(self, key: Hashable) -> Path | None:
+        """Return the file of a key's program, named by a hash of what it depends on; None without a cache folder."""
         if self._cache_dir is None:
             return None
         ids = [device.id for device in self._devices(key)]
@@ -103,13 +106,39 @@ class Executables:
         return self._cache_dir / f"{hashlib.sha256(text.encode()).hexdigest()}.exe"
 
 
+@contextmanager
+def attention_tiles(pages: int) -> Iterator[None]:
+    """Set how many pages of keys full attention reads at a time, in programs that are lowered inside the context.
+
+    pages: number of pages; 0 leaves the kernel's own number.
+    """
+    with _tiles_lock:
+        before = xla.CHUNK_PAGES, xla.DECODE_CHUNK_PAGES
+        try:
+            if pages:
+                xla.CHUNK_PAGES = xla.DECODE_CHUNK_PAGES = pages
+            yield
+        finally:
+            xla.CHUNK_PAGES, xla.DECODE_CHUNK_PAGES = before
+
+
+def code_digest(package: Path, kernels: Path) -> str:
+    """Return a SHA-256 of the Python files (names and contents) in `TRACED` of ``package``, and in ``kernels``."""
+    digest = hashlib.sha256()
+    for root, folders in ((package, TRACED), (kernels, ("",))):
+        for top in (root / folder for folder in folders):
+            for path in sorted(top.rglob("*.py")) if top.is_dir() else [top]:
+                digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def _is_private(folder: Path) -> bool:
-    """Whether nobody but this user can have put a program there: loading one runs its code."""
+    """Return whether only this user can have put programs into the folder: loading a program runs its code."""
     try:
-        found = folder.stat()
+        status = folder.stat()
     except OSError:  # it will be made, or nothing can be read from it
         return True
-    if found.st_uid == os.geteuid() and not found.st_mode & 0o022:
+    if status.st_uid == os.geteuid() and not status.st_mode & 0o022:
         return True
     log.warning("%s belongs to or can be written by others, so programs are neither read from nor kept in it: "
                 "chmod 700 it, or set QWEN_JAX_CACHE to a folder of your own", folder)
@@ -117,7 +146,7 @@ def _is_private(folder: Path) -> bool:
 
 
 def _read(path: Path, devices: Sequence[jax.Device]):
-    """The program kept at ``path``, for these devices; None when there is none that loads."""
+    """Load the compiled program in the file ``path`` onto these devices; None when there is no usable file."""
     try:
         digest, payload = path.read_bytes().split(b"\n", 1)
         if hashlib.sha256(payload).hexdigest().encode() != digest:
@@ -125,26 +154,24 @@ def _read(path: Path, devices: Sequence[jax.Device]):
         return serialize_executable.deserialize_and_load(*pickle.loads(payload), execution_devices=devices)
     except FileNotFoundError:
         return None
-    except Exception as error:  # whatever a damaged or foreign file raises, compiling again is right
+    except Exception as error:  # a damaged or foreign file may raise anything, and compiling again is right
         log.warning("cached executable %s is not usable (%s): compiling again", path.name, error)
         return None
 
 
 def _write(path: Path, compiled) -> None:
-    """Keep a program, atomically, readable by its owner alone: loading one runs code."""
+    """Write a compiled program to a file, atomically, readable by its owner alone: loading a program runs its code."""
     try:
         payload = pickle.dumps(serialize_executable.serialize(compiled))
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
-        os.replace(file.name, path)
+        replace_file(path, hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload, private=True)
     except Exception as error:  # a full disk or a backend that cannot serialise must not stop the engine
         log.warning("could not keep an executable on disk (%s); the next start compiles again", error)
 
 
 @cache
 def _environment() -> dict[str, object]:
-    """What a serialised program silently depends on: versions, devices, instruction set, flags, our own code."""
+    """Return what a serialised program silently depends on: versions, devices, instruction set, flags, our own code."""
     devices = jax.devices()
     return {
         "jax": jax.__version__,
@@ -164,35 +191,3 @@ def _cpu_flags() -> str:
     except OSError:
         return platform.processor()
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
-
-
-# Everything whose code or constants reach a traced program: whole folders, so that a new file cannot be forgotten.
-TRACED = ("config.py", "engine/api", "engine/compiled", "engine/runner", "engine/scheduling", "engine/weights", "model",
-          "parallel", "quantization")
-
-
-def code_digest(package: Path, kernels: Path) -> str:
-    """SHA-256 of every source file under the `TRACED` folders of ``package`` and under ``kernels``, names included."""
-    digest = hashlib.sha256()
-    for root, folders in ((package, TRACED), (kernels, ("",))):
-        for top in (root / folder for folder in folders):
-            for path in sorted(top.rglob("*.py")) if top.is_dir() else [top]:
-                digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
-_lock = threading.Lock()  # programs are lowered on several threads, and the kernel's numbers are its module's
-
-
-
-@contextmanager
-def attention_tiles(pages: int) -> Iterator[None]:
-    """Lower inside with chunks of ``pages``, a positive number; with 0 the kernel decides, as elsewhere."""
-    with _lock:
-        kept = xla.CHUNK_PAGES, xla.DECODE_CHUNK_PAGES
-        try:
-            if pages:
-                xla.CHUNK_PAGES = xla.DECODE_CHUNK_PAGES = pages
-            yield
-        finally:
-            xla.CHUNK_PAGES, xla.DECODE_CHUNK_PAGES = kept

@@ -1,4 +1,4 @@
-"""A planned step as the arrays its executable takes. Host side, numpy only."""
+"""Batches of a step as numpy arrays: rows of padding, which a planned step is filled into, and sampling options."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
-from qwen_kernels.attention import PAGE
+from qwen_kernels.page import PAGE
 
 from qwen_jax.engine.api.sampling_params import SamplingParams
 from qwen_jax.engine.compiled.lora_rows import NO_ADAPTER
@@ -17,54 +17,56 @@ from qwen_jax.errors import UserError
 
 
 @cache
-def everything(rows: int, vocab_size: int) -> np.ndarray:
-    """Masks that allow every token. Always the same array, because most steps send nothing else: runners keep it on
-    their devices."""
+def allow_all_mask(rows: int, vocab_size: int) -> np.ndarray:
+    """Return masks i32[rows, ceil(vocab_size / 32)], one bit for each token id, that allow every token to be sampled.
+
+    The same array is returned every time, so that runners recognise it: most steps have no other masks, and it can stay
+    on the devices.
+    """
     return np.full((rows, -(-vocab_size // 32)), -1, np.int32)
 
 
 def padding_batch(bucket: Bucket, slots: int, vocab_size: int, sampling: SamplingRows) -> StepBatch:
-    """A batch whose rows are all padding, with the given sampling options."""
-    row, grid = (bucket.rows,), (bucket.rows, bucket.tokens)
+    """Return a batch whose rows are all padding, with the given sampling options.
+
+    slots: number of sequences that have a slot, a row of the token counts; padding rows use the row after these.
+    """
+    per_row, per_token = (bucket.rows,), (bucket.rows, bucket.tokens)
     return StepBatch(
-        tokens=np.zeros(grid, np.int32),
-        start=np.zeros(row, np.int32),
-        length=np.zeros(row, np.int32),
+        tokens=np.zeros(per_token, np.int32),
+        start=np.zeros(per_row, np.int32),
+        length=np.zeros(per_row, np.int32),
         page_table=np.zeros((bucket.rows, bucket.pages), np.int32),
-        slots=np.full(row, slots, np.int32),
-        samples=np.zeros(row, bool),
-        counts=np.zeros(row, np.int32),
-        prompt_length=np.zeros(row, np.int32),
-        first=np.zeros(row, bool),
+        slots=np.full(per_row, slots, np.int32),
+        samples=np.zeros(per_row, bool),
+        counts=np.zeros(per_row, np.int32),
+        prompt_length=np.zeros(per_row, np.int32),
+        first=np.zeros(per_row, bool),
         reused=np.zeros((bucket.rows, bucket.pages * PAGE if bucket.phase == "prefill" else 0), np.int32),
-        targets=np.full(grid, -1, np.int32),
-        adapters=np.full(row, NO_ADAPTER, np.int32),
-        allowed=everything(bucket.rows, vocab_size),
+        targets=np.full(per_token, -1, np.int32),
+        adapter_slots=np.full(per_row, NO_ADAPTER, np.int32),
+        allowed=allow_all_mask(bucket.rows, vocab_size),
         sampling=sampling,
     )
 
 
 def dry_run_batch(bucket: Bucket, slots: int, vocab_size: int, rows: int = 1) -> StepBatch:
-    """Full rows that compute on the null page, so that a warm-up step does what a real one does; or no row at all."""
-    batch = padding_batch(bucket, slots, vocab_size, neutral_rows(bucket.rows))
+    """Return a batch for a warm-up step: ``rows`` rows full of tokens, which use the null page, and else padding."""
+    batch = padding_batch(bucket, slots, vocab_size, pack_rows((), bucket.rows))
     batch.length[:rows] = bucket.tokens
     batch.counts[:rows] = bucket.tokens
     return batch
 
 
-def neutral_rows(num_rows: int) -> SamplingRows:
-    """Greedy rows with every option off, as numpy arrays: what padding rows get."""
-    return pack_rows((), num_rows)
-
-
-
 def pack_rows(requests: Sequence[tuple[SamplingParams, int, Sequence[int]]], num_rows: int) -> SamplingRows:
-    """Rows of a step, as numpy arrays; rows beyond ``len(requests)`` are neutral. Host side, tens of microseconds.
+    """Return the sampling options of a step's rows as numpy arrays. Takes tens of microseconds.
+
+    Rows beyond ``len(requests)`` are greedy, with every option off.
 
     Args:
       requests: (resolved params with a seed, index of the token being generated, ids banned at this step) of each row.
         The caller bans end-of-sequence and stop ids below ``min_tokens``.
-      num_rows: R.
+      num_rows: number of rows of the result.
 
     Raises:
       UserError: more banned ids than fit beside the row's ``logit_bias``.

@@ -1,9 +1,9 @@
-"""A model in stages on devices of their own, driven by the host, with several micro-batches under way at once.
+"""Runner of a model in stages on devices of their own, driven by the host, with several micro-batches at a time.
 
 The rows of a step are split into micro-batches. Programs are dispatched in an order in which every stage always has
-the next micro-batch queued while it works on one; devices wait for nothing but each other's results, which are copied
-from device to device. With s stages and m micro-batches, of which a decode step has one for every token it generates,
-a stage is idle for at most (s - 1) / (m + s - 1) of the time, where all take equally long.
+the next micro-batch queued while it works on another; devices wait for nothing but each other's results, which are
+copied from device to device. With s stages and m micro-batches, of which a decode step has one for every token it
+generates, a stage is idle for at most (s - 1) / (m + s - 1) of the time, where all take equally long.
 """
 
 from __future__ import annotations
@@ -14,114 +14,125 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen_jax.engine.compiled.state import Passed, StepBatch, StepOutput
+from qwen_jax.engine.compiled.state import LayerOutput, StepBatch, StepOutput
 from qwen_jax.engine.compiled.steps import run_stage
 from qwen_jax.engine.runner.model_runner import Key, Runner
-from qwen_jax.engine.runner.padded_batch import dry_run_batch, everything
+from qwen_jax.engine.runner.padded_batch import allow_all_mask, dry_run_batch
 from qwen_jax.engine.scheduling.buckets import Bucket
-from qwen_jax.engine.weights.model_shard import put_global
+from qwen_jax.parallel.placement import put
 
 
-class Started(NamedTuple):
-    """A step under way: of each micro-batch, the outputs of all its tokens, on the last stage's devices."""
+class StartedStep(NamedTuple):
+    """A step that has been started: for each micro-batch the outputs of its tokens, on the last stage's devices."""
 
     bucket: Bucket
     outputs: list[list[StepOutput]]
 
 
-class Pipeline(Runner):
-    """A `Runner` for a replica of several stages."""
+class PipelineRunner(Runner):
+    """Runs the steps of a replica whose layers are divided into several stages, each on devices of its own."""
 
-    def start(self, bucket: Bucket, batch: StepBatch, version: int) -> Started:
+    def start(self, bucket: Bucket, batch: StepBatch, version: int) -> StartedStep:
+        """Start a step without waiting for it: dispatch the programs of all stages, micro-batches and tokens."""
         self._check_strict()
-        size = micro_batch(bucket, len(self.stages))
+        size = micro_batch_rows(bucket, len(self.stages))
         count = max(1, -(-int(np.sum(batch.length > 0)) // size))  # live rows come first; one runs in a dry run
-        free = batch.allowed is everything(bucket.rows, self._vocab_size)
-        allowed = everything(size, self._vocab_size) if free else None
-        groups = [self._sent(jax.tree.map(lambda x, at=at: x[at * size:(at + 1) * size], batch), allowed)
-                  for at in range(count)]
-        turns = int(max(1, batch.counts.max())) if _one_by_one(bucket) else 1
-        started = Started(bucket, [[] for _ in groups])
-        for turn in range(turns):
-            for group, outputs in zip(groups, started.outputs, strict=True):
-                tokens = outputs[-1].sampled.tokens if outputs else None
-                outputs.append(self._through(bucket, group, version, turn, tokens))
+        unconstrained = batch.allowed is allow_all_mask(bucket.rows, self._vocab_size)
+        mask = allow_all_mask(size, self._vocab_size) if unconstrained else None
+        micro_batches = [self._on_stages(jax.tree.map(lambda x, i=i: x[i * size:(i + 1) * size], batch), mask)
+                         for i in range(count)]
+        tokens_per_row = int(max(1, batch.counts.max())) if _is_one_by_one(bucket) else 1
+        started = StartedStep(bucket, [[] for _ in micro_batches])
+        for token_index in range(tokens_per_row):
+            for micro_batch, outputs in zip(micro_batches, started.outputs, strict=True):
+                last_tokens = outputs[-1].sampled.tokens if outputs else None
+                outputs.append(self._run_stages(bucket, micro_batch, version, token_index, last_tokens))
         return started
 
-    def _sent(self, batch: StepBatch, allowed: np.ndarray | None) -> list[StepBatch]:
-        """A micro-batch on every stage's devices; but for ``allowed``, if given, which they have already."""
-        rest = batch._replace(allowed=None) if allowed is not None else batch
-        sent = [jax.tree.map(lambda x, to=stage.part.replicated: put_global(x, to), rest) for stage in self.stages]
-        return [one._replace(allowed=allowed) for one in sent] if allowed is not None else sent
+    def finish(self, started: StartedStep) -> StepOutput:
+        """Wait for a started step and return its output on the host, joined from all micro-batches and tokens."""
+        by_micro_batch = [_join_tokens(outputs) for outputs in jax.device_get(started.outputs)]
+        joined = jax.tree.map(lambda *parts: np.concatenate(parts), *by_micro_batch)
+        return jax.tree.map(lambda x: _padded(x, started.bucket.rows), joined)
 
-    def _through(self, bucket: Bucket, group: list[StepBatch], version: int, turn: int, tokens: Any) -> StepOutput:
-        """One micro-batch through all stages; ``tokens`` are those that its last turn sampled."""
-        passed = None
-        for index, (stage, batch) in enumerate(zip(self.stages, group, strict=True)):
-            to = stage.part.replicated
-            if index == 0 and tokens is not None:
-                batch = batch._replace(tokens=put_global(tokens, to))
-            if index:
-                passed = jax.tree.map(lambda x, to=to: put_global(x, to), passed)
-            passed = self.run(Key(bucket, index), batch, version, passed, np.int32(turn))
-        return passed
-
-    def done(self, started: Started) -> bool:
+    def done(self, started: StartedStep) -> bool:
+        """Return whether a started step has ended, so that `finish` would not wait."""
         return super().done(started.outputs)
 
-    def finish(self, started: Started) -> StepOutput:
-        outputs = jax.device_get(started.outputs)
-        rows = [_after_another(of_group) for of_group in outputs]
-        whole = jax.tree.map(lambda *parts: np.concatenate(parts), *rows)
-        return jax.tree.map(lambda x: _filled(x, started.bucket.rows), whole)
+    def _on_stages(self, batch: StepBatch, mask: np.ndarray | None) -> list[StepBatch]:
+        """Return a copy of a micro-batch on the devices of each stage.
+
+        mask: token mask to refer to instead of a copy of the batch's, or None.
+        """
+        if mask is not None:
+            batch = batch._replace(allowed=None)
+        copies = [jax.tree.map(lambda x, to=stage.shard.replicated: put(x, to), batch) for stage in self.stages]
+        return [copy._replace(allowed=mask) for copy in copies] if mask is not None else copies
+
+    def _run_stages(self, bucket: Bucket, micro_batch: list[StepBatch], version: int, token_index: int,
+                    last_tokens: Any) -> StepOutput:
+        """Run all stages on a micro-batch for one token of each row, and return the last stage's output.
+
+        token_index: which of the tokens that the step generates for a row. last_tokens: tokens that the micro-batch
+        sampled just before; None for the first.
+        """
+        output = None
+        for index, (stage, batch) in enumerate(zip(self.stages, micro_batch, strict=True)):
+            to = stage.shard.replicated
+            if index == 0 and last_tokens is not None:
+                batch = batch._replace(tokens=put(last_tokens, to))
+            if index:
+                output = jax.tree.map(lambda x, to=to: put(x, to), output)
+            output = self.run((bucket, index), batch, version, output, np.int32(token_index))
+        return output
 
     def _lower(self, key: Key) -> jax.stages.Lowered:
-        bucket, stage = key.bucket, self.stages[key.stage]
-        rows = micro_batch(bucket, len(self.stages))
-        start = stage.part.start
+        bucket, index = key
+        stage, rows = self.stages[index], micro_batch_rows(bucket, len(self.stages))
 
-        def step(leaves, draft, state, batch, vocab_limit, adapters, passed, turn):
-            models = stage.models(leaves, draft)
-            return run_stage(models, bucket, state, batch, passed, turn, start, vocab_limit, adapters)
+        def run(models, state, batch, entering, token_index):
+            return run_stage(models, bucket, state, batch, entering, token_index=token_index,
+                             first_layer=stage.shard.start)
 
-        dry = dry_run_batch(bucket, self.sizes.slots, self._vocab_size)
-        batch = jax.tree.map(lambda x: put_global(x[:rows], stage.part.replicated), dry)
-        passed = None
-        if key.stage:
-            def shape(sizes, dtype):
-                return jax.ShapeDtypeStruct((rows, *sizes), dtype, sharding=stage.part.replicated)
+        def shape(sizes, dtype):
+            return jax.ShapeDtypeStruct((rows, *sizes), dtype, sharding=stage.shard.replicated)
 
-            passed = Passed(shape((bucket.tokens, self.weights.config.hidden_size), stage.dtype),
-                            shape((2,), jnp.int32), shape((), jnp.int32))
-        return stage.lower(step, stage.shapes_of_arguments(batch, passed, np.int32(0)))
+        dry_run = dry_run_batch(bucket, self.sizes.slots, self._vocab_size)
+        batch = jax.tree.map(lambda x: put(x[:rows], stage.shard.replicated), dry_run)
+        entering = None if index == 0 else LayerOutput(
+            hidden=shape((bucket.tokens, self.weights.config.hidden_size), stage.dtype),
+            page_counts=shape((2,), jnp.int32), trips=shape((), jnp.int32))
+        return stage.lower(run, batch, entering, np.int32(0))
 
 
-def micro_batch(bucket: Bucket, stages: int) -> int:
-    """Rows of a micro-batch: as many micro-batches as there are stages, or more where the bucket asks for it, so that
-    every stage has one to work on."""
+def micro_batch_rows(bucket: Bucket, stages: int) -> int:
+    """Return the number of rows of a micro-batch of this bucket.
+
+    There are as many micro-batches as stages, so that every stage has work, or more where the bucket asks for it.
+    """
     for count in range(min(stages, bucket.micro_rows), 0, -1):
         if bucket.micro_rows % count == 0:
             return bucket.micro_rows // count
     raise AssertionError("one micro-batch always divides")
 
 
-def _one_by_one(bucket: Bucket) -> bool:
-    """Whether a step generates tokens one after another."""
+def _is_one_by_one(bucket: Bucket) -> bool:
+    """Return whether a bucket's step generates the tokens of a row one by one, each by a run of all stages."""
     return bucket.phase == "decode" and bucket.tokens == 1
 
 
-def _after_another(outputs: list[StepOutput]) -> StepOutput:
-    """The output of a micro-batch from those of its tokens."""
+def _join_tokens(outputs: list[StepOutput]) -> StepOutput:
+    """Join the outputs of one micro-batch, each with one token of every row, to one output with all tokens."""
     first = outputs[0]
     if len(outputs) == 1:
         return first
-    sampled = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *(one.sampled for one in outputs))
+    sampled = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *(output.sampled for output in outputs))
     trips = first.trips
-    for one in outputs[1:]:
-        trips = np.where(trips == 0, one.trips, trips)
-    return first._replace(sampled=sampled, pages=sum(one.pages for one in outputs), trips=trips)
+    for output in outputs[1:]:
+        trips = np.where(trips == 0, output.trips, trips)
+    return first._replace(sampled=sampled, page_counts=sum(output.page_counts for output in outputs), trips=trips)
 
 
-def _filled(x: np.ndarray, rows: int) -> np.ndarray:
-    """``x`` with zeros for the rows of micro-batches that were not run."""
+def _padded(x: np.ndarray, rows: int) -> np.ndarray:
+    """Append zeros to ``x`` up to ``rows`` rows, in place of the micro-batches that were not run."""
     return np.concatenate([x, np.zeros((rows - len(x), *x.shape[1:]), x.dtype)])

@@ -1,22 +1,23 @@
-"""Which sequences run in the next step, in which bucket.
+"""The scheduler: chooses the sequences of the next step and the bucket that it runs in.
 
 Sequences have a rank: priority, then order of arrival. Steps alternate between prefill and decode while both have work.
-A step runs sequences of one group: one attention, one version of the weights, one precision. Among prefills, whoever
-has the least left goes first, so that a short prompt does not wait for a long one; every fourth prefill step goes by
-rank, so that a long one does not wait for ever. When pages run out, the last by rank gives its pages back and starts
-again later; the first by rank is never preempted, so every sequence finishes. Memory is never overtaken: a sequence is
-not admitted into pages that one before it waits for.
+A step runs sequences of one group: one attention, one version of the weights, one precision. The prefill with the
+fewest tokens left goes first, so that a short prompt does not wait for a long one; every fourth prefill step goes by
+rank, so that a long one does not wait for ever. When pages run out, the last sequence by rank gives its pages back and
+starts again later; the first by rank is never preempted, so every sequence finishes. Memory is never overtaken: a
+sequence is not admitted into pages that one before it waits for.
 
 Full pages are offered to the pool's prefix cache once computed, and admission starts after the pages found there. A
-sequence whose next page another one is about to compute waits for it, so a prefix that many share is computed once.
+sequence whose next page is about to be computed by another one waits for it, so a prefix that many share is computed
+once.
 """
 
 import bisect
 import heapq
 import itertools
 from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Sized
 from operator import attrgetter
+from typing import NamedTuple
 
 from qwen_jax.engine.scheduling.buckets import Bucket, Limits, pick_prefill
 from qwen_jax.engine.scheduling.page_pool import PAGE, PagePool, pages_for
@@ -28,35 +29,62 @@ from qwen_jax.engine.scheduling.schedule_policy import (
     attention_of,
     dynamic_schedule,
 )
-from qwen_jax.engine.scheduling.sequence import MOST, Sequence, State
-from qwen_jax.engine.scheduling.step_plan import PlannedRow, StepPlan
+from qwen_jax.engine.scheduling.sequence import UNLIMITED, PlannedRow, Sequence, State, StepPlan
 from qwen_jax.errors import UserError
 
-RANK_EVERY = 4  # prefill steps, of which one goes by rank
+ALL_ROWS = UNLIMITED  # rows of a decode step: as many as its bucket has
+RANK_EVERY = 4  # of this many prefill steps, one goes by rank
 _rank = attrgetter("priority", "arrival")  # the lowest is admitted first and preempted last
+Propose = Callable[[Sequence], list[int]]  # drafts of the tokens after the last one of a sequence
+
+
+class _PrefillCandidate(NamedTuple):
+    """A sequence that could be in the next prefill, and the pages of the prefix cache that it would start after."""
+
+    seq: Sequence
+    kept: list[int]
+
+    @property
+    def remaining(self) -> int:
+        """Number of the sequence's tokens that are still to prefill."""
+        return self.seq.prefill_end - max(self.seq.num_computed, len(self.kept) * PAGE)
 
 
 class Scheduler:
-    """Call `plan`, run it, `commit` what was sampled; `add`, `abort` and `finish` come in between, not during.
+    """Queue of one replica's sequences, which plans the replica's steps.
 
-    invariant: what a sequence computes must not depend on the others: prefills reuse and restart at multiples of the
-      largest chunk, answers are not reused, and nobody is admitted who might be preempted.
-    dense_tail: last tokens of a prompt whose pages sparse attention computes otherwise than the rest, and so are not
-      shared; neither are its answers'.
-    wide_pool: pages of sequences that fell back from 8-bit to 16-bit steps (`fall_back`); None where all are 16-bit.
-    arrivals: numbers in ascending order, shared by the schedulers of several replicas.
+    Call `plan`, run the step, `commit` what was sampled; `add`, `abort` and `finish` come in between, not during.
+
+    Args:
+      table: every bucket that a step may have.
+      limits: sizes of the engine.
+      pool: pages of the KV cache.
+      policy: thresholds of the schedules.
+      prefix_cache: keep computed pages for prompts that begin alike.
+      invariant: what a sequence computes must not depend on the others: prefills reuse and restart at multiples of the
+        largest chunk, answers are not reused, and no sequence is admitted that might be preempted.
+      dense_tail: number of last tokens of a prompt whose pages sparse attention computes otherwise than the rest. They
+        are not shared, and neither are the pages of answers.
+      wide_pool: 16-bit pages for sequences that fell back from 8-bit steps (`fall_back`); None where all are 16-bit.
+      arrivals: numbers in ascending order, shared by the schedulers of several replicas.
+
+    Attributes:
+      waiting, running: the unfinished sequences, by rank.
+      paused: admit no sequence, except those that were preempted in the middle of their answer.
+      prefix_queries, prefix_hits: pages looked up in the prefix cache at admissions, and those found.
+      preemptions: number of sequences that had to give their pages back.
     """
 
     def __init__(self, table: tuple[Bucket, ...], limits: Limits, pool: PagePool,
-                 policy: SchedulePolicy = DEFAULT_POLICY, prefix_cache: bool = True, invariant: bool = False,
+                 policy: SchedulePolicy = DEFAULT_POLICY, *, prefix_cache: bool = True, invariant: bool = False,
                  dense_tail: int = 0, wide_pool: PagePool | None = None, arrivals: Iterator[int] | None = None):
         self.limits, self.pool, self.policy, self.prefix_cache = limits, pool, policy, prefix_cache
         self.invariant, self.dense_tail, self.wide_pool = invariant, dense_tail, wide_pool
-        self.prefix_queries = self.prefix_hits = 0  # pages looked up at admissions, and found
+        self.prefix_queries = self.prefix_hits = 0
         self.preemptions = 0
-        self.paused = False  # nobody is admitted but those that were preempted in the middle of their answer
-        self.waiting: list[Sequence] = []  # by rank
-        self.running: list[Sequence] = []  # by rank
+        self.paused = False
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
         self._sequences: dict[str | int, Sequence] = {}
         self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap
         self._free_slots = list(range(limits.max_batch_size))  # a heap: low slots first
@@ -67,17 +95,46 @@ class Scheduler:
         self._steps = self._prefills = 0
         self._last_phase = "decode"
 
+    # --- what is queued
+
     @property
     def has_work(self) -> bool:
+        """True while a sequence is unfinished."""
         return bool(self._sequences)
 
-    def crowd(self) -> tuple[int, bool]:
-        """How many sequences decode, and whether others wait for a prefill."""
+    @property
+    def num_sequences(self) -> int:
+        """Number of unfinished sequences, waiting and running."""
+        return len(self._sequences)
+
+    @property
+    def unfilled_tokens(self) -> int:
+        """Number of token places, in the pages of running sequences, whose keys and values are not computed."""
+        return sum(len(seq.pages) * PAGE - seq.num_computed for seq in self.running)
+
+    @property
+    def free_slots(self) -> int:
+        """Number of further sequences that could run at once if there were pages for them."""
+        return len(self._free_slots)
+
+    def decode_load(self) -> tuple[int, bool]:
+        """Return the number of decoding sequences, and whether others wait for a prefill."""
         decoding = sum(not seq.in_prefill for seq in self.running)
         return decoding, bool(self.waiting) or decoding < len(self.running)
 
+    def expired(self, now: float) -> list[Sequence]:
+        """Return the unfinished sequences whose deadline has come, each of them by one call only."""
+        late = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            seq = heapq.heappop(self._deadlines)[2]
+            if seq.state is not State.FINISHED:
+                late.append(seq)
+        return late
+
+    # --- sequences come and go
+
     def check(self, seq: Sequence) -> None:
-        """UserError if the request is malformed or could not finish even with the whole cache to itself."""
+        """Raise UserError if the request is malformed or could not finish even with the whole cache to itself."""
         length, longest = len(seq.prompt), self.limits.max_seq_len
         if seq.request_id in self._sequences:
             raise UserError(f"request {seq.request_id!r} is already queued or running: use another id")
@@ -88,23 +145,33 @@ class Scheduler:
         if length + 1 > longest:
             raise UserError(f"the prompt has {length} tokens and max_seq_len={longest} leaves no room for an answer: "
                             "shorten the prompt or raise max_seq_len")
-        needed = pages_for(self._most_computed(seq))
+        needed = pages_for(self._max_computed(seq))
         if needed > self.pool.capacity:
             raise UserError(f"the request may need {needed} pages of KV cache and the engine has {self.pool.capacity}: "
                             "shorten the prompt, lower max_tokens or give the engine more memory")
 
     def add(self, seq: Sequence) -> None:
-        """Queues a request that passes `check`."""
+        """Queue a new sequence; UserError for one that `check` refuses."""
         self.check(seq)
         if seq.arrival < 0:
             seq.arrival = next(self._arrivals)
-        self._sequences[seq.request_id] = seq
+        self._register(seq)
         bisect.insort(self.waiting, seq, key=_rank)
-        if seq.deadline is not None:
-            heapq.heappush(self._deadlines, (seq.deadline, seq.arrival, seq))
+
+    def adopt(self, seq: Sequence, pages: list[int]) -> None:
+        """Take over a running sequence of another scheduler, in `pages` of this one's pool.
+
+        The pages are allocated or shared for it; the caller copies its keys and values there. There must be a free
+        slot.
+        """
+        self._register(seq)
+        bisect.insort(self.running, seq, key=_rank)
+        seq.state, seq.pages, seq.slot = State.RUNNING, pages, heapq.heappop(self._free_slots)
+        for index, key in enumerate(seq.keys[:seq.num_kept]):
+            self.pool.keep(key, pages[index], seq.keys[index - 1] if index else seq.salt)
 
     def withdraw(self, seq: Sequence) -> None:
-        """Takes a sequence out without ending it: another scheduler will `add` or `adopt` it. It keeps nothing here."""
+        """Remove a sequence, and free what it holds, without ending it: another scheduler will `add` or `adopt` it."""
         if seq.state is State.RUNNING:
             self._release(seq)
             seq.state = State.WAITING
@@ -112,55 +179,19 @@ class Scheduler:
             self.waiting.remove(seq)
         del self._sequences[seq.request_id]
 
-    def adopt(self, seq: Sequence, pages: list[int]) -> None:
-        """Goes on with a sequence of another scheduler, whose contents will be in ``pages`` of this one's pool, which
-        are allocated or shared for it. There must be a free slot."""
-        self._sequences[seq.request_id] = seq
-        bisect.insort(self.running, seq, key=_rank)
-        seq.state, seq.pages, seq.slot = State.RUNNING, pages, heapq.heappop(self._free_slots)
-        for index, key in enumerate(seq.keys[:seq.num_kept]):
-            self.pool.keep(key, pages[index], seq.keys[index - 1] if index else seq.salt)
-        if seq.deadline is not None:
-            heapq.heappush(self._deadlines, (seq.deadline, seq.arrival, seq))
-
-    def lose_pages(self, seq: Sequence) -> None:
-        """Of a withdrawn sequence: all its known tokens are to be prefilled again."""
-        seq.num_computed = seq.num_reused = seq.num_kept = 0
-        seq.prefill_end = seq.num_tokens
-
-    @property
-    def num_sequences(self) -> int:
-        """Waiting and running."""
-        return len(self._sequences)
-
-    @property
-    def unused_slots(self) -> int:
-        """Tokens for which running sequences hold pages without having computed them."""
-        return sum(len(seq.pages) * PAGE - seq.num_computed for seq in self.running)
-
-    @property
-    def free_slots(self) -> int:
-        return len(self._free_slots)
-
-    def expired(self, now: float) -> list[Sequence]:
-        """Unfinished sequences whose deadline has come; each is returned once."""
-        late = []
-        while self._deadlines and self._deadlines[0][0] <= now:
-            seq = heapq.heappop(self._deadlines)[2]
-            if seq.state is not State.FINISHED:
-                late.append(seq)
-        return late
-
     def abort(self, request_id: str | int) -> bool:
-        """Ends a request and frees what it holds; False if there is no such request any more."""
+        """End a request and free what it holds. Return False if there is no such request any more."""
         seq = self._sequences.get(request_id)
         if seq is not None:
             self.finish(seq, "abort")
         return seq is not None
 
     def finish(self, seq: Sequence, reason: str) -> None:
-        """Ends `seq` and frees what it holds. A sequence that just ended by length may still be said to have ended by
-        "stop" (its last token was the stop token) or "error": only the reason changes."""
+        """End a sequence for a reason ("stop", "length", "abort" or "error"), and free what it holds.
+
+        A sequence that just ended by length may still be found to have ended by "stop" (its last token was the stop
+        token) or "error": only the reason changes.
+        """
         if seq.state is State.FINISHED:
             if seq.finish_reason == "length" and reason in ("stop", "error"):
                 seq.finish_reason = reason
@@ -173,7 +204,7 @@ class Scheduler:
         seq.state, seq.finish_reason = State.FINISHED, reason
 
     def restart(self, seq: Sequence) -> None:
-        """Back into the line as if it had just come, but with its rank: its answer so far is dropped."""
+        """Drop the answer of a sequence so far, and queue it again from its prompt, at its old rank."""
         if seq.state is State.RUNNING:
             self._preempt(seq)
         seq.output.clear()
@@ -181,9 +212,10 @@ class Scheduler:
         seq.prefill_end = seq.num_tokens
 
     def fall_back(self, seq: Sequence) -> None:
-        """Back into the line, to be computed in 16 bits from its first token; what was sampled so far stays.
+        """Queue a sequence of an 8-bit engine again, to be computed in 16 bits from its first token on.
 
-        The pages it used, and what others computed after them, are not found by anybody any more.
+        Its answer so far stays. The pages that it used, and pages that others computed after them, leave the prefix
+        cache.
         """
         if self.wide_pool is None or seq.wide:
             raise ValueError(f"request {seq.request_id!r} has nothing to fall back to")
@@ -191,17 +223,17 @@ class Scheduler:
         self._preempt(seq)
         seq.wide, seq.schedule = True, FULL
 
-    def plan(self, steps: int = 1, propose: Callable[[Sequence], Sized[int]] | None = None, rows: int = MOST
-             ) -> StepPlan | None:
-        """The next step; None only when there is no work, or none but for those kept out by `paused`. Its sequences own
-        pages and slots when this returns.
+    # --- steps
 
-        steps: tokens per row that a decode step may sample, within what its bucket can; one while anybody could be
+    def plan(self, steps: int = 1, propose: Propose | None = None, max_rows: int = ALL_ROWS) -> StepPlan | None:
+        """Plan the next step, with pages and slots allocated for its sequences; return None when no sequence can run.
+
+        steps: tokens per row that a decode step may sample, within what its bucket can; one while a sequence could be
           prefilled instead.
-        propose: drafts of the tokens after the last one of a sequence, `DRAWN` for those that the step makes.
-        rows: that a decode step may have; those left over take the next one.
+        propose: function that returns drafts (guessed next tokens) for a sequence; `DRAWN` is one that the step makes.
+        max_rows: rows that a decode step may have; sequences left over take the next one.
         """
-        phases = [self._plan_prefill, lambda: self._plan_decode(steps, propose, rows)]
+        phases = [self._plan_prefill, lambda: self._plan_decode(steps, propose, max_rows)]
         if self._last_phase == "prefill":
             phases.reverse()
         for plan_phase in phases:
@@ -210,11 +242,12 @@ class Scheduler:
                 return plan
         return None
 
-    def commit(self, plan: StepPlan, sampled: Sized[Sized[int] | None]) -> list[Sequence]:
-        """Records that `plan` ran; `sampled[i]` are the tokens of row i: those that count, one at least where the row
-        samples (ignored elsewhere). None: what the row computed is of no use, and the caller sees to the sequence.
+    def commit(self, plan: StepPlan, sampled: list[list[int] | None]) -> list[Sequence]:
+        """Record the tokens that a planned step sampled, and return the sequences that these ended by length.
 
-        Returns the sequences that this ended, by length. Rows aborted since `plan` are skipped.
+        sampled: the tokens of each row that count, at least one where the row samples (ignored elsewhere); None for a
+          row whose results are of no use, whose sequence the caller takes care of. Rows aborted since `plan` are
+          skipped.
         """
         if len(sampled) != len(plan.rows):
             raise ValueError(f"sampled tokens of {len(sampled)} rows for {len(plan.rows)} rows")
@@ -244,125 +277,126 @@ class Scheduler:
     # --- prefill
 
     def _plan_prefill(self) -> StepPlan | None:
-        """The next in turn, and in its bucket as many others of its group as pay off."""
-        line = [(seq, []) for seq in self.running if seq.in_prefill] + self._admissible()
+        """Plan a prefill of the next sequence in turn, or return None when none is left to prefill.
+
+        Others of its group (same attention, weights and precision) join it as far as that pays off.
+        """
+        line = [_PrefillCandidate(seq, []) for seq in self.running if seq.in_prefill] + self._admissible()
         if not line:
             return None
-
-        def left(item: tuple[Sequence, list[int]]) -> int:
-            seq, found = item
-            return seq.prefill_end - max(seq.num_computed, len(found) * PAGE)
-
         by_rank = self._prefills % RANK_EVERY == RANK_EVERY - 1
-        line.sort(key=lambda item: (item[0].priority, 0 if by_rank else left(item), item[0].arrival))
-        line = [item for item in line if self.group(item[0]) == self.group(line[0][0])]
-        wide = line[0][0].wide
-        schedule = FULL if wide else dynamic_schedule(len(line), len(line[0][0].prompt), self.policy)
-        bucket = pick_prefill(self._buckets("prefill", schedule, wide), list(map(left, line)),
+        line.sort(key=lambda item: (item.seq.priority, 0 if by_rank else item.remaining, item.seq.arrival))
+        first = line[0].seq
+        line = [item for item in line if self._group(item.seq) == self._group(first)]
+        schedule = FULL if first.wide else dynamic_schedule(len(line), len(first.prompt), self.policy)
+        bucket = pick_prefill(self._buckets("prefill", schedule, first.wide), [item.remaining for item in line],
                               self.limits.step_overhead_tokens)
         chosen = line[:bucket.rows]
-        for _, found in chosen:  # all before the first allocation, which could evict them
-            self.pool.share(found)
+        for item in chosen:  # all before the first allocation, which could evict them
+            self.pool.share(item.kept)
         rows = []
-        for seq, found in chosen:
+        for seq, kept in chosen:
             if seq.state is State.WAITING:
-                self._admit(seq, found, len(chosen))
+                self._admit(seq, kept, len(chosen))
             start, count = seq.num_computed, min(seq.prefill_end - seq.num_computed, bucket.tokens)
             rows.append(PlannedRow(seq, start, count, samples=start + count == seq.prefill_end))
         self._prefills += 1
         return StepPlan(bucket, rows)
 
-    def _admissible(self) -> list[tuple[Sequence, list[int]]]:
-        """The waiting sequences that could start now, all of them together, each with the kept pages it would start
-        after.
+    def _admissible(self) -> list[_PrefillCandidate]:
+        """Return the waiting sequences whose prefill could start now, for all of them together.
 
-        Stops at the first that pages or slots do not suffice for, so nobody takes what it waits for. Admission never
-        preempts. It leaves a page for each sequence before that may still grow: otherwise a long prompt would be
+        Ends at the first for which pages or slots do not suffice, so that no other takes what it waits for. Admission
+        never preempts. It leaves a page for each earlier sequence that may still grow: otherwise a long prompt would be
         prefilled only to be preempted a few steps later.
         """
         admissible, reused, claimed = [], set(), set()
         if not self.waiting:
             return admissible
-        free = {wide: pool.num_free - sum(self._growth(seq) for seq in self.running if seq.wide == wide)
+        free = {wide: pool.num_free - sum(self._reserve(seq) for seq in self.running if seq.wide == wide)
                 for wide, pool in ((False, self.pool), (True, self.wide_pool)) if pool}
         slots = len(self._free_slots)
-        full = set()  # pools that somebody before waits for
+        exhausted = set()  # pools that an earlier sequence waits for
         for seq in self.waiting:
-            if self.paused and not seq.output or seq.wide in full:
+            if self.paused and not seq.output or seq.wide in exhausted:
                 continue
             keys = self._reusable_keys(seq)
-            found = self.pool.match(keys)
+            kept = self.pool.match(keys)
             if self.invariant:
-                found = found[:len(found) * PAGE // self._chunk * self._chunk // PAGE]
-            missing = keys[len(found):]
-            pages, idle = pages_for(seq.prefill_end), {page for page in found if self.pool.is_idle(page)} - reused
-            cost = pages - len(found) + len(idle)
-            growth = self._growth(seq, pages)
+                kept = kept[:len(kept) * PAGE // self._chunk * self._chunk // PAGE]
+            missing = keys[len(kept):]
+            pages, idle = pages_for(seq.prefill_end), {page for page in kept if self.pool.is_idle(page)} - reused
+            cost = pages - len(kept) + len(idle)
+            reserve = self._reserve(seq, pages)
             if not slots:
                 break
-            if cost + (growth if self.invariant else 0) > free[seq.wide]:
-                full.add(seq.wide)
+            if cost + (reserve if self.invariant else 0) > free[seq.wide]:
+                exhausted.add(seq.wide)
                 continue
             if not (missing and (missing[0] in self._computing or missing[0] in claimed)):
-                admissible.append((seq, found))
+                admissible.append(_PrefillCandidate(seq, kept))
             reused |= idle
             claimed.update(missing)
-            free[seq.wide] -= cost + growth
+            free[seq.wide] -= cost + reserve
             slots -= 1
         return admissible
 
-    def _admit(self, seq: Sequence, found: list[int], batch_size: int) -> None:
-        """`found`: kept pages, shared already."""
+    def _admit(self, seq: Sequence, kept: list[int], batch_size: int) -> None:
+        """Give a waiting sequence a slot and pages to run; the cached pages `kept` are shared for it already."""
         self.waiting.remove(seq)
         bisect.insort(self.running, seq, key=_rank)
         seq.state = State.RUNNING
         seq.slot = heapq.heappop(self._free_slots)
-        seq.pages = found + self._pool(seq).allocate(pages_for(seq.prefill_end) - len(found))
-        seq.num_kept = len(found)
-        seq.num_computed = seq.num_reused = len(found) * PAGE
+        seq.pages = kept + self._pool(seq).allocate(pages_for(seq.prefill_end) - len(kept))
+        seq.num_kept = len(kept)
+        seq.num_computed = seq.num_reused = len(kept) * PAGE
         if seq.schedule is None:
             seq.schedule = dynamic_schedule(batch_size, len(seq.prompt), self.policy)
         keys = self._reusable_keys(seq)
         self.prefix_queries += len(keys)
-        self.prefix_hits += len(found)
-        for key in keys[len(found):]:
+        self.prefix_hits += len(kept)
+        for key in keys[len(kept):]:
             self._computing.setdefault(key, seq)
 
     # --- the prefix cache
 
     def _reusable_keys(self, seq: Sequence) -> list[bytes]:
-        """Keys of the pages that `seq` could find instead of computing: one token at least is computed."""
+        """Return the keys of a sequence's pages that it could take from the prefix cache instead of computing them."""
         if not self.prefix_cache or seq.wide:
             return []
-        most = seq.prefill_end - 1 if seq.reusable is None else min(seq.prefill_end - 1, seq.reusable)
-        return seq.page_keys(min(most // PAGE, self._shareable(seq)))
+        tokens = seq.prefill_end - 1  # at least one token is computed
+        if seq.reusable is not None:
+            tokens = min(tokens, seq.reusable)
+        return seq.page_keys(min(tokens // PAGE, self._shareable(seq)))
 
     def _shareable(self, seq: Sequence) -> int:
-        """Pages whose contents the tokens alone decide, not the way they came to be there."""
+        """Return how many of a sequence's first pages depend on their tokens alone, not on how they were computed."""
         if self.attention(seq) == SPARSE:
             return max(0, len(seq.prompt) - self.dense_tail) // PAGE
-        # What decode steps compute is not to the last bit what a prefill would have.
+        # Decode steps do not compute to the last bit what a prefill would have.
         return len(seq.prompt) // PAGE if self.invariant else seq.num_tokens // PAGE
 
     def _keep_full_pages(self, seq: Sequence) -> None:
-        """Offers the pages that this step filled to the cache; those who waited for them find them there."""
+        """Add the pages of a sequence that a step filled to the prefix cache, where others that wait find them."""
         full = min(seq.num_computed // PAGE, self._shareable(seq)) if self.prefix_cache and not seq.wide else 0
         if full > seq.num_kept:
             keys = seq.page_keys(full)
             for index in range(seq.num_kept, full):
                 self.pool.keep(keys[index], seq.pages[index], keys[index - 1] if index else seq.salt)
-                self._forget(seq, keys[index])
+                self._end_computing(seq, keys[index])
             seq.num_kept = full
 
-    def _forget(self, seq: Sequence, key: bytes) -> None:
+    def _end_computing(self, seq: Sequence, key: bytes) -> None:
         if self._computing.get(key) is seq:
             del self._computing[key]
 
     # --- decode
 
-    def _plan_decode(self, steps: int, propose: Callable[[Sequence], Sized[int]] | None, most: int
-                     ) -> StepPlan | None:
-        """The rows that have waited longest, all of one group."""
+    def _plan_decode(self, steps: int, propose: Propose | None, max_rows: int) -> StepPlan | None:
+        """Plan a decode step of the sequences that have waited longest, or return None when none decodes.
+
+        They are of one group: same attention, weights and precision.
+        """
         decoding = [seq for seq in self.running if not seq.in_prefill]
         if not decoding:
             return None
@@ -371,38 +405,38 @@ class Scheduler:
             steps = 1
         # A second group is tried only when growing has preempted every row of the first.
         groups: dict[tuple[str, int, bool], list[Sequence]] = {}
-        for seq in sorted(decoding, key=attrgetter("last_step")):  # and of those alike, the first by rank
-            groups.setdefault(self.group(seq), []).append(seq)
-        for group, members in groups.items():
-            attention, _, wide = group
+        for seq in sorted(decoding, key=attrgetter("last_step")):  # a stable sort: equals stay in the order of rank
+            groups.setdefault(self._group(seq), []).append(seq)
+        for (attention, _, wide), members in groups.items():
             buckets = sorted(self._buckets("decode", attention, wide), key=attrgetter("rows", "tokens"))
-            chosen = members[:min(most, buckets[-1].rows)]
+            chosen = members[:min(max_rows, buckets[-1].rows)]
             chosen.sort(key=_rank)  # a row can then only preempt rows that are not planned yet
             drafts = self._drafts(chosen, buckets, propose) if propose else {}
-            steps = min(steps, *(seq.burst for seq in chosen))  # or whoever samples one would wait for the others
+            steps = min(steps, *(seq.burst for seq in chosen))  # a row that samples one token would wait for the others
             rows = []
             for seq in chosen:
-                guessed = drafts.get(seq, ())
-                count = self._grow(seq, seq.room(len(guessed) + 1 if drafts else steps, self.limits.max_seq_len))
+                guesses = drafts.get(seq, ())
+                limit = len(guesses) + 1 if drafts else steps
+                count = self._grow(seq, seq.max_samples(limit, self.limits.max_seq_len))
                 if count:
-                    rows.append(PlannedRow(seq, seq.num_computed, count, True, tuple(guessed[:count - 1])))
+                    rows.append(PlannedRow(seq, seq.num_computed, count, True, tuple(guesses[:count - 1])))
             if rows:
                 return StepPlan(next(bucket for bucket in buckets if bucket.rows >= len(rows)
                                      and (bucket.tokens > 1) == bool(drafts)), rows)
         return None
 
-    def _drafts(self, chosen: list[Sequence], buckets: list[Bucket], propose) -> dict[Sequence, Sized[int]]:
-        """Drafts of those rows that have some; none for anybody where no bucket takes so many rows."""
+    def _drafts(self, chosen: list[Sequence], buckets: list[Bucket], propose: Propose) -> dict[Sequence, list[int]]:
+        """Return the guessed next tokens of sequences that have some; none where no bucket takes this many rows."""
         widths = [bucket.tokens for bucket in buckets if bucket.rows >= len(chosen) and bucket.tokens > 1]
         if not widths:
             return {}
-        found = {seq: list(propose(seq))[:widths[0] - 1] for seq in chosen}
-        return {seq: drafts for seq, drafts in found.items() if drafts}
+        proposed = {seq: list(propose(seq))[:widths[0] - 1] for seq in chosen}
+        return {seq: drafts for seq, drafts in proposed.items() if drafts}
 
     def _grow(self, seq: Sequence, count: int) -> int:
-        """Gives `seq` room for up to `count` more tokens and says for how many; 0 when it is preempted itself.
+        """Allocate pages for up to `count` more tokens and return for how many; 0 when `seq` itself is preempted.
 
-        For the first it preempts those after it by rank, for the others it does not.
+        For the first token it preempts sequences after it by rank, for the others it does not.
         """
         if seq.state is not State.RUNNING:  # preempted by an earlier row
             return 0
@@ -421,45 +455,51 @@ class Scheduler:
             seq.pages += pool.allocate(missing)
         return count
 
+    # --- shared
+
+    def attention(self, seq: Sequence) -> str:
+        """Return the attention, full or sparse, that computes a sequence all its life (`FULL` or `SPARSE`)."""
+        return attention_of(seq.schedule or dynamic_schedule(1, len(seq.prompt), self.policy))
+
+    def _register(self, seq: Sequence) -> None:
+        self._sequences[seq.request_id] = seq
+        if seq.deadline is not None:
+            heapq.heappush(self._deadlines, (seq.deadline, seq.arrival, seq))
+
     def _preempt(self, seq: Sequence) -> None:
-        """Back into the line; all its known tokens are prefilled again, the sampled ones included."""
+        """Free what a running sequence holds and queue it again, to prefill all its known tokens, sampled ones too."""
         self._release(seq)
-        seq.num_computed = seq.num_reused = 0
-        seq.prefill_end = seq.num_tokens
+        seq.discard_computed()
         seq.state = State.WAITING
         bisect.insort(self.waiting, seq, key=_rank)
 
-    # --- shared
-
     def _release(self, seq: Sequence) -> None:
+        """Free the pages and the slot of a running sequence."""
         self.running.remove(seq)
         for key in seq.keys[seq.num_kept:]:
-            self._forget(seq, key)
+            self._end_computing(seq, key)
         self._pool(seq).free(seq.pages)
         heapq.heappush(self._free_slots, seq.slot)
         seq.pages, seq.slot = [], None
 
-    def _most_computed(self, seq: Sequence) -> int:
-        """Tokens that can ever be in the cache for `seq`: all but the last one sampled."""
+    def _max_computed(self, seq: Sequence) -> int:
+        """Return how many tokens of `seq` can ever be in the KV cache at most: all but the last one sampled."""
         return min(len(seq.prompt) + seq.max_new_tokens, self.limits.max_seq_len) - 1
 
-    def _growth(self, seq: Sequence, pages: int | None = None) -> int:
-        """Pages that admission leaves for `seq`, which has or would have `pages`, to grow into."""
-        more = pages_for(self._most_computed(seq)) - (len(seq.pages) if pages is None else pages)
-        return more if self.invariant else min(more, 1)
+    def _reserve(self, seq: Sequence, pages: int | None = None) -> int:
+        """Return how many pages admission leaves free for `seq`, which has or would have `pages`, to grow into."""
+        growth = pages_for(self._max_computed(seq)) - (len(seq.pages) if pages is None else pages)
+        return growth if self.invariant else min(growth, 1)
 
-    def group(self, seq: Sequence) -> tuple[str, int, bool]:
-        """What the sequences of one step have in common: the attention, the version of the weights, the precision."""
+    def _group(self, seq: Sequence) -> tuple[str, int, bool]:
+        """Return what the sequences of one step have in common: attention, version of the weights, 16-bit fallback."""
         return self.attention(seq), seq.version, seq.wide
-
-    def attention(self, seq: Sequence) -> str:
-        """The attention that computes this sequence, all its life."""
-        return attention_of(seq.schedule or dynamic_schedule(1, len(seq.prompt), self.policy))
 
     def _pool(self, seq: Sequence) -> PagePool:
         return self.wide_pool if seq.wide else self.pool
 
     def _buckets(self, phase: str, schedule: str, wide: bool) -> tuple[Bucket, ...]:
+        """Return the buckets of a phase and a schedule; with `wide`, those of an 8-bit engine's 16-bit fallback."""
         usual = self._table[0].precision
         return tuple(bucket for bucket in self._table
                      if (bucket.phase, bucket.schedule) == (phase, schedule) and (bucket.precision != usual) == wide)

@@ -1,4 +1,4 @@
-"""LoRA adapters of a running engine: slots on the device that hold other values after a load, so nothing compiles."""
+"""LoRA adapters of a running engine, in slots of arrays on the devices, so that loading an adapter compiles nothing."""
 
 from __future__ import annotations
 
@@ -14,32 +14,33 @@ import numpy as np
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.compiled.compile_counter import planned
 from qwen_jax.engine.compiled.lora_rows import NO_ADAPTER, Adapters
-from qwen_jax.engine.weights.model_shard import ModelShard, put_global
+from qwen_jax.engine.weights.model_shard import ModelShard
 from qwen_jax.errors import UserError
 from qwen_jax.model.lora import TARGETS, split_axes, target_sizes
 from qwen_jax.parallel.layout import expand, expanded_shape
+from qwen_jax.parallel.placement import put
 
 
 class AdapterTable:
-    """The adapters of one engine by name.
+    """The LoRA adapters that one engine has loaded, by name, each in a slot of arrays on the devices.
 
     Args:
-      parts: of the model; each holds the adapters of its own layers, divided as the matrices beside them are.
-      max_adapters: how many may be loaded at once; 0 makes an engine without adapters, whose programs know of none.
-      max_rank: the largest rank; smaller ones are padded with zeros.
+      shards: shards of the model. Each holds the adapters of its own layers, divided as the matrices beside them are.
+      max_adapters: how many may be loaded at once; 0 makes an engine whose programs have no adapters.
+      max_rank: the largest rank; adapters of a smaller rank are padded with zeros.
     """
 
-    def __init__(self, config: ModelConfig, parts: Sequence[ModelShard], max_adapters: int, max_rank: int,
+    def __init__(self, config: ModelConfig, shards: Sequence[ModelShard], max_adapters: int, max_rank: int,
                  dtype: Any) -> None:
-        for name, value, least in (("max_adapters", max_adapters, 0), ("max_adapter_rank", max_rank, 1)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise UserError(f"{name} must be an integer of at least {least}, not {value!r}")
-        self._config, self._parts, self._max_rank = config, tuple(parts), max_rank
+        for name, value, minimum in (("max_adapters", max_adapters, 0), ("max_adapter_rank", max_rank, 1)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+                raise UserError(f"{name} must be an integer of at least {minimum}, not {value!r}")
+        self._config, self._shards, self._max_rank = config, tuple(shards), max_rank
         self._slots: dict[str, int] = {}
         self._free = list(range(max_adapters, NO_ADAPTER, -1))
         self._loads, self._identities = 0, {}
         self._users = dict.fromkeys(self._free, 0)
-        self._values: tuple[Adapters | None, ...] = (None,) * len(self._parts)
+        self.values: tuple[Adapters | None, ...] = (None,) * len(self._shards)
         if max_adapters:
             count, sizes = max_adapters + 1, target_sizes(config)
             self._host = [{f"{target}.{factor}": np.zeros((count, max_rank, sizes[target][0]) if factor == "a" else
@@ -49,13 +50,8 @@ class AdapterTable:
             self._put()
 
     @property
-    def values(self) -> tuple[Adapters | None, ...]:
-        """The arrays for the next step, of each part; None for an engine without adapters."""
-        return self._values
-
-    @property
     def identity_of_shapes(self) -> tuple[int, int]:
-        """What programs depend on."""
+        """Number of slots and largest rank of adapters: their shapes in compiled programs depend on these alone."""
         return len(self._users), self._max_rank
 
     @property
@@ -72,7 +68,7 @@ class AdapterTable:
             raise UserError(f"an adapter named {name!r} is loaded: unload it first")
         if not self._free:
             raise UserError(f"all {len(self._slots)} adapter slots are taken: unload one, or raise max_adapters")
-        with planned():  # reading compiles the conversion of its shapes
+        with planned():  # reading tensors as JAX arrays compiles
             lora, adapter = load_adapter(folder, self._config)
         if lora.rank > self._max_rank:
             raise UserError(f"the adapter in {folder} has rank {lora.rank}, this engine takes {self._max_rank}: raise "
@@ -83,7 +79,7 @@ class AdapterTable:
         self._fill(slot, adapter, lora.rank, lora.scale)
 
     def unload(self, name: str) -> None:
-        """Forget an adapter. Refused while requests use it."""
+        """Remove an adapter and free its slot. UserError while requests use it."""
         slot = self._slot(name)
         if self._users[slot]:
             raise UserError(f"{self._users[slot]} requests use the adapter {name!r}: wait for them, or abort them")
@@ -92,7 +88,7 @@ class AdapterTable:
         self._fill(slot, {}, 0, 0.0)
 
     def acquire(self, name: str | None) -> int:
-        """The slot of an adapter (None: no adapter) for one more request, until `release`."""
+        """Return the slot of an adapter (None: no adapter), and keep it loaded until `release`."""
         if name is None:
             return NO_ADAPTER
         slot = self._slot(name)
@@ -100,65 +96,71 @@ class AdapterTable:
         return slot
 
     def identity(self, slot: int) -> int:
-        """A number that no other adapter of this engine has or had: a name and a slot may be used again."""
+        """Return a number of the adapter in a slot that no other adapter of this engine has or had.
+
+        Names and slots may be used again.
+        """
         return self._identities.get(slot, 0)
 
     def release(self, slot: int) -> None:
+        """End one request's use of the slot that `acquire` returned."""
         if slot != NO_ADAPTER:
             self._users[slot] -= 1
 
-    def check(self, name: str | None) -> None:
-        """UserError when ``name`` is neither None nor loaded."""
-        if name is not None:
-            self._slot(name)
+    def check(self, name: str) -> None:
+        """Raise UserError when no adapter of this name is loaded."""
+        self._slot(name)
 
     def _slot(self, name: str) -> int:
         if name not in self._slots:
             raise UserError(f"no adapter named {name!r} is loaded; loaded: {', '.join(self.names) or 'none'}")
         return self._slots[name]
 
-    def _fill(self, slot: int, adapter: Mapping[str, jax.Array], rank: int, scale: float) -> None:
+    def _fill(self, slot: int, adapter: Mapping[str, np.ndarray], rank: int, scale: float) -> None:
+        """Write an adapter's matrices to a slot, zeros where it has none, and send all slots to the devices."""
         for index, layer in enumerate(self._host):
             for name, values in layer.items():
                 values[slot] = 0
                 if name in adapter:
-                    here = (slot, slice(rank)) if name.endswith(".a") else (slot, slice(None), slice(rank))
-                    values[here] = np.asarray(adapter[name])[index]
+                    used = (slot, slice(rank)) if name.endswith(".a") else (slot, slice(None), slice(rank))
+                    values[used] = adapter[name][index]
         self._scale[slot] = scale
         self._put()
 
-    def rearrange(self, parts: Sequence[ModelShard]) -> None:
-        """The same adapters for other parts of the model."""
-        self._parts, self._values = tuple(parts), (None,) * len(parts)
+    def rearrange(self, shards: Sequence[ModelShard]) -> None:
+        """Move the adapters to the devices of other shards of the model."""
+        self._shards, self.values = tuple(shards), (None,) * len(shards)
         if self._users:
             self._put()
 
-    def shapes(self, part: ModelShard) -> Adapters | None:
-        """What `values` is for a part, as shapes."""
+    def shapes(self, shard: ModelShard) -> Adapters | None:
+        """Return the shapes and shardings of the adapter arrays on a shard; None for an engine without adapters."""
         if not self._users:
             return None
-        layers = tuple({name: self._held(part, name, jax.ShapeDtypeStruct(values.shape, values.dtype))
-                        for name, values in layer.items()} for layer in self._host[part.start:part.end])
-        return Adapters(layers, jax.ShapeDtypeStruct(self._scale.shape, np.float32, sharding=part.replicated))
+        layers = tuple({name: self._on_shard(shard, name, jax.ShapeDtypeStruct(values.shape, values.dtype))
+                        for name, values in layer.items()} for layer in self._host[shard.start:shard.end])
+        return Adapters(layers, jax.ShapeDtypeStruct(self._scale.shape, np.float32, sharding=shard.replicated))
 
     def _put(self) -> None:
-        # Copies: on CPU a device array may share the host's memory, and steps under way must keep what they were given.
-        self._values = tuple(Adapters(
-            tuple({name: self._held(part, name, values.copy()) for name, values in layer.items()}
-                  for layer in self._host[part.start:part.end]),
-            put_global(self._scale.copy(), part.replicated)) for part in self._parts)
+        # Copies: on CPU a device array may share the host's memory, and a step that runs must keep its values.
+        self.values = tuple(Adapters(
+            tuple({name: self._on_shard(shard, name, values.copy()) for name, values in layer.items()}
+                  for layer in self._host[shard.start:shard.end]),
+            put(self._scale.copy(), shard.replicated)) for shard in self._shards)
 
-    def _held(self, part: ModelShard, name: str, values: Any) -> Any:
-        """One factor of all slots, ``[S, r, I]`` or ``[S, O, r]``, or its shape, as a part holds it."""
+    def _on_shard(self, shard: ModelShard, name: str, values: Any) -> Any:
+        """Put one matrix of every slot's adapter, ``[S, r, I]`` or ``[S, O, r]``, on a shard's devices.
+
+        values: the matrices, or their shape, for which the shape and sharding on the devices are returned.
+        """
         target, _, factor = name.rpartition(".")
-        own = split_axes(self._config, target)[factor == "b"]
-        names, sizes = zip(*own, strict=True)
+        names, sizes = zip(*split_axes(self._config, target)[factor == "b"], strict=True)
         axes = ("slot", "rank", *names) if factor == "a" else ("slot", *names, "rank")
         before, after = values.shape[:2 if factor == "a" else 1], values.shape[3 if factor == "a" else 2:]
-        # The flattened axis is divided as the first of those in it.
+        # The flattened axis is divided as the first of the axes in it.
         flat = ("slot", "rank", names[0]) if factor == "a" else ("slot", names[0], "rank")
         if isinstance(values, jax.ShapeDtypeStruct):
-            size = prod(expanded_shape(sizes, names, part.layout))
-            return part.moved(jax.ShapeDtypeStruct((*before, size, *after), values.dtype), flat)
-        held = expand(values.reshape(*before, *sizes, *after), axes, part.layout)
-        return part.moved(held.reshape(*before, -1, *after), flat)
+            size = prod(expanded_shape(sizes, names, shard.layout))
+            return shard.put(jax.ShapeDtypeStruct((*before, size, *after), values.dtype), flat)
+        expanded = expand(values.reshape(*before, *sizes, *after), axes, shard.layout)
+        return shard.put(expanded.reshape(*before, -1, *after), flat)

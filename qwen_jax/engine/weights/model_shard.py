@@ -1,4 +1,4 @@
-"""The parts of a model that an engine's devices hold: one for every stage of every replica."""
+"""Shards of a model: the layers that one stage of one replica holds, divided over the devices of its mesh."""
 
 from __future__ import annotations
 
@@ -14,27 +14,29 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from qwen_jax.config import ModelConfig
 from qwen_jax.model import Qwen2, build
 from qwen_jax.model.partition import WHOLE, Partition
-from qwen_jax.parallel.layout import Layout, expand, expanded_shape
+from qwen_jax.parallel.layout import Layout, expand
 from qwen_jax.parallel.mesh import TENSOR, plan_meshes, spec_of
+from qwen_jax.parallel.placement import put
 from qwen_jax.parallel.plan import ParallelPlan
 from qwen_jax.quantization import Precision, Ranges
 
-# Tokens in a step from which the hidden states between products are divided over the tokens: below, a collective takes
-# as long as its latency, and one is better than two.
+# Number of tokens in a step from which the hidden states between products are divided over the tokens: below, a
+# collective takes as long as its latency, and one collective is better than two.
 SCATTER_FROM = 1024
-# And from which each row's tokens go through the layers in two halves, each of which still fills the devices' products;
-# 0 where devices do not compute while they exchange.
+# Number of tokens from which each row's tokens go through the layers in two halves, each large enough to fill the
+# devices' products; 0 for platforms that do not compute while they exchange.
 OVERLAP_FROM = {"cpu": 0, "gpu": 2048, "tpu": 2048}
 EMBED, HEAD = "embed.weight", "head.weight"
 
 
 @dataclass(frozen=True)
 class ModelShard:
-    """Some layers of a model on the devices of one mesh, which divide them by a layout.
+    """Consecutive layers of a model on one mesh, whose devices divide every parameter by a layout.
 
     Attributes:
-      layout: of the parameters over the mesh's one axis, ``tensor``.
-      start, end: its layers. The first part of a replica also has the embedding, the last one the norm and the head.
+      layout: how the parameters are divided over the mesh's one axis, ``tensor``.
+      start, end: the layers ``[start:end]``. The first shard of a replica also has the embedding, the last one the norm
+        and the head.
     """
 
     mesh: Mesh
@@ -61,19 +63,22 @@ class ModelShard:
         return Partition(TENSOR, self.layout.tensor, SCATTER_FROM, OVERLAP_FROM[self.devices[0].platform])
 
     @cached_property
-    def local(self) -> ModelConfig:
-        """What one device computes, as a model of its own."""
+    def device_config(self) -> ModelConfig:
+        """Config of the network that one device computes: the shard's layers, with a part of the heads and MLP."""
         return replace(self.layout.local, num_layers=self.end - self.start)
 
     @cached_property
-    def held(self) -> ModelConfig:
-        """What the devices hold together, padding included."""
-        return replace(self.local, num_kv_heads=self.layout.slots, num_heads=self.layout.slots * self.layout.group,
-                       intermediate_size=self.layout.mlp)
+    def padded_config(self) -> ModelConfig:
+        """Config of what the shard's devices hold together, with the heads and MLP columns that only pad."""
+        return replace(self.device_config, num_kv_heads=self.layout.slots,
+                       num_heads=self.layout.slots * self.layout.group, intermediate_size=self.layout.mlp)
 
     def names(self, path: str) -> list[str]:
-        """What this part calls a parameter of the model; none when it does not have it. A tied head that is not on the
-        embedding's devices is a copy of it."""
+        """Return the names that a parameter of the model has in this shard; none when the shard does not have it.
+
+        Layers are numbered from the shard's first. A tied head that is not on the embedding's devices is a copy of the
+        embedding under a second name.
+        """
         if path.startswith("layers."):
             _, index, rest = path.split(".", 2)
             return [f"layers.{int(index) - self.start}.{rest}"] if self.start <= int(index) < self.end else []
@@ -83,70 +88,45 @@ class ModelShard:
         return [path] if self.last else []
 
     def sharding(self, axes: Sequence[str], shape: Sequence[int]) -> NamedSharding:
-        """Of an array of this (padded) shape and with these logical axes."""
+        """Return the sharding of an array that has this padded shape and these logical axes."""
         return NamedSharding(self.mesh, spec_of(tuple(axes), tuple(shape), self.mesh))
 
     @property
     def replicated(self) -> NamedSharding:
-        """The same array on every device."""
+        """Sharding of an array that every device holds whole."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     def put(self, value: Any, axes: Sequence[str]) -> Any:
-        """An array of the model, or the shape of one, as this part holds it: expanded and divided."""
-        leaves = jax.tree.leaves(value)
-        if isinstance(leaves[0], jax.ShapeDtypeStruct):
-            return self.moved(jax.tree.map(lambda x: jax.ShapeDtypeStruct(
-                expanded_shape(x.shape, axes[:x.ndim], self.layout), x.dtype), value), axes)
-        if expanded_shape(leaves[0].shape, axes, self.layout) != leaves[0].shape:
-            value = expand(jax.tree.map(np.asarray, value), axes, self.layout)
-        return self.moved(value, axes)
+        """Put an array that is padded for the layout on this shard's devices, divided by its logical axes.
 
-    def moved(self, value: Any, axes: Sequence[str]) -> Any:
-        """An expanded array, or the shape of one, onto this part's devices."""
-        def one(x):  # the scales of 8-bit values have the first of their axes
-            sharding = self.sharding(axes[:x.ndim], x.shape)
-            if isinstance(x, jax.ShapeDtypeStruct):
-                return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-            return put_global(x, sharding)
-
-        return jax.tree.map(one, value)
+        value: the array, or its shape, for which the shape and sharding on the devices are returned.
+        """
+        return put(value, self.sharding(axes, value.shape))
 
     def build(self, params: Mapping[str, Any]) -> Qwen2:
-        """The network of one device around this part's parameters, by its own names."""
-        tied = self.local.tie_word_embeddings and self.first
-        config = replace(self.local, tie_word_embeddings=tied) if self.last else self.local
+        """Return the network of one device around parameters that have the shard's own names."""
+        tied = self.device_config.tie_word_embeddings and self.first
+        config = replace(self.device_config, tie_word_embeddings=tied) if self.last else self.device_config
         return build(config, params, self.partition, self.first, self.last)
 
     def precision(self, precision: Precision) -> Precision:
-        """Of this part's layers."""
+        """Return the precision (which parameters and pages are 8-bit) of this shard's layers, out of the model's."""
         layers = slice(self.start, self.end)
         return replace(precision, weights=precision.weights[layers], kv_cache=precision.kv_cache[layers])
 
     def ranges(self, ranges: tuple[Ranges, ...] | None) -> tuple[Ranges, ...] | None:
-        """Of this part's layers, one row for every KV slot."""
+        """Return the calibrated ranges of this shard's layers' keys and values, padded to the layout's KV heads."""
         axes = ("kv_heads", "head_dim")
-        return ranges and tuple(Ranges(*(expand(np.asarray(x), axes, self.layout) for x in one))
-                                for one in ranges[self.start:self.end])
-
-
-def put_global(x: Any, sharding: NamedSharding) -> jax.Array:
-    """An array onto devices, also where some are another process's: there ``x`` is a host's own, whole array."""
-    if sharding.is_fully_addressable:
-        return jax.device_put(x, sharding)
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        if x.sharding != sharding:
-            raise NotImplementedError("moving an array of several processes")
-        return x
-    host = np.asarray(x)
-    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+        return ranges and tuple(Ranges(*(expand(np.asarray(x), axes, self.layout) for x in layer))
+                                for layer in ranges[self.start:self.end])
 
 
 def shards_of(plan: ParallelPlan) -> list[ModelShard]:
-    """The stages of the first replica, then those of the next."""
+    """Return the shards of a plan: the stages of the first replica, then the stages of the next one, and so on."""
     return [ModelShard(mesh, plan.layout, start, start + count) for replica in plan_meshes(plan)
             for mesh, start, count in zip(replica, plan.first_layers, plan.stages, strict=True)]
 
 
-def held_by(parts: Sequence[ModelShard], path: str) -> Iterator[tuple[int, str]]:
-    """The parts that have a parameter, by their place in ``parts``, and their names for it."""
-    return ((index, name) for index, part in enumerate(parts) for name in part.names(path))
+def shards_with(shards: Sequence[ModelShard], path: str) -> Iterator[tuple[int, str]]:
+    """Yield the index of every shard that has a parameter, with the parameter's name (or each name) there."""
+    return ((index, name) for index, shard in enumerate(shards) for name in shard.names(path))

@@ -1,11 +1,11 @@
-"""Accounts, transactions and the eight rules of card screening: drawn here, written down in `fraud_text`."""
+"""Accounts, transactions and the eight rules of card screening, drawn at random. `fraud.text` writes them as text."""
 import random
 from dataclasses import dataclass, replace
 
 from qwen_jax.errors import UserError
 from qwen_jax.evaluation.fraud.names import Deck
 
-PATTERNS = {  # reason code -> what is wrong, in words
+PATTERNS = {  # reason code -> the broken rule in words
     "R01": "device was removed from the account",
     "R02": "city is neither home nor under a current travel notice",
     "R03": "merchant of a disputed payment",
@@ -17,11 +17,12 @@ PATTERNS = {  # reason code -> what is wrong, in words
 }
 CATEGORIES = "food fuel travel hotel games casino crypto books music garden sport health".split()
 DAYS = "Mon Tue Wed Thu Fri Sat Sun".split()
-ROWS = (("approved", "settled"), ("approved", "settled"), ("approved", "disputed"), ("declined", "settled"))
+PAST_MARKS = (("approved", "settled"), ("approved", "settled"), ("approved", "disputed"), ("declined", "settled"))
 
 
 @dataclass(frozen=True)
 class Payment:
+    """A past payment of an account."""
     day: str
     city: str
     amount: str
@@ -32,7 +33,10 @@ class Payment:
 
 @dataclass(frozen=True)
 class Account:
-    """What is known before the transaction. Pairs are (in force, no longer or never in force)."""
+    """Profile and payment history of an account, the facts known before a transaction is judged.
+
+    Pairs are (in force, no longer or never in force).
+    """
     number: str
     limit: str
     card: tuple[str, str]
@@ -42,24 +46,27 @@ class Account:
     home: str
     travel: tuple[str, str]
     history: tuple[Payment, ...]
-    layout: int                   # seed of the order in which lines and pairs are written
+    layout: int                   # seed for the order in which lines and pairs are written
 
     @property
     def declined(self) -> Payment:
+        """Payment of the history that was declined."""
         return next(row for row in self.history if row.status == "declined")
 
     @property
     def disputed(self) -> Payment:
+        """Payment of the history that the customer disputed."""
         return next(row for row in self.history if row.claim == "disputed")
 
     @property
     def sound(self) -> list[Payment]:
-        """Payments that were neither declined nor disputed."""
+        """Payments of the history that were neither declined nor disputed."""
         return [row for row in self.history if row not in (self.declined, self.disputed)]
 
 
 @dataclass(frozen=True)
 class Transaction(Payment):
+    """Transaction of an account to judge: a payment with its card, device, user and category."""
     card: str = ""
     device: str = ""
     user: str = ""
@@ -67,20 +74,21 @@ class Transaction(Payment):
 
 
 def draw_account(deck: Deck) -> Account:
-    """An account with four recent payments: one declined, one disputed, two sound; each of its cities occurs."""
+    """Draw an account with four recent payments: one declined, one disputed, two sound; each of its cities occurs."""
     rng, cities = deck.rng, [deck.name("city") for _ in range(3)]
     limit = deck.number(300, 800)
     amounts, rows = (limit,), []
-    for day, marks, city in zip(rng.sample(DAYS, 4), ROWS, rng.sample([*cities, rng.choice(cities)], 4)):
+    for day, marks, city in zip(rng.sample(DAYS, 4), PAST_MARKS, rng.sample([*cities, rng.choice(cities)], 4)):
         amounts += (deck.number(100, int(limit[0]) * 100, unlike=amounts),)
         rows.append(Payment(day, city, amounts[-1], deck.name("merchant"), *marks))
-    return Account(deck.number(10_000, 100_000), limit, (deck.code(), deck.code()), (deck.code(), deck.code()),
-                   (deck.name("person"), deck.name("person")), tuple(rng.sample(CATEGORIES, 2)), cities[0],
-                   (cities[1], cities[2]), tuple(rows), rng.randrange(2 ** 32))
+    return Account(number=deck.number(10_000, 100_000), limit=limit, card=(deck.code(), deck.code()),
+                   device=(deck.code(), deck.code()), user=(deck.name("person"), deck.name("person")),
+                   category=tuple(rng.sample(CATEGORIES, 2)), home=cities[0], travel=(cities[1], cities[2]),
+                   history=tuple(rows), layout=rng.randrange(2 ** 32))
 
 
 def draw_transaction(deck: Deck, account: Account, broken: set[str]) -> Transaction:
-    """A transaction that breaks exactly these rules. R05 and R07 exclude each other."""
+    """Draw a transaction that breaks exactly the rules in `broken`. R05 and R07 exclude each other."""
     unknown = broken - PATTERNS.keys()
     if unknown:
         raise UserError(f"unknown fraud pattern {', '.join(sorted(unknown))}: use {', '.join(PATTERNS)}")
@@ -98,13 +106,13 @@ def draw_transaction(deck: Deck, account: Account, broken: set[str]) -> Transact
     if "R07" in broken:
         amount = account.declined.amount
     city = account.travel[1] if "R02" in broken else rng.choice([account.home, account.travel[0]])
-    return Transaction(rng.choice(DAYS), city, amount, merchant, "", "", account.card["R06" in broken],
-                       account.device["R01" in broken], account.user["R08" in broken],
-                       account.category["R04" in broken])
+    return Transaction(day=rng.choice(DAYS), city=city, amount=amount, merchant=merchant,
+                       card=account.card["R06" in broken], device=account.device["R01" in broken],
+                       user=account.user["R08" in broken], category=account.category["R04" in broken])
 
 
 def draw_broken_rules(rng: random.Random, account: Account) -> set[str]:
-    """Any number of rules at once, each often: material for explanations."""
+    """Draw a set of rules for a transaction to break, each rule often: material for explanations."""
     broken = {rule for rule in PATTERNS if rule not in ("R05", "R07") and rng.random() < .4}
     amount = rng.choice(["R05", "R07", None])
     if amount == "R05" and account.limit[0] == "9":  # no three-digit amount is above 9xx
@@ -113,10 +121,10 @@ def draw_broken_rules(rng: random.Random, account: Account) -> set[str]:
 
 
 def legitimate_twin(account: Account, tx: Transaction, pattern: str) -> tuple[Account, Transaction]:
-    """The same words with two of them exchanged, so that `tx`, which broke `pattern`, breaks nothing."""
+    """Make a fraud's legitimate twin: exchange two words of the account or of `tx`, which broke the rule `pattern`."""
     if pattern == "R05":  # the limit and the amount exchange their numbers
         return replace(account, limit=tx.amount), replace(tx, amount=account.limit)
-    if pattern in ("R03", "R07"):  # a sound payment takes the other's mark
+    if pattern in ("R03", "R07"):  # a sound payment and the marked one exchange their marks
         field, marked = ("claim", account.disputed) if pattern == "R03" else ("status", account.declined)
         sound = account.sound[0]
         exchanged = {marked: replace(marked, **{field: getattr(sound, field)}),

@@ -1,8 +1,8 @@
-"""A generated day of payments to screen: when each arrives, what is asked, and what is right.
+"""A generated day of payments to screen: arrival times, requests, and right answers.
 
 Payments come in the rhythm of a day that begins and ends at four in the morning, fewest then and most at four in the
-afternoon, compressed into as many seconds as one likes. Many requests are exact repetitions of earlier ones, the recent
-ones first (retries, several systems asking about one payment). In the afternoon the upstream system begins to use other
+afternoon, compressed into a given number of seconds. Many requests repeat an earlier request exactly, mostly a recent
+one (retries, several systems that ask about the same payment). In the afternoon the upstream system begins to use other
 words (`DRIFT`), which a model that has never seen them misreads.
 """
 from __future__ import annotations
@@ -22,22 +22,26 @@ from qwen_jax.evaluation.fraud.names import Deck
 from qwen_jax.evaluation.fraud.request import messages_of, request_of
 from qwen_jax.evaluation.fraud.text import EXPLAIN, answer, explanation
 
+# Our words -> the upstream system's new words.
 DRIFT = {"lost": "stolen", "removed": "unlinked", "deleted": "closed", "blocked": "banned"}
-ACTIVE = 64      # accounts that pay now and then, at any moment
-RECENT = 300.0   # new requests ago, on average, for the one that is repeated
-NIGHT = 0.1      # the lowest rate, of the mean one
+DRIFTED = 0.6    # share of training conversations in the new words
+ACTIVE = 64      # number of accounts that take turns at paying
+RECENT = 300.0   # mean distance, in new requests, between a request and its repetition
+NIGHT = 0.1      # lowest rate as a share of the mean rate
 
 
 @dataclass(frozen=True)
 class Day:
-    """
+    """Options for generating a day of screening requests.
+
     Attributes:
-      seconds: for which the day lasts. rate: requests per second, on average over it.
-      repeats: share of the requests that are exact repetitions of an earlier one.
-      payments: of an account, on average, until its profile changes.
-      frauds: share of the new requests that are fraudulent; each breaks one rule, all rules evenly often.
-      drift_at: when the words change, as a share of the day; 1 for never.
-      split: of names and amounts; a model is tried on "heldout".
+      seconds: length of the day.
+      rate: mean number of requests per second.
+      repeats: share of the requests that repeat an earlier request exactly.
+      payments: mean number of payments of an account until another account takes its place.
+      frauds: share of the new requests that are fraudulent; each breaks one rule, all rules equally often.
+      drift_at: moment at which the upstream system's words change (`DRIFT`), as a share of the day; 1 for never.
+      split: pool of names and amounts; a model is tried on "heldout".
     """
 
     seconds: float = 120.0
@@ -51,18 +55,23 @@ class Day:
 
     def __post_init__(self) -> None:
         if not (self.seconds > 0 and self.rate > 0 and self.payments >= 1):
-            raise UserError("a day lasts some seconds, at some rate, with one payment of an account at least")
+            raise UserError(f"seconds and rate must be positive and payments at least 1, not {self.seconds:g}, "
+                            f"{self.rate:g} and {self.payments:g}")
         if not (0 <= self.repeats < 1 and 0 <= self.frauds <= 1 and 0 <= self.drift_at <= 1):
-            raise UserError("repeats, frauds and drift_at are shares: 0 to 1, and not everything repeats")
+            raise UserError("repeats, frauds and drift_at must be shares from 0 to 1, repeats less than 1, not "
+                            f"{self.repeats:g}, {self.frauds:g} and {self.drift_at:g}")
 
 
 @dataclass(frozen=True)
 class Screening:
-    """A request about one payment, and what is right.
+    """Screening request about one payment, and the right answer to it.
 
     Attributes:
-      request: see `fraud_request`; drifted: whether it is in the new words. label: "fraud" or "legit". reason: R00 if
-        legitimate. answer: what the assistant should say, in the old words.
+      request: account and payment as JSON values; see `fraud.request`.
+      label: "fraud" or "legit".
+      reason: reason code; R00 if legitimate.
+      answer: the assistant's right answer, in the words used before the change (`DRIFT`).
+      drifted: whether the request uses the words that come with the change.
     """
 
     request: dict[str, Any]
@@ -74,7 +83,7 @@ class Screening:
 
 @dataclass(frozen=True)
 class Arrival:
-    """``at``: seconds since the day began; ``repeats``: whether it was asked before, letter by letter."""
+    """Request that arrives ``at`` seconds after the day began; ``repeats``: if it repeats an earlier one exactly."""
 
     at: float
     screening: Screening
@@ -82,18 +91,21 @@ class Arrival:
 
 
 def day(options: Day) -> list[Arrival]:
-    """In order of arrival. The same options, the same day, on every machine."""
+    """Generate a day's screening requests in order of arrival. The same options give the same day on every machine."""
     times = arrival_times(random.Random(f"times {options.seed}"), options.seconds, options.rate)
-    return asked(options, times)
+    return arrivals_at(options, times)
 
 
-def asked(options: Day, times: Iterable[float]) -> list[Arrival]:
-    """What is asked at these times, ascending; ``options.rate`` has no say in it."""
+def arrivals_at(options: Day, times: Iterable[float]) -> list[Arrival]:
+    """Generate the screening requests that arrive at these ascending times, in seconds from the day's beginning.
+
+    ``options.rate`` does not count.
+    """
     rng, drift = random.Random(f"asked {options.seed} {options.split}"), options.drift_at * options.seconds
     before = screenings(options.seed, options.split, options.frauds, options.payments)
     after = screenings(options.seed + 1, options.split, options.frauds, options.payments, DRIFT)
     recent: deque[Screening] = deque(maxlen=int(20 * RECENT))
-    found = []
+    arrivals = []
     for at in times:
         repeats = bool(recent) and rng.random() < options.repeats
         if repeats:
@@ -101,22 +113,26 @@ def asked(options: Day, times: Iterable[float]) -> list[Arrival]:
         else:
             screening = next(before if at < drift else after)
             recent.append(screening)
-        found.append(Arrival(at, screening, repeats))
-    return found
+        arrivals.append(Arrival(at, screening, repeats))
+    return arrivals
 
 
 def arrival_times(rng: random.Random, seconds: float, rate: float) -> list[float]:
-    """Of a Poisson process whose rate is a wave over the day: lowest where it begins and ends, highest halfway."""
-    times, at, most = [], 0.0, rate * (2 - NIGHT)
-    while (at := at + rng.expovariate(most)) < seconds:  # thinned: Lewis and Shedler, 1979
-        if rng.random() * most < rate * (1 - (1 - NIGHT) * math.cos(2 * math.pi * at / seconds)):
+    """Draw the arrival times of requests: a Poisson process, rarest at the day's ends and densest in its middle."""
+    times, at, highest = [], 0.0, rate * (2 - NIGHT)
+    while (at := at + rng.expovariate(highest)) < seconds:  # thinned: Lewis and Shedler, 1979
+        if rng.random() * highest < rate * (1 - (1 - NIGHT) * math.cos(2 * math.pi * at / seconds)):
             times.append(at)
     return times
 
 
 def screenings(seed: int, split: str, frauds: float, payments: float,
                words: Mapping[str, str] | None = None) -> Iterator[Screening]:
-    """Endless new payments of accounts that take turns; each account has ``payments`` of them, on average."""
+    """Yield endless new screening requests, about payments of accounts that take turns.
+
+    An account has ``payments`` payments on average. words: words of ours -> words that the upstream system uses
+    instead.
+    """
     rng = random.Random(f"screenings {seed} {split}")
     active = []
     while True:
@@ -133,7 +149,7 @@ def screenings(seed: int, split: str, frauds: float, payments: float,
         pattern = rng.choice(list(PATTERNS)) if rng.random() < frauds else None
         try:
             tx = draw_transaction(deck, account, {pattern} if pattern else set())
-        except IndexError:  # every beginning of a name has been used: this account is done
+        except IndexError:  # every beginning of a name has been used: a new account takes the place
             deck = Deck(rng, split)
             active[place] = deck, draw_account(deck)
             continue
@@ -141,25 +157,26 @@ def screenings(seed: int, split: str, frauds: float, payments: float,
                         answer(account, tx, pattern), bool(words))
 
 
-def write_training(path: str | Path, count: int, seed: int = 0, drifted: float = 0.6) -> None:
-    """Conversations for ``qwen-jax train``, in names that no tested one has: a share in the new words, and the rest in
-    the old ones, lest these are forgotten.
+def write_training(path: str | Path, count: int) -> None:
+    """Write generated screening conversations, as JSON lines for ``qwen-jax train``, with names of the training split.
 
-    Half of them ask for a verdict, and as many of the payments are fraudulent. The others ask for an explanation, which
-    says much more of what a word means: always in the old words, those that the model's verdicts rest on.
+    A share of `DRIFTED` uses the upstream system's changed words (`DRIFT`); the rest uses the old words, so that the
+    model does not forget them. Half of the conversations ask for a verdict, on payments of which half are fraudulent.
+    The others ask for an explanation, which teaches more of what a word means. Answers are always in the old words, on
+    which the model's verdicts rest.
     """
-    rng = random.Random(f"training {seed}")
-    verdicts = [screenings(seed, "train", 0.5, 1.0), screenings(seed + 1, "train", 0.5, 1.0, DRIFT)]
+    rng = random.Random("training 0")
+    verdicts = [screenings(0, "train", 0.5, 1.0), screenings(1, "train", 0.5, 1.0, DRIFT)]
     with open(path, "w", encoding="utf-8") as file:
         for number in range(count):
-            new = rng.random() < drifted
+            new = rng.random() < DRIFTED
             if number % 2:
-                one = next(verdicts[new])
-                asked, said = messages_of(one.request), one.answer
+                screening = next(verdicts[new])
+                prompt, right = messages_of(screening.request), screening.answer
             else:
                 deck = Deck(rng, "train")
                 account = draw_account(deck)
                 tx = draw_transaction(deck, account, draw_broken_rules(rng, account))
-                asked = messages_of(request_of(account, tx, DRIFT if new else None), EXPLAIN)
-                said = explanation(account, tx)
-            file.write(json.dumps({"messages": [*asked, {"role": "assistant", "content": said}]}) + "\n")
+                prompt = messages_of(request_of(account, tx, DRIFT if new else None), EXPLAIN)
+                right = explanation(account, tx)
+            file.write(json.dumps({"messages": [*prompt, {"role": "assistant", "content": right}]}) + "\n")

@@ -1,4 +1,4 @@
-"""Scores of fraud-screening answers."""
+"""Scores of a model's answers to fraud-screening examples."""
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,24 +10,28 @@ from qwen_jax.evaluation.fraud.accounts import PATTERNS
 from qwen_jax.evaluation.fraud.task import Example
 from qwen_jax.evaluation.fraud.text import format_messages
 
+WIDTH_MULTIPLE = 64  # tokens
+
 
 @dataclass(frozen=True)
 class PatternScore:
-    """Fractions of one pattern's examples answered with the right label."""
+    """Fractions of the examples of one pattern (a rule to break) that were answered with the right label."""
     examples: int
-    fraud: float   # of its frauds, those called fraud
-    twin: float    # of their legitimate twins, those called legit
-    reason: float  # of its frauds, those called fraud for the right reason
+    fraud: float   # fraction of the frauds that were called fraud
+    twin: float    # fraction of their legitimate twins that were called legit
+    reason: float  # fraction of the frauds that were called fraud for the right reason
 
 
 @dataclass(frozen=True)
 class Score:
+    """Fractions of all examples answered right, and the same for each pattern (a rule to break)."""
     accuracy: float  # fraction with the right label; an answer that is neither label is wrong
     majority: float  # accuracy of always giving the commoner label
     reason: float    # fraction with the right label and reason code
     patterns: dict[str, PatternScore]
 
     def table(self) -> str:
+        """Return the scores as a text table with a line per pattern."""
         lines = [f"{'pattern':59} {'n':>5} {'fraud':>6} {'twin':>6} {'reason':>6}"]
         lines += [f"{name} {PATTERNS[name]:55} {p.examples:5} {p.fraud:6.3f} {p.twin:6.3f} {p.reason:6.3f}"
                   for name, p in self.patterns.items()]
@@ -40,12 +44,16 @@ def _mean(values: list[bool]) -> float:
 
 
 def score(texts: Sequence[str], examples: Sequence[Example]) -> Score:
-    """Scores answers such as ``fraud R03 merchant Kalomart disputed``; only label and reason code count."""
+    """Compare answers such as ``fraud R03 merchant Kalomart disputed`` with the right ones, and return their score.
+
+    Only label and reason code count.
+    """
     if len(texts) != len(examples) or not texts:
-        raise UserError(f"{len(texts)} answers for {len(examples)} examples: give one each, at least one")
+        raise UserError(f"there must be an answer for every example, and at least one, not {len(texts)} answers for "
+                        f"{len(examples)} examples")
     words = [(text.split() + ["", ""])[:2] for text in texts]
-    label = [said == e.label for (said, _), e in zip(words, examples)]
-    reason = [ok and why == e.reason for ok, (_, why), e in zip(label, words, examples)]
+    label = [word == e.label for (word, _), e in zip(words, examples)]
+    reason = [right and code == e.reason for right, (_, code), e in zip(label, words, examples)]
     frauds = [e.label == "fraud" for e in examples]
     patterns = {}
     for name in PATTERNS:
@@ -58,17 +66,18 @@ def score(texts: Sequence[str], examples: Sequence[Example]) -> Score:
 
 
 def answers_in_one_pass(logits_of: Callable[[np.ndarray], np.ndarray], tokenizer: Tokenizer,
-                        examples: Sequence[Example], rows: int = 16, multiple: int = 64) -> list[str]:
-    """What a model would answer, from one forward pass per `rows` examples instead of generation.
+                        examples: Sequence[Example], rows: int = 16) -> list[str]:
+    """Return a model's answers to examples from one forward pass per `rows` of them, instead of generation.
 
-    logits_of: int32 tokens [rows, T] -> logits [rows, T, V]; T is one multiple of `multiple`, so it compiles once. The
-    right answer is appended to each prompt and the most likely token is read at each of its positions: the first
-    token, the label, is exactly what greedy decoding gives; later ones are, as long as those before them are right.
+    logits_of: int32 tokens [rows, T] -> logits [rows, T, V]; T is the same multiple of `WIDTH_MULTIPLE` in all calls,
+    so it compiles once. The right answer is appended to each prompt, and the most likely token is read at each of its
+    positions. The first token, the label, is exactly that of greedy decoding; later tokens are, as long as the tokens
+    before them are right.
     """
     prompts = [tokenizer.encode(format_messages(e.messages)).ids for e in examples]
     answers = [tokenizer.encode(e.answer + "<|im_end|>").ids for e in examples]
     width = max(len(p) + len(a) for p, a in zip(prompts, answers))
-    width = -(-width // multiple) * multiple
+    width = -(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
     texts = []
     for start in range(0, len(examples), rows):
         tokens = np.zeros((rows, width), np.int32)

@@ -1,4 +1,4 @@
-"""How accounts, transactions and answers about them are written."""
+"""Texts of accounts, transactions and answers about them, for the fraud-screening task."""
 import random
 
 from qwen_jax.evaluation.fraud.accounts import DAYS, Account, Payment, Transaction
@@ -6,7 +6,7 @@ from qwen_jax.evaluation.fraud.accounts import DAYS, Account, Payment, Transacti
 SYSTEM = "Screen card payments. Answer fraud or legit, a reason code and the evidence."
 LEGIT = "legit R00"
 JUDGE, EXPLAIN = "Judge", "Explain"
-STANDINGS = {  # of the two members of each pair in a profile
+STANDINGS = {  # kind of pair in a profile -> the words for its two members
     "card": ("active", "lost"), "device": ("trusted", "removed"), "user": ("added", "deleted"),
     "category": ("allowed", "blocked"), "travel": ("notice", "ended")}
 
@@ -22,6 +22,7 @@ def _payment(row: Payment) -> str:
 
 
 def render_account(account: Account) -> str:
+    """Return an account's profile and payment history as text, in the account's own order of lines and pairs."""
     rng = random.Random(account.layout)
     lines = [f"Limit {account.limit}", f"City {account.home} home", *(_pair(rng, account, kind) for kind in STANDINGS)]
     rng.shuffle(lines)
@@ -30,11 +31,12 @@ def render_account(account: Account) -> str:
 
 
 def render_transaction(tx: Transaction, request: str = JUDGE) -> str:
+    """Return the text that asks to judge or to explain a transaction."""
     return f"{request}\n{_payment(tx)} card {tx.card} device {tx.device} user {tx.user} category {tx.category}"
 
 
 def evidence(account: Account, tx: Transaction, pattern: str) -> str:
-    """The field of the transaction and what is known against it."""
+    """Return the transaction's field that breaks the rule `pattern`, and the account's fact that it contradicts."""
     return {"R01": f"device {tx.device} removed", "R02": f"city {tx.city} ended",
             "R03": f"merchant {tx.merchant} disputed", "R04": f"category {tx.category} blocked",
             "R05": f"amount {tx.amount} limit {account.limit}", "R06": f"card {tx.card} lost",
@@ -42,11 +44,15 @@ def evidence(account: Account, tx: Transaction, pattern: str) -> str:
 
 
 def answer(account: Account, tx: Transaction, pattern: str | None) -> str:
+    """Return the right verdict on a transaction that breaks the rule `pattern`, or no rule (None)."""
     return LEGIT if pattern is None else f"fraud {pattern} {evidence(account, tx, pattern)}"
 
 
 def explanation(account: Account, tx: Transaction) -> str:
-    """Each field of the transaction, followed by its standing: the answer when the user says ``Explain``."""
+    """Return the right answer to ``Explain``: each field of the transaction followed by its standing.
+
+    A standing is what the account says of it, such as ``trusted`` or ``blocked``.
+    """
     words = [f"limit {'over' if int(tx.amount) > int(account.limit) else 'under'}"]
     words += [f"{getattr(tx, kind)} {names[getattr(account, kind).index(getattr(tx, kind))]}"
               for kind, names in STANDINGS.items() if kind != "travel"]
@@ -59,6 +65,6 @@ def explanation(account: Account, tx: Transaction) -> str:
 
 
 def format_messages(messages: list[dict], add_generation_prompt: bool = True) -> str:
-    """ChatML, as the tokenizer's chat template writes it."""
+    """Return chat messages as one ChatML text, as the tokenizer's chat template writes them."""
     text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
     return text + "<|im_start|>assistant\n" * add_generation_prompt

@@ -1,4 +1,4 @@
-"""The suite's results to read: a table and a heat map."""
+"""Results of the long-context suite as a table and as a heat map."""
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -6,18 +6,19 @@ from qwen_jax.evaluation.longcontext.suite import AGGREGATION, RETRIEVAL, Cell
 
 
 def _axes(cells: Sequence[Cell]) -> tuple[list[str], list[int], dict[tuple[str, int], Cell]]:
+    """Return the task families and the lengths of the results, and the results by (family, length)."""
     return (list(dict.fromkeys(cell.family for cell in cells)), sorted({cell.length for cell in cells}),
             {(cell.family, cell.length): cell for cell in cells})
 
 
 def mean_accuracy(cells: Sequence[Cell], group: Sequence[str], length: int) -> float | None:
-    """Mean accuracy of a group's families at one length; None when none was run."""
+    """Return the mean accuracy of a group of task families at one length, or None when none of them was run."""
     values = [cell.accuracy for cell in cells if cell.family in group and cell.length == length]
     return sum(values) / len(values) if values else None
 
 
 def table(cells: Sequence[Cell]) -> str:
-    """Accuracy in per cent with its 95 % interval, families by lengths."""
+    """Return the results as a text table: accuracies in per cent with 95 % intervals, task families by lengths."""
     families, lengths, at = _axes(cells)
     lines = [f"{'accuracy, % [95 % interval]':28}" + "".join(f"{length:>18,}" for length in lengths)]
     for family in families:
@@ -35,7 +36,7 @@ def table(cells: Sequence[Cell]) -> str:
 
 
 def heat_map(cells: Sequence[Cell], picture: str | Path, title: str) -> None:
-    """Accuracy of every family at every length, as a PNG."""
+    """Draw the accuracy of every task family at every length as a heat map, to a PNG file."""
     import matplotlib
     matplotlib.use("Agg")  # no display needed
     import matplotlib.pyplot as plt

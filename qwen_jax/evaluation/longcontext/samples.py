@@ -1,4 +1,4 @@
-"""Documents of a wanted length in tokens, whatever the tokenizer counts."""
+"""Documents of the long-context tasks, drawn to a wanted length in tokens of any tokenizer."""
 import random
 from collections.abc import Callable
 
@@ -23,27 +23,27 @@ FAMILIES: dict[str, Family] = {
 
 
 def draw(family: str, seed: int | str, tokens: int, count: Callable[[Document], int], questions: int = 1) -> Document:
-    """A document of at most `tokens` tokens, seldom more than two lines shorter.
+    """Draw a document of a task family with at most `tokens` tokens, seldom more than two lines shorter.
 
-    count: how many tokens it takes, with whatever else is to fit. The same arguments give the same document. UserError
-    when not even a few lines fit.
+    count: returns a document's number of tokens, plus room for anything else that must fit. The same arguments give the
+    same document. Raises UserError when not even a few lines fit.
     """
     def build(lines: int) -> tuple[int, Document]:
         document = FAMILIES[family](random.Random(f"{family} {seed}"), lines, questions)
         return count(document), document
 
     few, lines = 4, 36
-    shortest, found = build(few), build(lines)
-    for _ in range(6):  # lines are not equally long, so guesses from their mean length close in
-        per_line = max(1.0, (found[0] - shortest[0]) / (lines - few))
-        missing = int((tokens - found[0]) / per_line)
+    (fewest, _), (size, document) = build(few), build(lines)
+    for _ in range(6):  # lines differ in length: each guess from their mean length comes closer
+        per_line = max(1.0, (size - fewest) / (lines - few))
+        missing = int((tokens - size) / per_line)
         if not missing:
             break
         lines = max(few + 1, lines + missing)
-        found = build(lines)
-    while found[0] > tokens and lines > few:
+        size, document = build(lines)
+    while size > tokens and lines > few:
         lines -= 1
-        found = build(lines)
-    if found[0] > tokens:
-        raise UserError(f"{family} does not fit into {tokens} tokens: the shortest document has {found[0]}")
-    return found[1]
+        size, document = build(lines)
+    if size > tokens:
+        raise UserError(f"{family} does not fit into {tokens} tokens: the shortest document has {size}")
+    return document

@@ -5,65 +5,66 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
-from qwen_jax.errors import UserError
+from qwen_jax.errors import UserError, check_positive_integer
 from qwen_jax.evaluation.longcontext.samples import FAMILIES, draw
 from qwen_jax.evaluation.longcontext.tasks import Document, Question
 
 RETRIEVAL = ("single_needle", "many_keys", "many_values", "many_queries", "variable_tracking", "account_history")
-AGGREGATION = ("common_words", "frequent_words")  # local attention suffices for these: reported apart
+AGGREGATION = ("common_words", "frequent_words")  # reported apart, because local attention suffices for them
 
-# (prompts as token ids, most tokens to answer with) -> answers as text, greedily decoded
+# (prompts as token ids, most tokens of each answer) -> answers as text, greedily decoded
 Generate = Callable[[list[list[int]], list[int]], list[str]]
 
 
 @dataclass(frozen=True)
 class Sample:
+    """Prompt of the long-context suite, and the words expected in its answer."""
     prompt: list[int]          # token ids, the beginning of the answer included
-    max_tokens: int            # room for the answer; prompt and answer together fit the length
+    max_tokens: int            # most tokens of the answer; prompt and answer together fit the length
     expected: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Answers to one family at one length."""
+    """Result of a model on one task family at one length of prompt and answer."""
     family: str
-    length: int    # tokens of prompt and answer together, at most
-    samples: int
-    right: int     # answers with every expected word in them
-    recall: float  # mean fraction of the expected words found: RULER's score
+    length: int    # most tokens of prompt and answer together
+    samples: int   # number of answers
+    right: int     # number of answers that contain every expected word
+    recall: float  # mean fraction of the expected words in an answer: RULER's score
 
     @property
     def accuracy(self) -> float:
+        """Fraction of the answers that contain every expected word."""
         return self.right / self.samples
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval of the accuracy."""
+        """Wilson's 95 % interval of the accuracy, as its lower and upper end."""
         return wilson(self.right, self.samples)
 
 
-def wilson(right: int, samples: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (Wilson 1927), 95 % by default."""
-    p, n = right / samples, samples
+def wilson(right: int, samples: int) -> tuple[float, float]:
+    """Return Wilson's 95 % score interval of the proportion `right` of `samples` (Wilson 1927)."""
+    p, n, z = right / samples, samples, 1.959964
     centre, half = p + z * z / (2 * n), z * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
 
 
 def found(answer: str, expected: Sequence[str]) -> float:
-    """The fraction of the expected words that occur in an answer as whole words, whatever their case."""
+    """Return the fraction of the expected words that occur in an answer as whole words, in upper or lower case."""
     return sum(bool(re.search(rf"\b{re.escape(word)}\b", answer, re.IGNORECASE)) for word in expected) / len(expected)
 
 
 def sample(family: str, seed: str, length: int, tokenizer: Any) -> Sample:
-    """`samples_of` with one question."""
+    """Draw one prompt of a task family, with a document of its own. The same arguments give the same prompt."""
     return samples_of(family, seed, length, tokenizer, 1)[0]
 
 
 def samples_of(family: str, seed: str, length: int, tokenizer: Any, questions: int) -> list[Sample]:
-    """At most `questions` prompts about one document, through the tokenizer's chat template if it has one: they begin
-    alike. UserError for a short length.
+    """Draw at most `questions` prompts of a task family about one document, in the tokenizer's chat template if any.
 
-    The same arguments give the same prompts.
+    The prompts begin alike. The same arguments give the same prompts. Raises UserError when the length is too short.
     """
     def build(document: Document, question: Question) -> Sample:
         text = f"{document.text}\n{question.text}"
@@ -72,7 +73,7 @@ def samples_of(family: str, seed: str, length: int, tokenizer: Any, questions: i
                                                  tokenize=False)
         else:
             text += "\n"
-        # The prefix is encoded apart: it follows a line end, where Qwen2's pre-tokenizer always splits.
+        # The prefix can be encoded apart: it follows a line end, where Qwen2's pre-tokenizer always splits.
         prompt = [*tokenizer.encode(text, add_special_tokens=False),
                   *tokenizer.encode(question.prefix, add_special_tokens=False)]
         room = 16 + 2 * len(tokenizer.encode(question.answer, add_special_tokens=False))
@@ -80,30 +81,37 @@ def samples_of(family: str, seed: str, length: int, tokenizer: Any, questions: i
 
     def count(document: Document) -> int:
         longest = max(document.questions, key=lambda question: len(question.text + question.prefix + question.answer))
-        one = build(document, longest)
-        return len(one.prompt) + one.max_tokens
+        sample = build(document, longest)
+        return len(sample.prompt) + sample.max_tokens
 
     document = draw(family, seed, length, count, questions)
     return [build(document, question) for question in document.questions]
 
 
 def check(lengths: Sequence[int], families: Sequence[str], samples: int) -> None:
-    """UserError for what `evaluate` cannot run."""
+    """Raise UserError for lengths, task families or numbers of samples that `evaluate` cannot run."""
     unknown = [family for family in families if family not in FAMILIES]
     if unknown:
         raise UserError(f"unknown family {', '.join(unknown)}: use {', '.join(FAMILIES)}")
-    if samples < 1 or not lengths or min(lengths) < 1:
-        raise UserError("give at least one sample and one length, of at least one token")
+    check_positive_integer("samples", samples)
+    if not lengths:
+        raise UserError("lengths must not be empty: name at least one number of tokens")
+    for length in lengths:
+        check_positive_integer("a length", length)
 
 
 def evaluate(generate: Generate, tokenizer: Any, lengths: Sequence[int], families: Sequence[str] = tuple(FAMILIES),
              samples: int = 50, seed: int = 0) -> Iterator[Cell]:
-    """Scores of every family at every length, one after another. UserError for what `check` refuses, and for a length
-    that is too short for a family."""
+    """Measure a model's accuracy on every task family at every length, and yield the results one by one.
+
+    generate: the model's answers to prompts.
+
+    Raises UserError for arguments that `check` refuses, and for a length that is too short for a family.
+    """
     check(lengths, families, samples)
     for length in lengths:
         for family in families:
-            asked = [sample(family, f"{seed}.{index}", length, tokenizer) for index in range(samples)]
-            answers = generate([one.prompt for one in asked], [one.max_tokens for one in asked])
-            scores = [found(answer, one.expected) for answer, one in zip(answers, asked, strict=True)]
+            drawn = [sample(family, f"{seed}.{index}", length, tokenizer) for index in range(samples)]
+            answers = generate([s.prompt for s in drawn], [s.max_tokens for s in drawn])
+            scores = [found(answer, s.expected) for answer, s in zip(answers, drawn, strict=True)]
             yield Cell(family, length, samples, sum(score == 1 for score in scores), sum(scores) / samples)

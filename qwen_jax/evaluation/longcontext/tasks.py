@@ -1,11 +1,10 @@
-"""Eight families of long-context tasks: documents of any length, questions about them, and their exact answers.
+"""Families of long-context tasks: documents of any length, questions about them, and their exact answers.
 
-Seven follow RULER's (Hsieh et al. 2024, https://arxiv.org/abs/2404.06654), with names of animals as values; in the
-eighth a decision about a card payment hinges on one line of a long account history. Documents are drawn, never
-downloaded, so no model has met them.
+Seven families, in this module, follow RULER (Hsieh et al. 2024, https://arxiv.org/abs/2404.06654), with names of
+animals as values; the eighth is in `longcontext.account`. Documents are drawn at random, so no model has met them.
 
-A family is ``(rng, lines, questions) -> Document``: `lines` is roughly the number of lines, `questions` at most how
-many independent questions are asked about the document (one for a test, many to train on).
+A family is ``(rng, lines, questions) -> Document``: `lines` is roughly the number of lines, `questions` the largest
+number of independent questions about the document (one for a test, many to train on).
 """
 import random
 from collections.abc import Callable, Sequence
@@ -15,14 +14,18 @@ from qwen_jax.evaluation.longcontext.words import ADJECTIVES, ANIMALS, DEEDS, PE
 
 
 class Question(NamedTuple):
-    """What is asked after the document. The assistant's answer begins with `prefix`, which the model is given."""
+    """Question about a document, with its right answer.
+
+    The assistant's answer begins with `prefix`, which is part of the prompt.
+    """
     text: str
     prefix: str
-    answer: str               # how the right answer goes on
-    expected: tuple[str, ...]  # words that must all be in it
+    answer: str               # rest of the right answer, after the prefix
+    expected: tuple[str, ...]  # words that must all be in the answer
 
 
 class Document(NamedTuple):
+    """Text of a long-context task, and the questions about it."""
     text: str
     questions: tuple[Question, ...]
 
@@ -31,11 +34,12 @@ Family = Callable[[random.Random, int, int], Document]
 
 
 def _noise(rng: random.Random) -> str:
+    """Draw a sentence to fill a document with, which no question is about."""
     return f"{rng.choice(PEOPLE)} {rng.choice(DEEDS)} near the {rng.choice(PLACES)} {rng.choice(TIMES)}."
 
 
 def _keys(rng: random.Random, count: int) -> list[str]:
-    """Different things with an adjective each, such as ``amber lamp``; as few as possible share the thing."""
+    """Draw different names of things, adjective and noun, such as ``amber lamp``; as few as possible share a noun."""
     things, adjectives = rng.sample(THINGS, len(THINGS)), rng.sample(ADJECTIVES, len(ADJECTIVES))
     count = min(count, len(things) * len(adjectives))
     shifts = rng.choices(range(len(adjectives)), k=len(things))
@@ -44,7 +48,7 @@ def _keys(rng: random.Random, count: int) -> list[str]:
 
 
 def _scatter(rng: random.Random, lines: Sequence[str], others: Sequence[str]) -> str:
-    """All lines: `lines` in their order, at random places among the `others`."""
+    """Return a text in which `lines`, in their order, stand at random places among the lines `others`."""
     places = sorted(rng.randint(0, len(others)) for _ in lines)
     text, start = [], 0
     for line, place in zip(lines, places):
@@ -65,62 +69,65 @@ def _one_animal(key: str, animal: str) -> Question:
 
 
 def _several_animals(question: str, pairs: Sequence[tuple[str, str]]) -> Question:
-    said = ", ".join(f"{key} {animal}" for key, animal in pairs).removeprefix(pairs[0][0])
-    return Question(question, f"Notes: {pairs[0][0]}", f"{said}.", tuple(animal for _, animal in pairs))
+    rest = ", ".join(f"{key} {animal}" for key, animal in pairs).removeprefix(pairs[0][0])
+    return Question(question, f"Notes: {pairs[0][0]}", f"{rest}.", tuple(animal for _, animal in pairs))
 
 
 def single_needle(rng: random.Random, lines: int, questions: int) -> Document:
-    """One note (one per question) in prose."""
+    """Draw a single-needle task: prose in which, per question, one line pairs a thing with an animal to be named."""
     pairs = list(zip(_keys(rng, questions), rng.sample(ANIMALS, questions)))
     text = _scatter(rng, [_needle(*pair) for pair in pairs], [_noise(rng) for _ in range(lines)])
     return Document(f"{NEEDLES}\n{text}", tuple(_one_animal(*pair) for pair in pairs))
 
 
 def many_keys(rng: random.Random, lines: int, questions: int) -> Document:
-    """Nothing but notes, one of them asked for."""
+    """Draw a document that consists of notes of animals for things; a question asks for the animal of one of them."""
     pairs = [(key, rng.choice(ANIMALS)) for key in _keys(rng, max(lines, 1))]
     rng.shuffle(pairs)
-    # Prose only when there are no more keys.
+    # Prose fills the document only when the keys run out.
     text = _scatter(rng, [_needle(*pair) for pair in pairs], [_noise(rng) for _ in range(lines - len(pairs))])
-    asked = rng.sample(pairs, min(questions, len(pairs)))
-    return Document(f"{NEEDLES}\n{text}", tuple(_one_animal(*pair) for pair in asked))
+    targets = rng.sample(pairs, min(questions, len(pairs)))
+    return Document(f"{NEEDLES}\n{text}", tuple(_one_animal(*pair) for pair in targets))
 
 
 OCCASIONS = ("dawn", "noon", "lunch", "night")
 
 
 def many_values(rng: random.Random, lines: int, questions: int) -> Document:
-    """Four notes for one thing (per question), one for each time of day, in prose: all are asked for."""
+    """Draw prose that hides four notes for a thing, one per time of day; a question asks for its four animals."""
     animals = rng.sample(ANIMALS, len(OCCASIONS) * questions)
     groups = [[(f"{key} {when}", animals.pop()) for when in OCCASIONS] for key in _keys(rng, questions)]
     notes = [note for group in groups for note in group]
     rng.shuffle(notes)
     text = _scatter(rng, [_needle(*note) for note in notes], [_noise(rng) for _ in range(lines)])
-    asked = [_several_animals(f"Which animals are noted for the {group[0][0].removesuffix(' ' + OCCASIONS[0])}, from "
-                              f"{OCCASIONS[0]} to {OCCASIONS[-1]}?", group) for group in groups]
-    return Document(f"{NEEDLES}\n{text}", tuple(asked))
+    question_list = []
+    for group in groups:
+        thing = group[0][0].removesuffix(f" {OCCASIONS[0]}")
+        question_list.append(_several_animals(
+            f"Which animals are noted for the {thing}, from {OCCASIONS[0]} to {OCCASIONS[-1]}?", group))
+    return Document(f"{NEEDLES}\n{text}", tuple(question_list))
 
 
 QUERIES = 4
 
 
 def many_queries(rng: random.Random, lines: int, questions: int) -> Document:
-    """Notes for several things in prose, four of them asked for at once."""
+    """Draw prose that hides notes of animals for several things; a question asks for the animals of four of them."""
     pairs = list(zip(_keys(rng, 2 * QUERIES), rng.sample(ANIMALS, 2 * QUERIES)))
     text = _scatter(rng, [_needle(*pair) for pair in pairs], [_noise(rng) for _ in range(lines)])
-    asked = []
+    question_list = []
     for _ in range(questions):
-        some = rng.sample(pairs, QUERIES)
-        names = ", ".join(key for key, _ in some)
-        asked.append(_several_animals(f"Which animals are noted for these: {names}?", some))
-    return Document(f"{NEEDLES}\n{text}", tuple(asked))
+        chosen = rng.sample(pairs, QUERIES)
+        names = ", ".join(key for key, _ in chosen)
+        question_list.append(_several_animals(f"Which animals are noted for these: {names}?", chosen))
+    return Document(f"{NEEDLES}\n{text}", tuple(question_list))
 
 
 CHAINS, HOPS = 4, 4
 
 
 def variable_tracking(rng: random.Random, lines: int, questions: int) -> Document:
-    """Assignments in prose: a value goes from variable to variable, and all that hold it are asked for."""
+    """Draw prose with assignments that copy values from variable to variable; a question asks for all that hold one."""
     words = rng.sample(THINGS, CHAINS * (HOPS + 1))
     chains = [words[i * (HOPS + 1):][:HOPS + 1] for i in range(CHAINS)]  # a value, then the variables that hold it
     place = [0] * CHAINS
@@ -130,32 +137,34 @@ def variable_tracking(rng: random.Random, lines: int, questions: int) -> Documen
         assignments.append("Copy {} {}.".format(*chains[chain][place[chain]:][:2]))
         place[chain] += 1
     text = _scatter(rng, assignments, [_noise(rng) for _ in range(lines)])
-    asked = [Question(f"Which {HOPS} variables does {chain[0]} reach, from one to the next?", f"The copies: {chain[0]}",
-                      f" {' '.join(chain[1:])}.", tuple(chain[1:]))
-             for chain in rng.sample(chains, min(questions, CHAINS))]
+    question_list = [Question(f"Which {HOPS} variables does {chain[0]} reach, from one to the next?",
+                              f"The copies: {chain[0]}", f" {' '.join(chain[1:])}.", tuple(chain[1:]))
+                     for chain in rng.sample(chains, min(questions, CHAINS))]
     return Document("Values are copied to variables: Copy lamp key copies the value of lamp to key. Keep track of them."
-                    f"\n{text}", tuple(asked))
+                    f"\n{text}", tuple(question_list))
 
 
 WORDS_PER_LINE = 12
-COMMON = 5          # words asked for
-COMMON_SHARE = .2   # of the list is them
-UNCOMMON_TIMES = 3  # every other word occurs at most so often
+COMMON = 5          # number of common words
+COMMON_SHARE = .2   # share of the list that they make up
+UNCOMMON_TIMES = 3  # most occurrences of any other word
 
 
 def common_words(rng: random.Random, lines: int, questions: int) -> Document:
-    """A list in which five words are common, evenly so, and all others rare. Several questions are one and the same:
-    their answers differ in order."""
+    """Draw a list in which five words are equally common and all others rare; a question asks for the five.
+
+    Several questions are the same question, with answers in different orders.
+    """
     size = WORDS_PER_LINE * max(lines, 3)
     vocabulary = rng.sample(THINGS, len(THINGS))
     common, rare = vocabulary[:COMMON], vocabulary[COMMON:]
     times = max(UNCOMMON_TIMES + 2, round(size * COMMON_SHARE / COMMON))
     needed = -(-(size - times * COMMON) // UNCOMMON_TIMES)
-    known = set(vocabulary)
+    used = set(vocabulary)
     while len(rare) < needed:  # two words make a new one
         word = "".join(rng.sample(vocabulary, 2))
-        if word not in known:
-            known.add(word)
+        if word not in used:
+            used.add(word)
             rare.append(word)
     words = common * times + (rare[:needed] * UNCOMMON_TIMES)[:size - times * COMMON]
     answers = [common, *(rng.sample(common, COMMON) for _ in range(questions - 1))]
@@ -163,26 +172,28 @@ def common_words(rng: random.Random, lines: int, questions: int) -> Document:
                                    for answer in answers])
 
 
-FREQUENT = (3, 4, 2, 1)  # words asked for, by question
+FREQUENT = (3, 4, 2, 1)  # number of words that each question asks for
 
 
 def frequent_words(rng: random.Random, lines: int, questions: int) -> Document:
-    """A list of few different words whose frequencies follow Zipf's law; the three most frequent are asked for, in
-    order. Three more questions at most, which ask for another number of them."""
+    """Draw a list of 40 different words, as frequent as Zipf's law says; questions ask for the most frequent.
+
+    The first question asks for the three most frequent words, in order; at most three more ask for another number.
+    """
     size = WORDS_PER_LINE * max(lines, 3)
     vocabulary = rng.sample(THINGS, 40)
     share = [1 / rank ** 1.5 for rank in range(1, len(vocabulary) + 1)]
     counts = [max(1, round(size * s / sum(share))) for s in share]
-    for rank in range(max(FREQUENT), 0, -1):  # no ties among what is asked for
+    for rank in range(max(FREQUENT), 0, -1):  # no ties among the words in an answer
         counts[rank - 1] = max(counts[rank - 1], counts[rank] + 1)
     words = [word for word, count in zip(vocabulary, counts) for _ in range(count)]
     return _word_list(rng, words, [(f"What are the {count} most frequent words in the list, the most frequent first?",
                                     vocabulary[:count]) for count in FREQUENT[:questions]])
 
 
-def _word_list(rng: random.Random, words: list[str], asked: Sequence[tuple[str, Sequence[str]]]) -> Document:
+def _word_list(rng: random.Random, words: list[str], questions: Sequence[tuple[str, Sequence[str]]]) -> Document:
     rng.shuffle(words)
     text = "\n".join("- " + " ".join(words[i:i + WORDS_PER_LINE]) for i in range(0, len(words), WORDS_PER_LINE))
     return Document(f"Count the words of this list.\n{text}",
                     tuple(Question(question, "They are", f" {', '.join(answer)}.", tuple(answer))
-                          for question, answer in asked))
+                          for question, answer in questions))

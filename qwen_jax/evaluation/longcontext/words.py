@@ -1,4 +1,4 @@
-"""The words the long-context tasks are written with, in lists that share none."""
+"""Words of which the long-context tasks make their documents, in lists that have no word in common."""
 
 ADJECTIVES = """
     amber ancient bitter bold brave bright broken bronze calm clever cold crimson curious daring dusty eager early

@@ -1,61 +1,49 @@
-"""What else than requests the engine's process is asked for: each a call by name, answered between two steps."""
+"""Functions of the engine's process that the HTTP process calls by name: adapters, statistics, tokens, weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from qwen_jax.engine.core.weight_update import check_golden, check_policy, golden_requests, switch
+from qwen_jax.engine.api.stats import stats_as_dict
+from qwen_jax.engine.core.engine_thread import EngineThread
+from qwen_jax.engine.core.weight_update import Golden, update_weights
 from qwen_jax.engine.engine import Engine
 from qwen_jax.errors import UserError
 from qwen_jax.serving.engine_process.engine_metrics import EngineMetrics
 
-Post = Callable[[Callable[[], None]], None]
-Answer = Callable[[Any, str | None], None]  # a value, or a sentence that says what is wrong
 
+class EngineCalls:
+    """Functions of the engine's process that the HTTP process may call by name, such as ``stats`` or ``load_adapter``.
 
-class Operations:
-    """
+    Functions that use the engine run on its thread, between two of its steps. Tokenising and updates of the weights,
+    which take longer, run on other threads while the engine makes steps.
+
     Args:
-      post: has something called on the engine's thread. beside: threads for what need not wait for steps. find: where
-        weights are, by the name that an update gives.
+      thread: the thread that owns the engine.
+      find: returns the path of the checkpoint to load for the reference that an update of the weights names.
     """
 
-    def __init__(self, engine: Engine, metrics: EngineMetrics, post: Post, beside: Executor,
+    def __init__(self, engine: Engine, thread: EngineThread, metrics: EngineMetrics,
                  find: Callable[[str], str]) -> None:
-        self._engine, self._post, self._beside, self._find = engine, post, beside, find
-        self._loader = ThreadPoolExecutor(1, "weights")
-        self._calls: dict[str, Callable[..., Any]] = {
+        self._engine, self._thread, self._find = engine, thread, find
+        self._between_steps: dict[str, Callable[..., Any]] = {
             "load_adapter": engine.load_adapter, "unload_adapter": engine.unload_adapter, "stats": self._stats,
             "versions": self._versions, "metrics": metrics.text, "rollback": self._rollback}
-        self._calls_beside = {"tokenize": self._tokenize, "detokenize": self._detokenize}
+        tokenizing, updating = ThreadPoolExecutor(1, "tokenize"), ThreadPoolExecutor(1, "weights")
+        self._beside = {"tokenize": (tokenizing, self._tokenize), "detokenize": (tokenizing, self._detokenize),
+                        "update_weights": (updating, self._update_weights)}
 
-    def begin(self, name: str, arguments: list[Any], answer: Answer) -> None:
-        """From any thread; ``answer`` is called on the engine's."""
-        if name == "update_weights":
-            self._loader.submit(self._load_weights, *arguments, answer)
-        elif name in self._calls_beside:
-            later = lambda *result: self._post(lambda: answer(*result))  # noqa: E731  one thread writes to the socket
-            self._beside.submit(_answered, self._calls_beside[name], arguments, later)
-        else:
-            self._post(lambda: _answered(self._calls[name], arguments, answer))
+    def start(self, name: str, arguments: Sequence[Any]) -> Future:
+        """Start the function called ``name``, from any thread; the future has its result or its error."""
+        if name in self._beside:
+            pool, function = self._beside[name]
+            return pool.submit(function, *arguments)
+        return self._thread.call(lambda: self._between_steps[name](*arguments))
 
     def _stats(self) -> dict[str, Any]:
-        return {**asdict(self._engine.stats()), "adapters": self._engine.adapters.names}
-
-    def _tokenize(self, prompt: Any) -> list[int]:
-        if isinstance(prompt, dict):
-            prompt = self._engine.input_processor.conversation(prompt["messages"], prompt.get("tools"))
-        return self._engine.input_processor.tokens(prompt)
-
-    def _detokenize(self, tokens: list[int]) -> str:
-        if self._engine.tokenizer is None:
-            raise UserError("this engine has no tokenizer")
-        return self._engine.tokenizer.decode(self._engine.input_processor.tokens(tokens))
-
-    # --- weights, loaded on a thread of their own
+        return stats_as_dict(self._engine.stats())
 
     def _versions(self) -> dict[str, Any]:
         weights = self._engine.weights
@@ -65,40 +53,22 @@ class Operations:
         self._engine.rollback()
         return self._versions()
 
-    def _load_weights(self, source: str, policy: str, golden: list[Any] | None, answer: Answer) -> None:
+    def _tokenize(self, prompt: str | list[int] | dict[str, Any]) -> list[int]:
+        if isinstance(prompt, dict):
+            prompt = self._engine.input_processor.conversation(prompt["messages"], prompt.get("tools"))
+        return self._engine.input_processor.tokens(prompt)
+
+    def _detokenize(self, tokens: list[int]) -> str:
+        if self._engine.tokenizer is None:
+            raise UserError("this engine has no tokenizer")
+        return self._engine.tokenizer.decode(self._engine.input_processor.tokens(tokens))
+
+    def _update_weights(self, source: str, policy: str, golden: Golden | None) -> dict[str, Any]:
         engine = self._engine
-        try:
-            check_policy(policy)
-            tried = golden_requests(engine.input_processor, golden)
-            leaves = engine.weights.load(self._find(source))
-        except Exception as error:
-            sentence = sentence_of(error)
-            self._post(lambda: answer(None, sentence))
-            return
-        self._post(lambda: _answered(self._try, [leaves, policy, tried], answer))
-
-    def _try(self, leaves: Any, policy: str, tried: list[Any]) -> dict[str, Any]:
-        """Golden prompts run first, before whoever waits; then the new weights are current."""
-        engine = self._engine
-        version = engine.weights.add(leaves)
-        try:
-            engine.core.complete([request for request, _ in tried], version)
-            check_golden(tried)
-        except UserError:
-            engine.weights.forget(version)
-            raise
-        switch(engine.core, version, policy)
-        return self._versions()
+        update_weights(engine.core, engine.input_processor, self._find(source), policy, golden, thread=self._thread)
+        return self._thread.between_steps(self._versions)
 
 
-def _answered(call: Callable[..., Any], arguments: list[Any], answer: Answer) -> None:
-    try:
-        value = call(*arguments)
-    except UserError as error:
-        answer(None, str(error))
-    else:
-        answer(value, None)
-
-
-def sentence_of(error: Exception) -> str:
+def sentence_of(error: BaseException) -> str:
+    """Return the message about an error that a client gets: a UserError's own, others with the name of their class."""
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

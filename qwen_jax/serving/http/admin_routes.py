@@ -1,4 +1,4 @@
-"""Other weights for a running server, on a port and with keys of their own."""
+"""Routes of the admin port, which update the model's weights while the server runs and have API keys of their own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field, StrictBool, StrictInt, StrictStr
 
@@ -18,17 +18,19 @@ from qwen_jax.serving.http.request_log import Observer
 from qwen_jax.serving.http.service import Service
 from qwen_jax.serving.ipc.errors import ApiError
 
-BODY_BYTES = 1 << 20
+MAX_BODY_BYTES = 1 << 20
 Prompt = StrictStr | list[StrictInt]
 
 
 class WeightsRequest(Body):
-    """
+    """Body of ``POST /admin/weights``: a request to replace the model's weights.
+
     Attributes:
-      source: a folder of the server's, a hub id or ``bundled``.
-      policy: what becomes of requests that have begun; see ``Engine.update_weights``.
-      golden: pairs of a prompt and how its greedy answer has to begin.
-      wait: answer when it is done; else at once, and ``GET /admin/weights`` says how it goes.
+      source: the new weights: a folder on the server, a hub id or ``bundled``.
+      policy: what happens to requests that have begun to run: see ``Engine.update_weights``.
+      golden: pairs of a prompt and the text or tokens with which the new weights' greedy answer must begin.
+      wait: whether to answer when the update is done. Otherwise the answer comes at once, and ``GET /admin/weights``
+        has the state of the update.
     """
 
     source: Annotated[StrictStr, Field(min_length=1)]
@@ -37,8 +39,12 @@ class WeightsRequest(Body):
     wait: StrictBool = False
 
 
-class Update:
-    """The last update of the weights, and whether one is under way: there is one at a time."""
+class WeightUpdates:
+    """Runner of updates of the model's weights, one at a time.
+
+    Attributes:
+      state: state of the last update, as ``GET /admin/weights`` shows it.
+    """
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -46,6 +52,7 @@ class Update:
         self.state: dict[str, Any] = {"state": "none"}
 
     def begin(self, body: WeightsRequest) -> asyncio.Task:
+        """Start an update of the weights; the task ends with it. ApiError 409 while another update is under way."""
         self._service.check_open()
         if self._running and not self._running.done():
             raise ApiError(409, f"an update to {self.state['source']} is under way")
@@ -54,7 +61,7 @@ class Update:
         return self._running
 
     async def _run(self, body: WeightsRequest) -> None:
-        """Never raises: what went wrong is part of the state."""
+        """Update the weights and record the outcome in ``state``; a failure is recorded there too and is not raised."""
         began = time.monotonic()
         try:
             await self._service.update_weights(body.source, body.policy, body.golden)
@@ -64,32 +71,41 @@ class Update:
         self.state["seconds"] = round(time.monotonic() - began, 3)
 
 
-def create_admin_app(service: Service, observers: Sequence[Observer], keys: Sequence[bytes]) -> FastAPI:
-    app = new_app("qwen-jax admin", observers, keys, BODY_BYTES)
-    update = Update(service)
+def create_admin_app(service: Service, observers: Sequence[Observer], keys: Sequence[bytes],
+                     routers: Sequence[APIRouter] = ()) -> FastAPI:
+    """Return the FastAPI application of the admin port.
+
+    Args:
+      observers: called with the record of every request that has ended.
+      keys: API keys, of which a request needs one.
+      routers: routes to add to those for weights.
+    """
+    app = new_app("qwen-jax admin", observers, keys, MAX_BODY_BYTES)
+    updates = WeightUpdates(service)
 
     @app.get("/admin/weights")
     async def status() -> Any:
-        """Versions of the weights, and how the last update went."""
-        return {**await service.link.call("versions"), "update": update.state}
+        """Return the numbers of the loaded versions of the weights, and the state of the last update."""
+        return {**await service.link.call("versions"), "update": updates.state}
 
     @app.post("/admin/weights", status_code=202, responses={200: {"description": "Done, with wait=true."}})
     async def load(body: WeightsRequest) -> Response:
-        """Loads, checks and tries other weights beside the old ones, which serve until then and afterwards when the
-        new ones are refused."""
+        """Load, check and try new weights beside the old ones, then switch to them. Refused weights change nothing."""
         body.check_fields()
-        task = update.begin(body)
+        task = updates.begin(body)
         if not body.wait:
-            return JSONResponse(update.state, 202)
+            return JSONResponse(updates.state, 202)
         await asyncio.shield(task)
-        if update.state["state"] == "refused":
-            raise ApiError(400, update.state["error"])
-        return JSONResponse({**await service.link.call("versions"), "update": update.state}, 200)
+        if updates.state["state"] == "refused":
+            raise ApiError(400, updates.state["error"])
+        return JSONResponse({**await service.link.call("versions"), "update": updates.state}, 200)
 
     @app.post("/admin/weights/rollback")
     async def rollback() -> Any:
-        """Back to the weights before, which are still there."""
+        """Switch back to the weights before the last update, which are still loaded."""
         service.check_open()
         return await service.rollback()
 
+    for router in routers:
+        app.include_router(router)
     return app

@@ -1,4 +1,4 @@
-"""An application without routes: limits, keys, error objects, observers."""
+"""Factory of FastAPI applications with size limits, API keys, OpenAI's error objects and request records, no routes."""
 
 from __future__ import annotations
 
@@ -17,31 +17,35 @@ from qwen_jax.serving.http.openai_objects import VERSION
 from qwen_jax.serving.http.request_log import Observed, Observer
 from qwen_jax.serving.ipc.errors import ApiError
 
+# Statuses that every route may answer with, for the OpenAPI schema.
 ERRORS = {status: {"description": "An error object."}
           for status in (400, 401, 404, 405, 408, 409, 413, 429, 431, 500, 503)}
+Middleware = Callable[[Any], Any]  # from an ASGI application to another one around it
 
 
-Inner = Callable[[Any], Any]  # an ASGI application around another one
+def new_app(title: str, observers: Sequence[Observer], keys: Sequence[bytes], max_body_bytes: int,
+            inner: Middleware | None = None) -> FastAPI:
+    """Return a FastAPI application without routes that checks size and API key and answers errors as OpenAI's objects.
 
-
-def new_app(title: str, observers: Sequence[Observer], keys: Sequence[bytes], body_bytes: int,
-            inner: Inner | None = None) -> FastAPI:
-    """Whose errors are OpenAI's objects. keys: of which a request has to have one; none for everybody. inner: see
-    `create_app`."""
+    Args:
+      observers: called with the record of every request that has ended.
+      keys: API keys, of which a request needs one; without any, every request is taken.
+      inner: middleware that runs after the checks of size and API key and before the routes.
+    """
     app = FastAPI(title=title, version=VERSION, responses=ERRORS, docs_url=None, redoc_url=None)
     if inner:
         app.add_middleware(inner)
-    app.add_middleware(Limits, keys=keys, body_bytes=body_bytes)
+    app.add_middleware(Limits, keys=keys, max_body_bytes=max_body_bytes)
     app.add_middleware(Observed, observers=observers)  # the last is the outermost
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(UserError, _user_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
-    described = app.openapi
+    fastapi_schema = app.openapi
 
     def openapi():
-        """FastAPI's, without the status that it gives to bad bodies: here that is 400."""
-        schema = described()
+        """Return FastAPI's OpenAPI schema without status 422, its status for a bad body, which is 400 here."""
+        schema = fastapi_schema()
         for path in schema["paths"].values():
             for operation in path.values():
                 operation["responses"].pop("422", None)
@@ -60,6 +64,7 @@ async def _user_error(request: Request, error: UserError) -> Response:
 
 
 async def _invalid(request: Request, error: RequestValidationError) -> Response:
+    """Answer a request whose body does not fit the schema: status 400, with the first wrong field."""
     first = error.errors()[0]
     place = [str(part) for part in first["loc"] if part != "body"]
     where = f"{'.'.join(place)}: " if place else ""
@@ -67,11 +72,12 @@ async def _invalid(request: Request, error: RequestValidationError) -> Response:
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
-    there = f"{request.method} {request.url.path}"
+    """Answer an unknown route or method with OpenAI's error object in the place of Starlette's text."""
+    route = f"{request.method} {request.url.path}"
     if error.status_code == 404:
-        return await _api_error(request, ApiError(404, f"there is no {there}"))
+        return await _api_error(request, ApiError(404, f"there is no {route}"))
     if error.status_code == 405:
-        answer = await _api_error(request, ApiError(405, f"there is no {there}"))
+        answer = await _api_error(request, ApiError(405, f"there is no {route}"))
         answer.headers.update(error.headers or {})
         return answer
     return await _api_error(request, ApiError(400, str(error.detail)))

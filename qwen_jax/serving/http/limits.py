@@ -1,4 +1,4 @@
-"""What every request has to pass before its route: size of body and headers, and the key. Plain ASGI."""
+"""ASGI middleware that checks the size of body and headers, and the API key, of a request before its route runs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ import msgspec
 from qwen_jax.errors import UserError
 from qwen_jax.serving.ipc.errors import ApiError
 
-MOST_HEADER_BYTES = 16 << 10
-OPEN_PATHS = frozenset(("/", "/cluster", "/health", "/metrics", "/ready"))  # for whoever watches the process; the page
+MAX_HEADER_BYTES = 16 << 10
+OPEN_PATHS = frozenset(("/", "/cluster", "/health", "/metrics", "/ready"))  # probes, metrics, the page
 
 
 def read_keys(path: str | None, variable: str) -> tuple[bytes, ...]:
-    """API keys, one per line of a file, or else separated by blanks in an environment variable. UserError for a file
-    without any."""
+    """Read API keys from a file, one per line, or without a file from an environment variable, separated by blanks.
+
+    Raises:
+      UserError: the file cannot be read, or has no key.
+    """
     if path is None:
         return tuple(key.encode() for key in os.environ.get(variable, "").split())
     try:
@@ -27,20 +30,20 @@ def read_keys(path: str | None, variable: str) -> tuple[bytes, ...]:
     except OSError as error:
         raise UserError(f"the file of API keys cannot be read: {error.strerror}: {path}") from error
     if not keys:
-        raise UserError(f"there is no API key in {path}")
+        raise UserError(f"{path} must have an API key per line, and has none")
     return keys
 
 
 class Limits:
-    """Middleware. Refuses a request before anything reads its body.
+    """ASGI middleware that refuses requests with too large a body, too many headers or no valid API key.
 
     Args:
-      keys: of which a request has to have one as ``Authorization: Bearer``; none for everybody.
-      body_bytes: the largest body.
+      keys: API keys, of which a request needs one as ``Authorization: Bearer``; without any, every request is taken.
+      max_body_bytes: bytes of the largest body that is accepted.
     """
 
-    def __init__(self, app: Any, keys: Iterable[bytes], body_bytes: int) -> None:
-        self._app, self._keys, self._body_bytes = app, tuple(keys), body_bytes
+    def __init__(self, app: Any, keys: Iterable[bytes], max_body_bytes: int) -> None:
+        self._app, self._keys, self._max_body_bytes = app, tuple(keys), max_body_bytes
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
@@ -49,11 +52,11 @@ class Limits:
         began, read, refused = False, 0, False
 
         async def send_unless_refused(message):
-            """In the place of whatever the app makes of a body that it could not read to its end."""
+            """Pass the app's answer on; send an error in its place if the body was too large to be read."""
             nonlocal began, refused
             if refused and began:
                 return
-            if read > self._body_bytes and not began:
+            if read > self._max_body_bytes and not began:
                 refused = True
                 began = True
                 await _send_error(send, self._too_large())
@@ -61,40 +64,42 @@ class Limits:
             began = began or message["type"] == "http.response.start"
             await send(message)
 
-        async def receive_some():
+        async def receive_within_limit():
+            """Receive the next part of the request's body. ApiError when the body has become too large."""
             nonlocal read
             message = await receive()
             read += len(message.get("body", b""))
-            if read > self._body_bytes:
+            if read > self._max_body_bytes:
                 raise self._too_large()
             return message
 
         try:
             self._check(scope)
-            await self._app(scope, receive_some, send_unless_refused)
+            await self._app(scope, receive_within_limit, send_unless_refused)
         except ApiError as error:
             if began:
                 raise
             await _send_error(send, error)
 
     def _check(self, scope) -> None:
+        """Raise ApiError if headers or declared body size are too large, or the API key is missing or unknown."""
         headers = scope["headers"]
-        if sum(len(name) + len(value) for name, value in headers) > MOST_HEADER_BYTES:
-            raise ApiError(431, f"the headers have more than {MOST_HEADER_BYTES} bytes")
-        found = dict(headers)
-        length = found.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self._body_bytes:
+        if sum(len(name) + len(value) for name, value in headers) > MAX_HEADER_BYTES:
+            raise ApiError(431, f"the headers have more than {MAX_HEADER_BYTES} bytes")
+        by_name = dict(headers)
+        length = by_name.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self._max_body_bytes:
             raise self._too_large()
-        if self._keys and scope["path"] not in OPEN_PATHS and not self._known(found.get(b"authorization", b"")):
+        if self._keys and scope["path"] not in OPEN_PATHS and not self._is_known(by_name.get(b"authorization", b"")):
             raise ApiError(401, "this server needs an API key: Authorization: Bearer KEY", "invalid_api_key")
 
-    def _known(self, authorization: bytes) -> bool:
-        """In a time that does not depend on the keys."""
+    def _is_known(self, authorization: bytes) -> bool:
+        """Return whether the ``Authorization`` header has a known API key, in a time that does not depend on it."""
         given = authorization.removeprefix(b"Bearer ").strip()
         return any([hmac.compare_digest(given, key) for key in self._keys])
 
     def _too_large(self) -> ApiError:
-        return ApiError(413, f"the body has more than {self._body_bytes} bytes")
+        return ApiError(413, f"the body has more than {self._max_body_bytes} bytes")
 
 
 async def _send_error(send, error: ApiError) -> None:

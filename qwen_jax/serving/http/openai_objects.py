@@ -1,4 +1,4 @@
-"""Answers as clients read them: OpenAI's objects, whole or in chunks."""
+"""Answers of the model in OpenAI's response format: one JSON object, or the chunks of a stream."""
 
 from __future__ import annotations
 
@@ -17,7 +17,17 @@ VERSION = version("qwen-jax")
 
 @dataclass
 class Choice:
-    """One answer so far."""
+    """Single answer (OpenAI's "choice") of a response, as far as the engine has generated it.
+
+    Attributes:
+      index: number of the answer in the response.
+      tools: parser of tool calls; None when the request has no tools.
+      text: text so far, without tool calls.
+      logprobs: log-probabilities so far, as `Piece.logprobs` has them.
+      calls: tool calls so far.
+      finish_reason: why the answer ended; None before.
+      tokens: number of generated tokens, known at the end.
+    """
 
     index: int
     tools: ToolCallStream | None = None
@@ -28,7 +38,7 @@ class Choice:
     tokens: int = 0
 
     def add(self, piece: Piece) -> tuple[str, list[ToolCall]]:
-        """What is new of its text, and of its tool calls."""
+        """Append a new part of the answer; return the text and the tool calls that it adds."""
         self.logprobs += piece.logprobs or ()
         events: list[str | ToolCall] = [piece.text] if piece.text else []
         if self.tools:
@@ -46,7 +56,21 @@ class Choice:
 
 
 class Reply:
-    """A whole response. ``chat`` or a completion, of ``count`` answers to each of some prompts."""
+    """The response to one HTTP request, built from parts of answers, as one JSON object or as chunks of a stream.
+
+    Args:
+      model: name of the model that the response shows.
+      chat: whether it is a chat completion; else it is a completion.
+      count: number of answers to all prompts together.
+      tools: whether tool calls are looked for in the text.
+      logprobs: whether the response has log-probabilities.
+
+    Attributes:
+      choices: the answers.
+      prompt_tokens: number of tokens of the prompts whose answers have ended.
+      weight_version: version of the weights that computed the last piece.
+      times: `Piece.times` of the answer that ended last.
+    """
 
     def __init__(self, model: str, chat: bool, count: int, tools: bool, logprobs: bool) -> None:
         self.id = ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12)
@@ -54,10 +78,14 @@ class Reply:
         self.choices = [Choice(index, ToolCallStream() if tools else None) for index in range(count)]
         self.prompt_tokens = 0
         self.weight_version = 0
-        self.times: tuple[float | None, ...] = ()  # of the answer that ended last
+        self.times: tuple[float | None, ...] = ()
 
     def add(self, piece: Piece, first: int = 0) -> Iterator[dict[str, Any]]:
-        """The chunks for a piece of the answers from ``first`` on."""
+        """Append a new part of an answer; yield the stream chunks that show it, as JSON objects.
+
+        Args:
+          first: index in the response of the first answer to the same prompt.
+        """
         choice = self.choices[first + piece.index]
         text, calls = choice.add(piece)
         self.weight_version = piece.weight_version
@@ -83,14 +111,14 @@ class Reply:
                                                           "finish_reason": choice.finish_reason}])
 
     def roles(self) -> Iterator[dict[str, Any]]:
-        """What a chat's stream begins with."""
+        """Yield the first chunk of each answer in a chat's stream, which has the role and no text."""
         for choice in self.choices:
             yield self._object("chat.completion.chunk", [{
                 "index": choice.index, "delta": {"role": "assistant", "content": ""}, "logprobs": None,
                 "finish_reason": None}])
 
     def last(self) -> dict[str, Any]:
-        """A chunk with the usage."""
+        """Return the last chunk of a stream, which has the numbers of tokens (``usage``)."""
         return {**self._object("chat.completion.chunk" if self._chat else "text_completion", []), "usage": self.usage}
 
     @property
@@ -101,31 +129,34 @@ class Reply:
 
     @property
     def details(self) -> dict[str, Any]:
-        """For logs and traces; seconds from the arrival."""
-        found = {"model": self.model, "weight_version": self.weight_version, **self.usage,
+        """Model, token counts, finish reasons and times of the response, for logs and traces.
+
+        Times are seconds from the request's arrival.
+        """
+        details = {"model": self.model, "weight_version": self.weight_version, **self.usage,
                  "finish_reasons": [choice.finish_reason for choice in self.choices]}
         if self.times:
             arrived, *moments = self.times
             names = "queue_seconds", "first_token_seconds", "engine_seconds"
-            found |= {name: round(at - arrived, 6) for name, at in zip(names, moments, strict=True) if at is not None}
-        return found
+            details |= {name: round(at - arrived, 6) for name, at in zip(names, moments, strict=True) if at is not None}
+        return details
 
     def whole(self) -> dict[str, Any]:
-        """Everything at once."""
-        shown = []
+        """Return the complete response as one JSON object."""
+        choices = []
         for choice in self.choices:
-            one: dict[str, Any] = {"index": choice.index, "finish_reason": choice.finish_reason, "logprobs": None}
+            answer: dict[str, Any] = {"index": choice.index, "finish_reason": choice.finish_reason, "logprobs": None}
             if self._chat:
-                one["message"] = {"role": "assistant", "content": choice.text or (None if choice.calls else "")}
+                answer["message"] = {"role": "assistant", "content": choice.text or (None if choice.calls else "")}
                 if choice.calls:
-                    one["message"]["tool_calls"] = [_call(call) for call in choice.calls]
+                    answer["message"]["tool_calls"] = [_call(call) for call in choice.calls]
             else:
-                one["text"] = choice.text
+                answer["text"] = choice.text
             if self._logprobs:
                 make = self._chat_logprobs if self._chat else self._completion_logprobs
-                one["logprobs"] = make(choice.logprobs)
-            shown.append(one)
-        return {**self._object("chat.completion" if self._chat else "text_completion", shown), "usage": self.usage}
+                answer["logprobs"] = make(choice.logprobs)
+            choices.append(answer)
+        return {**self._object("chat.completion" if self._chat else "text_completion", choices), "usage": self.usage}
 
     def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model,
@@ -133,16 +164,17 @@ class Reply:
 
     @staticmethod
     def _chat_logprobs(logprobs) -> dict[str, Any]:
-        return {"content": [{**_logprob(text, value), "top_logprobs": [_logprob(*one) for one in most]}
-                            for text, value, most in logprobs], "refusal": None}
+        return {"content": [{**_logprob(text, value), "top_logprobs": [_logprob(*pair) for pair in top]}
+                            for text, value, top in logprobs], "refusal": None}
 
     @staticmethod
     def _completion_logprobs(logprobs) -> dict[str, Any]:
         return {"tokens": [text for text, _, _ in logprobs], "token_logprobs": [value for _, value, _ in logprobs],
-                "top_logprobs": [dict(most) for _, _, most in logprobs], "text_offset": []}
+                "top_logprobs": [dict(top) for _, _, top in logprobs], "text_offset": []}
 
 
 def fingerprint(weight_version: int) -> str:
+    """Return OpenAI's ``system_fingerprint``: this package's version and that of the weights."""
     return f"qwen-jax-{VERSION}-w{weight_version}"
 
 

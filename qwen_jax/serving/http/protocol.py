@@ -1,4 +1,4 @@
-"""Requests as clients send them: OpenAI's fields, and those that vLLM added to them."""
+"""Schemas of request bodies: OpenAI's fields, and the ones that vLLM added to them."""
 
 from __future__ import annotations
 
@@ -7,30 +7,32 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
-from qwen_jax.engine.api.structured_output import from_guided, from_response_format
+from qwen_jax.engine.api.structured_output import StructuredOutput, from_guided, from_response_format
 from qwen_jax.errors import UserError
 from qwen_jax.serving.http.tool_calls import forced_calls
 from qwen_jax.serving.ipc.errors import ApiError
+from qwen_jax.serving.ipc.messages import Ready
 
-MOST_ANSWERS = 128  # n
-MOST_INPUTS = 2048  # of one request, as OpenAI has it
+MAX_ANSWERS = 128  # to one prompt: n
+MAX_INPUTS = 2048  # of one request; the limit is OpenAI's
 Number = StrictInt | StrictFloat
-# Fields of OpenAI's that change nothing of an answer here.
+# OpenAI's fields that are accepted and do not change an answer here.
 HARMLESS = frozenset(("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"))
 
 
 def _describe(schema: dict[str, Any]) -> None:
-    """What `Body.check_fields` takes, in the OpenAPI schema."""
+    """Add to a body's OpenAPI schema the fields that are accepted without effect, and forbid any others."""
     schema["additionalProperties"] = False
     schema["properties"] |= {name: {} for name in HARMLESS}
 
 
 class Body(BaseModel):
-    """A JSON object. Unknown fields are refused by name: an option that does nothing would be a lie."""
+    """Base class of request bodies, whose unknown fields are errors, since an ignored option would mislead a client."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=(), json_schema_extra=_describe)
 
     def check_fields(self) -> None:
+        """Raise ApiError when the body has a field that is neither in its schema nor one of `HARMLESS`."""
         for name in self.model_extra or ():
             if name == "chat_template":
                 raise ApiError(400, "a chat template is the server's own: clients cannot give one", param=name)
@@ -38,23 +40,32 @@ class Body(BaseModel):
                 raise ApiError(400, f"unknown field {name!r}", param=name)
 
 
-def several(given: str | list[Any], name: str) -> list[str | list[int]]:
-    """What may be a text, token ids, or a list of either, as a list. ApiError for too many, and for empty ones."""
+def as_list(given: str | list[Any], name: str) -> list[str | list[int]]:
+    """Return the list of prompts in a field of a body that is a text, token ids, or a list of either.
+
+    Args:
+      given: value of the field.
+      name: name of the field, for error messages.
+    Raises:
+      ApiError: more than `MAX_INPUTS` prompts, or an empty prompt.
+    """
     single = isinstance(given, str) or not given or isinstance(given[0], int)
-    found = [given] if single else list(given)
-    if not all(len(one) for one in found):
+    prompts = [given] if single else list(given)
+    if not all(len(prompt) for prompt in prompts):
         raise ApiError(400, f"the {name} is empty", param=name)
-    if len(found) > MOST_INPUTS:
-        raise ApiError(400, f"{name} has {len(found)} items: at most {MOST_INPUTS} are taken at once", param=name)
-    return found
+    if len(prompts) > MAX_INPUTS:
+        raise ApiError(400, f"{name} has {len(prompts)} items: at most {MAX_INPUTS} are taken at once", param=name)
+    return prompts
 
 
 class StreamOptions(BaseModel):
+    """Options of a streamed answer: ``include_usage`` adds a last chunk with the numbers of tokens."""
+
     include_usage: StrictBool = False
 
 
-class Sampled(Body):
-    """What completions and chats have in common."""
+class GenerationRequest(Body):
+    """Fields that the bodies of completions and chat completions have in common."""
 
     model: StrictStr
     max_tokens: StrictInt | None = None
@@ -63,7 +74,7 @@ class Sampled(Body):
     top_p: Number | None = None
     top_k: StrictInt | None = None
     min_p: Number | None = None
-    n: Annotated[StrictInt, Field(ge=1, le=MOST_ANSWERS)] | None = None
+    n: Annotated[StrictInt, Field(ge=1, le=MAX_ANSWERS)] | None = None
     seed: Annotated[StrictInt, Field(ge=-2**63, lt=2**64)] | None = None
     stop: StrictStr | list[StrictStr] | None = None
     stop_token_ids: list[StrictInt] | None = None
@@ -83,29 +94,32 @@ class Sampled(Body):
     timeout: Annotated[Number, Field(gt=0, le=86400)] | None = None
 
     def params(self) -> dict[str, Any]:
-        """Of `SamplingParams`, as JSON; what is not given is not there. UserError, ApiError."""
+        """Return the sampling options as keywords of `SamplingParams`. ApiError or UserError for a wrong value."""
         self.check_fields()
         if self.stream_options and not self.stream:
             raise ApiError(400, "stream_options is for stream=true", param="stream_options")
         names = ("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "n", "seed", "stop",
                  "stop_token_ids", "ignore_eos", "presence_penalty", "frequency_penalty", "repetition_penalty",
                  "logit_bias")
-        found = {name: value for name in names if (value := getattr(self, name)) is not None}
-        if looks := self.looks():
-            found["structured_output"] = {looks.kind: getattr(looks, looks.kind)}
-        return found
+        params = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if output := self.structured_output():
+            params["structured_output"] = {output.kind: getattr(output, output.kind)}
+        return params
 
-    def looks(self):
+    def structured_output(self) -> StructuredOutput | None:
+        """Return the form that the answer must have, from ``response_format`` or ``guided_...``; None for any text."""
         guided = {name: getattr(self, name) for name in ("guided_json", "guided_regex", "guided_choice",
                                                          "guided_grammar")}
-        given = from_guided({name: value for name, value in guided.items() if value is not None})
-        asked = from_response_format(self.response_format)
-        if given and asked:
+        output = from_guided({name: value for name, value in guided.items() if value is not None})
+        format_output = from_response_format(self.response_format)
+        if output and format_output:
             raise UserError("give response_format or a guided option, not both")
-        return given or asked
+        return output or format_output
 
 
-class CompletionRequest(Sampled):
+class CompletionRequest(GenerationRequest):
+    """Body of ``POST /v1/completions``."""
+
     prompt: StrictStr | list[StrictInt] | list[StrictStr] | list[list[StrictInt]]
     logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
     echo: StrictBool | None = None
@@ -113,24 +127,28 @@ class CompletionRequest(Sampled):
     best_of: StrictInt | None = None
 
     def prompts(self) -> list[str | list[int]]:
-        """One or several. ApiError for none, and for what is not supported."""
+        """Return the list of prompts. ApiError for an empty prompt, or for an option that is not supported."""
         if self.echo or self.suffix is not None or self.best_of not in (None, self.n or 1):
             name = "echo" if self.echo else "suffix" if self.suffix is not None else "best_of"
             raise ApiError(400, f"{name} is not supported", param=name)
-        return several(self.prompt, "prompt")
+        return as_list(self.prompt, "prompt")
 
 
 class TextPart(BaseModel):
+    """A text part of a chat message's content; other kinds, such as images, are refused."""
+
     type: Literal["text"]
     text: StrictStr
 
 
 class CalledFunction(BaseModel):
+    """Name and arguments (JSON text) of a tool call in an earlier answer."""
+
     name: StrictStr
     arguments: StrictStr
 
     def for_template(self) -> dict[str, Any]:
-        """With arguments as an object, which templates write as JSON themselves."""
+        """Return the call for a chat template: its arguments as an object, since templates write JSON themselves."""
         try:
             arguments = json.loads(self.arguments or "{}")
         except ValueError as error:
@@ -140,12 +158,16 @@ class CalledFunction(BaseModel):
 
 
 class Call(BaseModel):
+    """A tool call that the model made in an earlier answer of the conversation."""
+
     id: StrictStr | None = None
     type: Literal["function"] = "function"
     function: CalledFunction
 
 
 class Message(BaseModel):
+    """A message of a conversation."""
+
     model_config = ConfigDict(extra="forbid")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -156,17 +178,20 @@ class Message(BaseModel):
     refusal: StrictStr | None = None
 
     def for_template(self) -> dict[str, Any]:
+        """Return the message in the form that chat templates take."""
         content = self.content or ""
         if not isinstance(content, str):
             content = "".join(part.text for part in content)
-        found: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
+        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
         if self.tool_calls:
-            found["tool_calls"] = [{"type": "function", "function": call.function.for_template()}
+            message["tool_calls"] = [{"type": "function", "function": call.function.for_template()}
                                    for call in self.tool_calls]
-        return found
+        return message
 
 
 class Function(BaseModel):
+    """A function that the model may call; ``parameters`` is a JSON schema of its arguments."""
+
     model_config = ConfigDict(extra="forbid")
 
     name: Annotated[StrictStr, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
@@ -176,6 +201,8 @@ class Function(BaseModel):
 
 
 class Tool(BaseModel):
+    """A tool that the model may call."""
+
     model_config = ConfigDict(extra="forbid")
 
     type: Literal["function"]
@@ -183,15 +210,21 @@ class Tool(BaseModel):
 
 
 class NamedFunction(BaseModel):
+    """Name of the function that the answer has to call, inside `NamedTool`."""
+
     name: StrictStr
 
 
 class NamedTool(BaseModel):
+    """Value of ``tool_choice`` that names the tool that the answer has to call."""
+
     type: Literal["function"]
     function: NamedFunction
 
 
-class ChatRequest(Sampled):
+class ChatRequest(GenerationRequest):
+    """Body of ``POST /v1/chat/completions``."""
+
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: StrictInt | None = None
     logprobs: StrictBool | None = None
@@ -201,40 +234,41 @@ class ChatRequest(Sampled):
     parallel_tool_calls: StrictBool | None = None
 
     def params(self) -> dict[str, Any]:
-        found = super().params()
+        params = super().params()
         if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
         if self.logprobs:
-            found["logprobs"] = self.top_logprobs or 0
+            params["logprobs"] = self.top_logprobs or 0
         if self.max_completion_tokens is not None:
-            found["max_tokens"] = self.max_completion_tokens
+            params["max_tokens"] = self.max_completion_tokens
         if forced := self.forced():
-            if "structured_output" in found:
+            if "structured_output" in params:
                 raise ApiError(400, "an answer that has to be a tool call cannot have a response_format or a guided "
                                     "option too", param="tool_choice")
-            several = self.parallel_tool_calls is not False and self.tool_choice == "required"
-            found["structured_output"] = {"grammar": forced_calls(forced, several)}
-        return found
+            many = self.parallel_tool_calls is not False and self.tool_choice == "required"
+            params["structured_output"] = {"grammar": forced_calls(forced, many)}
+        return params
 
     def forced(self) -> list[dict[str, Any]]:
-        """Of the tools, those of which the answer has to be a call; none when it need not be one."""
+        """Return the functions of which the answer has to call one; an empty list when it may be text."""
         if self.tool_choice in (None, "none", "auto"):
             return []
         functions = [tool.function.model_dump(exclude_none=True) for tool in self.tools or ()]
         if self.tool_choice != "required":
-            functions = [one for one in functions if one["name"] == self.tool_choice.function.name]
+            functions = [function for function in functions if function["name"] == self.tool_choice.function.name]
         if not functions:
             raise ApiError(400, "tool_choice asks for a tool that is not among tools", param="tool_choice")
         return functions
 
     def conversation(self) -> dict[str, Any]:
+        """Return the body's messages and tools in the form that chat templates take."""
         tools = self.tools and self.tool_choice != "none"
         return {"messages": [message.for_template() for message in self.messages],
                 "tools": [tool.model_dump(exclude_none=True) for tool in self.tools] if tools else None}
 
 
-class Scored(Body):
-    """What scores and classifications have in common."""
+class PrefillRequest(Body):
+    """Fields that the bodies of scores, classifications and embeddings, which generate no text, have in common."""
 
     model: StrictStr
     priority: Annotated[StrictInt, Field(ge=-2**30, le=2**30)] = 0
@@ -242,12 +276,16 @@ class Scored(Body):
     stream: Literal[False] = False
 
 
-class ScoreRequest(Scored):
+class ScoreRequest(PrefillRequest):
+    """Body of ``POST /score``: a prompt, and a continuation whose log-probability is wanted."""
+
     prompt: StrictStr | list[StrictInt]
     continuation: StrictStr | list[StrictInt]
 
 
-class ClassifyRequest(Scored):
+class ClassifyRequest(PrefillRequest):
+    """Body of ``POST /classify``: inputs, and the labels among which the model chooses one for each."""
+
     input: StrictStr | Annotated[list[StrictStr], Field(min_length=1, max_length=256)]
     labels: Annotated[list[StrictStr], Field(min_length=2, max_length=64)]
 
@@ -255,7 +293,9 @@ class ClassifyRequest(Scored):
         return [self.input] if isinstance(self.input, str) else self.input
 
 
-class EmbeddingRequest(Scored):
+class EmbeddingRequest(PrefillRequest):
+    """Body of ``POST /v1/embeddings``."""
+
     input: StrictStr | list[StrictInt] | list[StrictStr] | list[list[StrictInt]]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: StrictInt | None = None
@@ -263,25 +303,32 @@ class EmbeddingRequest(Scored):
     normalize: StrictBool = True
 
     def inputs(self) -> list[str | list[int]]:
-        return several(self.input, "input")
+        return as_list(self.input, "input")
 
-    def check_dimensions(self, facts: dict[str, Any]) -> None:
-        if self.dimensions not in (None, facts["hidden_size"]):
-            raise ApiError(400, f"this model's embeddings have {facts['hidden_size']} dimensions: others are not "
+    def check_dimensions(self, facts: Ready) -> None:
+        """Raise ApiError when ``dimensions`` is given and is not the length of the model's embeddings."""
+        if self.dimensions not in (None, facts.hidden_size):
+            raise ApiError(400, f"this model's embeddings have {facts.hidden_size} dimensions: others are not "
                                 "supported", param="dimensions")
 
 
 class TokenizeRequest(Body):
+    """Body of ``POST /tokenize``: either a prompt or the messages of a conversation."""
+
     model: StrictStr | None = None
     prompt: StrictStr | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
 
 
 class DetokenizeRequest(Body):
+    """Body of ``POST /detokenize``: token ids to turn into text."""
+
     model: StrictStr | None = None
     tokens: list[StrictInt]
 
 
 class AdapterRequest(Body):
+    """Body of the routes that load and unload a LoRA adapter; ``lora_path`` is a folder on the server."""
+
     lora_name: Annotated[StrictStr, Field(min_length=1, max_length=256)]
     lora_path: StrictStr | None = None

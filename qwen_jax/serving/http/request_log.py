@@ -1,4 +1,4 @@
-"""What is known of a request once it has been answered, for whoever counts, logs or traces. Plain ASGI."""
+"""ASGI middleware that makes a record of each answered HTTP request, for metrics, logs and traces."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ _ID = re.compile(rb"[\w.:-]{1,128}")
 
 @dataclass
 class Exchange:
-    """A request and its answer.
+    """Record of an HTTP request and its answer.
 
     Attributes:
-      route: its path as the routes have it; "other" for what is none.
-      status: 0 when the client left before there was one.
-      began: by ``time.monotonic``; at: by ``time.time``. seconds: until the last byte.
-      details: what the route said of it: model, tokens, times; with ``--log-prompts`` the prompt.
+      id: the client's ``X-Request-Id``, or an id made here.
+      route: path of the route, with its parameters' names; "other" when no route has the path.
+      status: HTTP status; 0 when the client left before there was an answer.
+      at: time of arrival by ``time.time``.
+      seconds: time from arrival until the last byte was sent.
+      traceparent: the header ``traceparent``, which names the trace that the request is part of; None without it.
+      details: facts that the route has added: model, token counts, times; with ``--log-prompts`` the prompt.
     """
 
     id: str
     method: str
     route: str
     status: int
-    began: float
     at: float
     seconds: float
     traceparent: str | None
@@ -40,8 +42,7 @@ Observer = Callable[[Exchange], None]
 
 
 class Observed:
-    """Middleware, the outermost. Gives a request an id (the client's ``X-Request-Id``, if it has one) and tells
-    observers of it at its end."""
+    """ASGI middleware that gives every request an id and, when it has ended, calls the observers with its record."""
 
     def __init__(self, app: Any, observers: Sequence[Observer]) -> None:
         self._app, self._observers = app, observers
@@ -68,18 +69,21 @@ class Observed:
         finally:
             route = scope.get("route")
             traceparent = headers.get(b"traceparent", b"").decode("latin-1") or None
-            exchange = Exchange(request_id.decode(), scope["method"], getattr(route, "path", "other"), status, began,
-                                at, time.monotonic() - began, traceparent, details)
+            exchange = Exchange(id=request_id.decode(), method=scope["method"], route=getattr(route, "path", "other"),
+                                status=status, at=at, seconds=time.monotonic() - began, traceparent=traceparent,
+                                details=details)
             for observe in self._observers:
                 observe(exchange)
 
 
 def log_access(exchange: Exchange) -> None:
-    """One line for each request; as JSON, its parts are fields. Those who look every second are not told of."""
+    """Write a log line about an HTTP request that has ended; JSON log lines have its details as fields.
+
+    ``GET`` requests with status 200 or 503, such as probes, are logged at level DEBUG.
+    """
     level = logging.DEBUG if exchange.method == "GET" and exchange.status in (200, 503) else logging.INFO
     if not logger.isEnabledFor(level):
         return
     parts = {"request_id": exchange.id, "method": exchange.method, "route": exchange.route, "status": exchange.status,
              "seconds": round(exchange.seconds, 6), **exchange.details}
-    logger.log(level, "%s %s %d in %.3f s", exchange.method, exchange.route, exchange.status, exchange.seconds,
-               extra=parts)
+    logger.log(level, f"{exchange.method} {exchange.route} {exchange.status} in {exchange.seconds:.3f} s", extra=parts)

@@ -1,113 +1,142 @@
-"""Routes that need a prefill and no answer: scores, classifications, embeddings."""
+"""Routes that run prompts through the model and generate no text: scores, classifications, embeddings."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
 import math
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
 
-from qwen_jax.serving.http.protocol import ClassifyRequest, EmbeddingRequest, Scored, ScoreRequest
+from qwen_jax.serving.http.protocol import ClassifyRequest, EmbeddingRequest, PrefillRequest, ScoreRequest
 from qwen_jax.serving.http.service import Service
 from qwen_jax.serving.http.streaming import gone, note, unless
 from qwen_jax.serving.ipc.engine_client import Answer, pieces
 from qwen_jax.serving.ipc.messages import Piece
 
-KNOWN_LABELS = 1000
-FIRST_TOKEN = {"max_tokens": 1, "temperature": 0.0, "logprobs": 20}
+MAX_KNOWN_LABELS = 1000
+TOP_TOKENS = {"max_tokens": 1, "temperature": 0.0, "logprobs": 20}  # options that show the likely first tokens
+
+Prefills = Sequence[tuple[Any, dict[str, Any]]]  # prompts, each with further options of `Service.start`
+RunPrefills = Callable[[Prefills], Awaitable[list[Piece]]]
 
 
 def scoring_routes(service: Service) -> APIRouter:
+    """Return a router with the routes for scores, classifications and embeddings."""
     routes = APIRouter()
-    single: dict[str, bool] = {}  # of labels that were asked for: whether it is one token
-
-    async def single_tokens(labels: Sequence[str]) -> bool:
-        for label in labels:
-            if label not in single:
-                if len(single) >= KNOWN_LABELS:
-                    single.clear()
-                single[label] = len(await service.link.call("tokenize", label)) == 1
-        return all(single[label] for label in labels)
+    lengths = _LabelLengths(service)
 
     @routes.post("/score")
     async def score(body: ScoreRequest, request: Request, response: Response) -> Any:
-        """Log-probability of a continuation after a prompt."""
-        asked = [(body.prompt, {"continuation": body.continuation})]
-        piece, = await _ended(service, body, request, response, asked)
+        """Return the log-probability of a continuation after a prompt, as a sum and for each of its tokens."""
+        prefills = [(body.prompt, {"continuation": body.continuation})]
+        piece, = await _run_prefills(service, body, request, response, prefills)
         return {"object": "score", "model": body.model, "logprob": sum(piece.score), "token_logprobs": piece.score,
                 "usage": _usage([piece])}
 
     @routes.post("/classify")
     async def classify(body: ClassifyRequest, request: Request, response: Response) -> Any:
-        """Probability of each label as what follows each input; those of an input add up to 1.
+        """Return the probability of each label as the continuation of each input, normalised over the labels.
 
-        Labels of one token each take one pass over an input for all of them, others one for each.
+        Labels of one token mostly take one pass over an input for all of them, others one pass for each.
         """
-        inputs, labels = body.inputs(), body.labels
+        def run(prefills: Prefills) -> Awaitable[list[Piece]]:
+            return _run_prefills(service, body, request, response, prefills)
+
         service.check_open()
-        found: dict[int, list[float]] = {}  # log-probabilities of the labels, by input
-        ended: list[Piece] = []
-        if await single_tokens(labels):
-            asked = [(prompt, {"params": FIRST_TOKEN}) for prompt in inputs]
-            ended = await _ended(service, body, request, response, asked)
-            for index, piece in enumerate(ended):
-                likely = dict(piece.logprobs[0][2])
-                if all(label in likely for label in labels):
-                    found[index] = [likely[label] for label in labels]
-        rest = [index for index in range(len(inputs)) if index not in found]
-        if rest:
-            asked = [(inputs[index], {"continuation": label}) for index in rest for label in labels]
-            scored = await _ended(service, body, request, response, asked)
-            for at, index in enumerate(rest):
-                found[index] = [sum(piece.score) for piece in scored[at * len(labels):(at + 1) * len(labels)]]
-            ended += scored
-        data = []
-        for index in range(len(inputs)):
-            weights = [math.exp(one - max(found[index])) for one in found[index]]
-            probs = [weight / sum(weights) for weight in weights]
-            data.append({"index": index, "label": labels[probs.index(max(probs))], "probs": probs})
-        return {"object": "list", "model": body.model, "labels": labels, "data": data, "usage": _usage(ended)}
+        single = await lengths.are_single_tokens(body.labels)
+        logprobs, ended = await _label_logprobs(run, body.inputs(), body.labels, single)
+        data = [_classification(index, body.labels, values) for index, values in enumerate(logprobs)]
+        return {"object": "list", "model": body.model, "labels": body.labels, "data": data, "usage": _usage(ended)}
 
     @routes.post("/v1/embeddings")
     async def embeddings(body: EmbeddingRequest, request: Request, response: Response) -> Any:
-        """The mean of the final hidden states of each input, or the last one of them, of length 1."""
+        """Return an embedding of each input: mean or last of its final hidden states, by default scaled to length 1."""
         body.check_dimensions(service.link.facts)
-        asked = [(prompt, {"pooling": body.pooling, "normalize": body.normalize}) for prompt in body.inputs()]
-        ended = await _ended(service, body, request, response, asked)
-        data = [{"object": "embedding", "index": index, "embedding": _shown(piece.vector, body.encoding_format)}
+        prefills = [(prompt, {"pooling": body.pooling, "normalize": body.normalize}) for prompt in body.inputs()]
+        ended = await _run_prefills(service, body, request, response, prefills)
+        data = [{"object": "embedding", "index": index, "embedding": _encode(piece.vector, body.encoding_format)}
                 for index, piece in enumerate(ended)]
         return {"object": "list", "model": body.model, "data": data, "usage": _usage(ended)}
 
     return routes
 
 
-async def _ended(service: Service, body: Scored, request: Request, response: Response,
-                 asked: Sequence[tuple[Any, dict[str, Any]]]) -> list[Piece]:
-    """The last piece of each prefill. ``asked``: prompts, each with what is wanted of it."""
+class _LabelLengths:
+    """Cache of whether a classification label is a single token, so that each label is tokenised once."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._single: dict[str, bool] = {}
+
+    async def are_single_tokens(self, labels: Sequence[str]) -> bool:
+        for label in labels:
+            if label not in self._single:
+                if len(self._single) >= MAX_KNOWN_LABELS:
+                    self._single.clear()
+                self._single[label] = len(await self._service.link.call("tokenize", label)) == 1
+        return all(self._single[label] for label in labels)
+
+
+async def _label_logprobs(run: RunPrefills, inputs: Sequence[str], labels: Sequence[str], single: bool,
+                          ) -> tuple[list[list[float]], list[Piece]]:
+    """Return the log-probability of every label after each input, and the results of all the passes that were run.
+
+    Args:
+      run: runs prompts through the model.
+      single: whether every label is one token. Then one pass is enough for an input after which all labels are among
+        the most likely tokens; after any other input the labels are scored one by one.
+    """
+    logprobs: dict[int, list[float]] = {}  # log-probabilities of the labels, by input
+    ended: list[Piece] = []
+    if single:
+        ended = await run([(prompt, {"params": TOP_TOKENS}) for prompt in inputs])
+        for index, piece in enumerate(ended):
+            likely = dict(piece.logprobs[0][2])
+            if all(label in likely for label in labels):
+                logprobs[index] = [likely[label] for label in labels]
+    rest = [index for index in range(len(inputs)) if index not in logprobs]
+    if rest:
+        scored = await run([(inputs[index], {"continuation": label}) for index in rest for label in labels])
+        for at, index in enumerate(rest):
+            logprobs[index] = [sum(piece.score) for piece in scored[at * len(labels):(at + 1) * len(labels)]]
+        ended += scored
+    return [logprobs[index] for index in range(len(inputs))], ended
+
+
+def _classification(index: int, labels: Sequence[str], logprobs: Sequence[float]) -> dict[str, Any]:
+    """Return the response's entry for an input: its likeliest label, and all labels' probabilities (a softmax)."""
+    weights = [math.exp(logprob - max(logprobs)) for logprob in logprobs]
+    probs = [weight / sum(weights) for weight in weights]
+    return {"index": index, "label": labels[probs.index(max(probs))], "probs": probs}
+
+
+async def _run_prefills(service: Service, body: PrefillRequest, request: Request, response: Response,
+                        prefills: Prefills) -> list[Piece]:
+    """Run all prompts through the model at once and return the result of each. ApiError 408 when the client leaves."""
     service.check_open()
     body.check_fields()
     answers: list[Answer] = []
     watching = asyncio.ensure_future(gone(request.receive))
     try:
-        for prompt, wanted in asked:
-            answers.append(service.start(body, prompt, **{"params": {}, **wanted}))
-        ended = await unless(watching, _all_ended(answers))
+        for prompt, options in prefills:
+            answers.append(service.start(body, prompt, **{"params": {}, **options}))
+        ended = await unless(watching, _last_pieces(answers))
     finally:
         watching.cancel()
         for answer in answers:
             service.link.close(answer)
-    versions = {piece.weight_version for piece in ended}
-    response.headers["X-Weight-Version"] = ",".join(map(str, sorted(versions)))  # an update may have come in between
+    versions = {piece.weight_version for piece in ended}  # several when the weights were updated in between
+    response.headers["X-Weight-Version"] = ",".join(map(str, sorted(versions)))
     note(request, model=body.model, **_usage(ended))
     return ended
 
 
-async def _all_ended(answers: Sequence[Answer]) -> list[Piece]:
-    return [[piece async for some in pieces(answer) for piece in some][-1] for answer in answers]
+async def _last_pieces(answers: Sequence[Answer]) -> list[Piece]:
+    return [[piece async for arrived in pieces(answer) for piece in arrived][-1] for answer in answers]
 
 
 def _usage(ended: Sequence[Piece]) -> dict[str, int]:
@@ -115,5 +144,6 @@ def _usage(ended: Sequence[Piece]) -> dict[str, int]:
     return {"prompt_tokens": tokens, "total_tokens": tokens}
 
 
-def _shown(vector: bytes, encoding: str) -> str | list[float]:
+def _encode(vector: bytes, encoding: str) -> str | list[float]:
+    """Return an embedding, given as float32 little-endian bytes, in base64 or as a list of floats."""
     return base64.b64encode(vector).decode() if encoding == "base64" else np.frombuffer(vector, "<f4").tolist()

@@ -1,4 +1,4 @@
-"""What all routes share: the engine, the names of its models, and whether requests are taken."""
+"""State that all HTTP routes share: the link to the engine, the names of model and adapters, and the weights."""
 
 from __future__ import annotations
 
@@ -11,34 +11,47 @@ from typing import Any
 from fastapi import Request
 
 from qwen_jax.serving.http.protocol import Body
-from qwen_jax.serving.ipc.engine_client import Answer, Link
+from qwen_jax.serving.ipc.engine_client import Answer, EngineBackend
 from qwen_jax.serving.ipc.errors import ApiError
+from qwen_jax.serving.ipc.messages import RequestOptions
 
 
 class Service:
-    """
+    """State that all HTTP routes share: the engine, and the names by which clients ask for the model and its adapters.
+
+    Args:
+      link: the engine, or several that act as one.
+      path: the model that the server was started with: a folder, a hub id or ``bundled``.
+      model: the model's name for clients.
+      stall_seconds: time without a step of a busy engine, after which the server is unhealthy.
+      log_prompts: whether log lines have the prompts.
+
     Attributes:
-      draining: takes no new requests; adapters: what may be asked for as models, beside ``model``, and which contents
-        they have.
-      weights: which contents new requests run with; weight_version: the engine's number for them.
-      varies: what beside these decides answers; None while that differs from client to client.
+      draining: whether new requests are refused because the server is shutting down.
+      adapters: names of loaded adapters, which clients may ask for as models, with the `contents_of` each.
+      weights: `contents_of` the weights that new requests run with.
+      weight_version: the engine's number for these weights.
+      varies: returns a text for the keys of cached responses: what else than weights and request decides the answer;
+        None while answers differ between clients, so that none may be cached.
     """
 
-    def __init__(self, link: Link, path: str, model: str, stall_seconds: float, log_prompts: bool = False) -> None:
+    def __init__(self, link: EngineBackend, path: str, model: str, stall_seconds: float,
+                 log_prompts: bool = False) -> None:
         self.link, self.model, self._stall_seconds, self._log_prompts = link, model, stall_seconds, log_prompts
         self.draining = False
         self.adapters: dict[str, str] = {}
         self.weights, self.weight_version = contents_of(path), 0
-        self._before = self.weights
+        self._previous = self.weights
         self.varies: Callable[[], str | None] = lambda: ""
 
     def check_open(self) -> None:
+        """Raise ApiError 503 when the server is shutting down, or has no engine that is ready."""
         if self.draining:
             raise ApiError(503, "the server is draining: it takes no new requests", retry_after=5)
         self.link.check_alive()
 
     def adapter(self, model: str | None) -> str | None:
-        """The adapter that a request's ``model`` names; None for the model itself."""
+        """Return the LoRA adapter that ``model`` names, None if it is the model itself. ApiError 404 if unknown."""
         if model is None or model == self.model:
             return None
         if model not in self.adapters:
@@ -47,6 +60,7 @@ class Service:
         return model
 
     def check_health(self) -> None:
+        """Raise ApiError 503 when the engine has stopped, or has work but made no step for ``stall_seconds``."""
         if self.link.failure:
             raise ApiError(503, f"the engine has stopped: {self.link.failure}")
         if self.link.silent_seconds() > self._stall_seconds:
@@ -61,42 +75,52 @@ class Service:
         return True
 
     def check_ready(self) -> None:
+        """Raise ApiError 503 unless the server is healthy and takes requests."""
         self.check_health()
         self.check_open()
 
     async def update_weights(self, source: str, *others: Any) -> dict[str, Any]:
-        """Has the engine go on with other weights; UserError when it refuses them."""
+        """Load other weights into the engine and switch to them; UserError when the engine refuses them."""
         contents = contents_of(source)
-        found = await self.link.call("update_weights", source, *others, patient=True)
-        self.now_with(contents, found["version"])
-        return found
+        versions = await self.link.call("update_weights", source, *others, patient=True)
+        self.note_weights(contents, versions["version"])
+        return versions
 
     async def rollback(self) -> dict[str, Any]:
-        """Has the engine go back to the weights before."""
-        found = await self.link.call("rollback")
-        self.now_with(self._before, found["version"])
-        return found
+        """Switch the engine back to its previous weights."""
+        versions = await self.link.call("rollback")
+        self.note_weights(self._previous, versions["version"])
+        return versions
 
-    def now_with(self, contents: str, version: int) -> None:
-        """Notes which weights the engine has."""
-        self._before, self.weights, self.weight_version = self.weights, contents, version
+    def note_weights(self, contents: str, version: int) -> None:
+        """Record which weights the engine runs new requests with from now on: their `contents_of` and version."""
+        self._previous, self.weights, self.weight_version = self.weights, contents, version
 
     def note_prompt(self, request: Request, prompt: Any) -> None:
-        """For the log, where that is wanted."""
+        """Add a prompt to the request's log line, if the server was started with ``--log-prompts``."""
         if self._log_prompts:
             request.scope["details"]["prompt"] = prompt
 
     def start(self, body: Body, prompt: Any, params: dict[str, Any], **more: Any) -> Answer:
-        """Hands a request to the engine. ApiError when it cannot be. ``body``: a `Sampled` or a `Scored`."""
-        return self.link.generate({"prompt": prompt, "params": params, "adapter": self.adapter(body.model),
-                                   "priority": body.priority, "timeout": body.timeout, "stream": bool(body.stream),
-                                   "arrived": time.monotonic(), "user": (body.model_extra or {}).get("user"),
-                                   **more}, params.get("n", 1))
+        """Send a client's request to the engine; return its answers-to-be. ApiError when the engine does not take it.
+
+        Args:
+          body: a `GenerationRequest` or a `PrefillRequest`.
+          prompt: a text, token ids, or a conversation: ``{"messages": [...], "tools": [...]}``.
+          params: keywords of `SamplingParams`.
+          more: further fields of `RequestOptions`, such as ``continuation``.
+        """
+        options = {"adapter": self.adapter(body.model), "priority": body.priority, "timeout": body.timeout,
+                   "stream": bool(body.stream), "user": (body.model_extra or {}).get("user"), **more}
+        return self.link.generate(RequestOptions(prompt=prompt, params=params, arrived=time.monotonic(), **options),
+                                  params.get("n", 1))
 
 
 def contents_of(ref: str) -> str:
-    """What tells apart the contents that a folder has had: its path, and its files' sizes and times. Other references
-    stand for themselves."""
+    """Return a digest of a checkpoint folder's path and its files' sizes and times, which changes when its contents do.
+
+    A ``ref`` that is no folder, such as a hub id, is returned as it is.
+    """
     folder = Path(ref)
     if not folder.is_dir():
         return ref

@@ -1,4 +1,4 @@
-"""From the engine's pieces to HTTP: a whole answer, or a stream of events."""
+"""HTTP responses to chats and completions: one JSON object, or a stream of server-sent events."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 
 from qwen_jax.serving.http.openai_objects import Reply
-from qwen_jax.serving.http.protocol import Sampled
+from qwen_jax.serving.http.protocol import GenerationRequest
 from qwen_jax.serving.http.service import Service
 from qwen_jax.serving.ipc.engine_client import Answer, pieces
 from qwen_jax.serving.ipc.errors import ApiError
@@ -20,9 +20,12 @@ from qwen_jax.serving.ipc.errors import ApiError
 DONE = b"data: [DONE]\n\n"
 
 
-async def answered(service: Service, body: Sampled, request: Request, reply: Reply,
-                   answers: list[Answer]) -> Response:
-    """The whole answer, or a stream of it, that begins once there is something: until then errors have their status."""
+async def respond(service: Service, body: GenerationRequest, request: Request, reply: Reply,
+                  answers: list[Answer]) -> Response:
+    """Return the HTTP response to a chat or completion: one JSON object, or a stream of server-sent events.
+
+    A stream is not returned before its first event is there, so that an error before it has an HTTP status.
+    """
     watching = asyncio.ensure_future(gone(request.receive))
     try:
         if not body.stream:
@@ -41,35 +44,36 @@ async def answered(service: Service, body: Sampled, request: Request, reply: Rep
         if not body.stream:
             for answer in answers:
                 service.link.close(answer)
-    return StreamingResponse(_from(first, chunks), media_type="text/event-stream",
+    return StreamingResponse(_prepend(first, chunks), media_type="text/event-stream",
                              headers={"Cache-Control": "no-cache", "X-Weight-Version": str(reply.weight_version)})
 
 
 def note(request: Request, **details: Any) -> None:
-    """For those who are told of the request at its end."""
+    """Add details, such as token counts, to the request's record for logs and traces."""
     request.scope["details"].update(details)
 
 
 async def _collect(reply: Reply, answers: list[Answer]) -> None:
+    """Add to a reply all parts of all answers, until the last answer has ended."""
     per_prompt = len(reply.choices) // len(answers)
     for place, answer in enumerate(answers):
-        async for some in pieces(answer):
-            for piece in some:
+        async for arrived in pieces(answer):
+            for piece in arrived:
                 for _ in reply.add(piece, place * per_prompt):
                     pass
 
 
 async def _chunks(service: Service, request: Request, reply: Reply, answers: list[Answer],
                   usage: bool) -> AsyncIterator[bytes]:
-    """Server-sent events; those of one step together."""
+    """Yield a stream's server-sent events as bytes; all events of one engine step together."""
     per_prompt = len(reply.choices) // len(answers)
     try:
         begun = False
         async with aclosing(_merged(answers)) as merged:
-            async for place, some in merged:
+            async for place, arrived in merged:
                 objects = [] if begun or not reply.id.startswith("chat") else list(reply.roles())
                 begun = True
-                for piece in some:
+                for piece in arrived:
                     objects += reply.add(piece, place * per_prompt)
                 if objects:
                     yield b"".join(map(_event, objects))
@@ -86,11 +90,11 @@ async def _chunks(service: Service, request: Request, reply: Reply, answers: lis
 
 
 async def _merged(answers: list[Answer]) -> AsyncIterator[tuple[int, list]]:
-    """Pieces of several requests as they come, each with its request's place."""
+    """Yield parts of the answers to several prompts as they arrive, each with the index of its prompt."""
     if len(answers) == 1:
         async with aclosing(pieces(answers[0])) as only:
-            async for some in only:
-                yield 0, some
+            async for arrived in only:
+                yield 0, arrived
         return
     sources = [pieces(answer) for answer in answers]
     waiting = {asyncio.ensure_future(anext(source)): place for place, source in enumerate(sources)}
@@ -109,7 +113,7 @@ async def _merged(answers: list[Answer]) -> AsyncIterator[tuple[int, list]]:
             task.cancel()
 
 
-async def _from(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def _prepend(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     async with aclosing(rest):
         yield first
         async for chunk in rest:
@@ -117,13 +121,13 @@ async def _from(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes
 
 
 async def gone(receive: Callable[[], Awaitable[Any]]) -> None:
-    """Returns when the client has closed the connection, of which ``receive`` is ASGI's."""
+    """Wait until the client has closed its connection. ``receive`` is the request's ASGI callable."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 async def unless(watching: asyncio.Future, awaitable: Any) -> Any:
-    """The result, unless the client leaves first."""
+    """Return an awaitable's result; ApiError 408 if the client leaves first, which ends ``watching``, a `gone` task."""
     working = asyncio.ensure_future(awaitable)
     try:
         await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)

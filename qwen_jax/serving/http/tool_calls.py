@@ -1,4 +1,4 @@
-"""Tool calls in the model's text, as Qwen2.5 writes them: ``<tool_call>`` JSON ``</tool_call>``.
+"""Parser of tool calls in the model's text, which Qwen2.5 writes as ``<tool_call>`` JSON ``</tool_call>``.
 
 A block is a call when its JSON is an object with a non-empty string ``name`` and, if any, ``arguments`` that are an
 object or the JSON text of one; other keys are ignored. Every other text is content, broken and unclosed blocks
@@ -15,29 +15,34 @@ from dataclasses import dataclass
 from typing import Any
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
-# Tags inside a JSON string are the string's. A raw line end ends a string, for JSON has none inside one, and a model
-# that forgot the quote would otherwise swallow every later call.
+# A tag inside a JSON string is text. A line end also ends a string: JSON strings have no raw line ends, and a model
+# that forgets a closing quote would otherwise hide every later call.
 _OUTSIDE_STRING, _INSIDE_STRING = re.compile(r'["<]'), re.compile(r'["\\\n]')
 
 
 @dataclass(frozen=True)
 class ToolCall:
+    """A tool call in an answer; ``arguments`` is the JSON text of an object."""
+
     id: str
     name: str
-    arguments: str  # JSON text of an object
+    arguments: str
 
 
 @dataclass(frozen=True)
 class ParsedAnswer:
-    content: str | None  # None when there is nothing but calls
+    """Content and tool calls of an answer; ``content`` is None when there is nothing but calls."""
+
+    content: str | None
     tool_calls: tuple[ToolCall, ...]
 
 
 def forced_calls(tools: Sequence[Mapping[str, Any]], several: bool) -> str:
-    """A grammar (for ``StructuredOutput``) of answers that are a call, or several, and nothing else.
+    """Return a grammar for ``StructuredOutput`` of answers that consist of tool calls and nothing else.
 
     Args:
-      tools: of those that may be called, OpenAI's ``function`` objects: ``name``, and ``parameters`` as a JSON schema.
+      tools: tools that may be called, as OpenAI's ``function`` objects: ``name``, and ``parameters`` as a JSON schema.
+      several: whether an answer may have more than one call; else it has exactly one.
     """
     compact = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
     calls = " | ".join(f"call{number}" for number in range(len(tools)))
@@ -45,7 +50,7 @@ def forced_calls(tools: Sequence[Mapping[str, Any]], several: bool) -> str:
     rules = [f'start: one ("\\n" one)*\none: {one}' if several else f"start: {one}"]
     for number, tool in enumerate(tools):
         schema = tool.get("parameters") or {"type": "object", "properties": {}, "additionalProperties": False}
-        # Each a JSON grammar of its own, so that references within a schema stay what they are.
+        # Every schema is a JSON grammar of its own, so that references within it keep their meaning.
         schema = json.dumps({**schema, "x-guidance": compact}, ensure_ascii=False)
         begin = json.dumps('{"name": ' + json.dumps(tool["name"]) + ', "arguments": ')
         rules.append(f'call{number}: {begin} arguments{number} "}}"\narguments{number}: %json {schema}')
@@ -53,12 +58,12 @@ def forced_calls(tools: Sequence[Mapping[str, Any]], several: bool) -> str:
 
 
 def new_call_id() -> str:
-    """An id no other call has."""
+    """Return a new, random id for a tool call."""
     return f"call_{secrets.token_hex(12)}"
 
 
 def parse_tool_calls(text: str, new_id: Callable[[], str] = new_call_id) -> ParsedAnswer:
-    """Splits a whole answer into what is said and what is called."""
+    """Split a whole answer into its content and its tool calls."""
     stream = ToolCallStream(new_id)
     events = [*stream.feed(text), *stream.flush()]
     calls = tuple(event for event in events if isinstance(event, ToolCall))
@@ -67,10 +72,10 @@ def parse_tool_calls(text: str, new_id: Callable[[], str] = new_call_id) -> Pars
 
 
 class ToolCallStream:
-    """`parse_tool_calls` for text that arrives in pieces. However it is cut, content and calls are the same.
+    """Parser of tool calls in text that arrives in pieces. Content and calls do not depend on where the text is cut.
 
-    Events are pieces of content (str, never empty) and whole calls, in order. Text that may yet be part of a call, and
-    blanks that may precede one, are held back.
+    Events are pieces of content (str, never empty) and whole calls, in order. Text that may turn out to be part of a
+    call, and blanks that may precede a call, are held back.
     """
 
     def __init__(self, new_id: Callable[[], str] = new_call_id) -> None:
@@ -83,14 +88,14 @@ class ToolCallStream:
         self._events: list[str | ToolCall] = []
 
     def feed(self, text: str) -> list[str | ToolCall]:
-        """Take the next piece of text; returns what is certain."""
+        """Take the next piece of the answer's text; return the content and the calls that are certain by now."""
         self._text += text
         while self._read_block() if self._scanned else self._find_block():
             pass
         return self._take_events()
 
     def flush(self) -> list[str | ToolCall]:
-        """The answer has ended: what was held back is content."""
+        """Return the last content at the end of the answer: text that was held back turns out to be no call."""
         self._content(self._text)
         if not self._after_call and self._blanks:
             self._events.append(self._blanks)
@@ -102,7 +107,7 @@ class ToolCallStream:
         return events
 
     def _find_block(self) -> bool:
-        """Passes on content; True when a block begins."""
+        """Emit the content up to the next ``<tool_call>``; return whether there is one."""
         at = self._text.find(OPEN)
         if at < 0:
             self._pass_content(len(self._text) - _tag_begun(self._text))
@@ -111,13 +116,13 @@ class ToolCallStream:
         return True
 
     def _read_block(self) -> bool:
-        """Looks for the end of the block; True when it was found."""
+        """Look for the ``</tool_call>`` of the block that has begun; return whether it was found."""
         while found := (_INSIDE_STRING if self._in_string else _OUTSIDE_STRING).search(self._text, self._scanned):
             at, rest = found.start(), len(self._text) - found.start()
             self._scanned = at + 1
             if found[0] == "\\":
                 if rest == 1:
-                    self._scanned = at  # what it escapes is not here yet
+                    self._scanned = at  # the escaped character has not arrived
                     return False
                 self._scanned += self._text[at + 1] != "\n"
             elif found[0] != "<":
@@ -166,12 +171,12 @@ class ToolCallStream:
 
 
 def _tag_begun(text: str) -> int:
-    """Characters at the end that may be the beginning of ``<tool_call>``."""
+    """Return how many characters at the end of ``text`` may be the beginning of ``<tool_call>``."""
     return next((n for n in range(min(len(OPEN) - 1, len(text)), 0, -1) if text.endswith(OPEN[:n])), 0)
 
 
 def _call(body: str) -> tuple[str, str] | None:
-    """(name, arguments) of a block's JSON; None when it is no call."""
+    """Return (name, arguments) from the JSON text between the tags; None when it is no valid tool call."""
     try:
         block = _loads(body)
         name, arguments = block["name"], block.get("arguments", {})

@@ -1,4 +1,4 @@
-"""A span for each request, sent by OpenTelemetry's protocol."""
+"""OpenTelemetry tracing: a span for each HTTP request."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ from qwen_jax.errors import UserError
 from qwen_jax.serving.http.request_log import Exchange, Observer
 
 NANO = 1_000_000_000
-# OpenTelemetry's semantic conventions for generative AI, by what a route says of its request.
+# Attributes in OpenTelemetry's semantic conventions for generative AI, by the names of a request's details.
 _NAMES = {"model": "gen_ai.request.model", "prompt_tokens": "gen_ai.usage.input_tokens",
           "completion_tokens": "gen_ai.usage.output_tokens", "finish_reasons": "gen_ai.response.finish_reasons"}
 _EVENTS = {"queue_seconds": "started", "first_token_seconds": "first_token", "engine_seconds": "ended"}
 
 
 def tracer(endpoint: str) -> Observer:
-    """Sends spans to a collector, in the background. UserError without the packages.
+    """Return an observer that sends an OpenTelemetry span for each request, ``GET`` excepted, to a collector.
 
-    endpoint: of OTLP over HTTP, such as ``http://localhost:4318/v1/traces``.
+    Args:
+      endpoint: URL of OTLP over HTTP, such as ``http://localhost:4318/v1/traces``.
+    Raises:
+      UserError: OpenTelemetry's packages are not installed.
     """
     try:
         from opentelemetry import trace

@@ -1,4 +1,4 @@
-"""The HTTP process's end of the connection to the engine's process."""
+"""Client of the engine's process: starts it, sends it requests and calls, and receives the answers."""
 
 from __future__ import annotations
 
@@ -18,19 +18,42 @@ import msgspec
 
 from qwen_jax.errors import UserError
 from qwen_jax.serving.ipc.errors import ApiError
-from qwen_jax.serving.ipc.messages import LENGTH, Piece, decode, frame
+from qwen_jax.serving.ipc.messages import (
+    LENGTH,
+    Abort,
+    Call,
+    Failed,
+    FromEngine,
+    Gauges,
+    Launch,
+    Piece,
+    Ready,
+    Refused,
+    RequestOptions,
+    Result,
+    Step,
+    Submit,
+    ToEngine,
+    Withdraw,
+    decode_from_engine,
+    frame,
+)
 
 logger = logging.getLogger(__name__)
-MOST_UNREAD = 4096  # pieces of an answer that its client has not taken; then it is aborted
+MAX_UNREAD_PIECES = 4096  # that an answer's client has not taken; then the answer is aborted
+READ_BUFFER_BYTES = 1 << 24
+STOP_SECONDS = 10  # that the process has to end by itself
+ENGINE_COMMAND = (sys.executable, "-m", "qwen_jax.serving.engine_process.process")
 
 
 class Answer:
-    """The pieces of one request's answers, as they arrive.
+    """The answers to one request, whose parts are put in as the engine sends them and taken out by one reader.
 
     Attributes:
-      number: by which its engine knows it. open: how many of its answers have not ended.
-      begun: whether there has been a piece of it.
-      watcher: told of each piece, and with None when there will be no more.
+      number: number by which the HTTP process and the engine's process know the request.
+      open: how many of the request's answers have not ended.
+      begun: whether any part of an answer has arrived.
+      watcher: called with each part that arrives, and with None when a failure ends the request.
     """
 
     def __init__(self, answers: int) -> None:
@@ -41,6 +64,7 @@ class Answer:
         self._waiting: asyncio.Future | None = None
 
     def put(self, piece: Piece) -> None:
+        """Add a part of an answer that has arrived from the engine, and wake the reader."""
         self._pieces.append(piece)
         self.begun = True
         if self.watcher:
@@ -48,6 +72,7 @@ class Answer:
         self._wake()
 
     def fail(self, error: ApiError) -> None:
+        """End the request with an error, which the reader gets after the parts of answers that have arrived."""
         self._failure = self._failure or error
         if self.watcher:
             self.watcher(None)
@@ -55,10 +80,11 @@ class Answer:
 
     @property
     def unread(self) -> int:
+        """Number of parts that have arrived and that the reader has not taken."""
         return len(self._pieces)
 
     async def next(self) -> list[Piece]:
-        """Everything that has arrived and not been taken, at least one piece. ApiError when there will be no more."""
+        """Take out all parts that have arrived; wait if there is none. Raises ApiError if the request failed."""
         while not self._pieces:
             if self._failure:
                 raise self._failure
@@ -72,11 +98,11 @@ class Answer:
             self._waiting.set_result(None)
 
 
-class Link(Protocol):
-    """What a server needs of its engine, or of several that look like one. See `EngineLink`."""
+class EngineBackend(Protocol):
+    """Interface of an engine, or of several that act as one, to the HTTP server; `EngineClient` describes it."""
 
-    facts: dict[str, Any] | None
-    gauges: dict[str, int]
+    facts: Ready | None
+    gauges: Gauges
     failure: str | None
     refused: str | None
     ended: asyncio.Event
@@ -86,172 +112,177 @@ class Link(Protocol):
     async def stop(self) -> int: ...
     def check_alive(self) -> None: ...
     def silent_seconds(self) -> float: ...
-    def generate(self, options: Mapping[str, Any], answers: int) -> Answer: ...
+    def generate(self, options: RequestOptions, answers: int) -> Answer: ...
     def close(self, answer: Answer) -> None: ...
     async def call(self, name: str, *arguments: Any, patient: bool = False) -> Any: ...
 
 
-class EngineLink:
-    """Starts the engine's process and talks to it. Used by one event loop.
+class EngineClient:
+    """Client of one engine, in a process that it starts; for use in one asyncio event loop.
 
     Args:
-      model, options: of ``Engine.from_pretrained``. process: see ``worker.main``. environment: of its process, beside
-        this one's.
+      model: the checkpoint: a folder, a hub id or ``bundled``.
+      options: keywords of ``Engine.from_pretrained``.
+      max_requests: largest number of requests open at once; more are answered with status 429.
+      process: other fields of `Launch`.
+      environment: environment variables for the engine's process, besides this one's.
+      command: command line of the engine's process, to which a socket's file descriptor is added.
 
     Attributes:
-      model: as it was given.
-      facts: what the engine is, once it is ready; None before.
-      gauges: of its last step.
-      failure: why there is no engine any more; None while there is.
-      lost: called with each answer that a failure cuts short; true when somebody else sees to it.
+      model: the checkpoint, as it was given.
+      facts: the engine's limits and sizes, once it is ready; None before.
+      gauges: state of the engine after its last step.
+      failure: why the engine has stopped; None while it has not.
+      refused: why no engine could be made, which is the user's mistake; None otherwise.
+      ended: event that is set when the connection to the engine's process has ended.
+      lost: called with each answer that a failure cuts short; returns whether another engine answers instead.
     """
 
     def __init__(self, model: str, options: Mapping[str, Any], max_requests: int,
                  process: Mapping[str, Any] = MappingProxyType({}),
                  environment: Mapping[str, str] = MappingProxyType({}),
-                 command: Sequence[str] = (sys.executable, "-m", "qwen_jax.serving.engine_process.process")) -> None:
+                 command: Sequence[str] = ENGINE_COMMAND) -> None:
         self.model = model
-        self._first = model, options, dict(process)
+        self._launch = Launch(model, dict(options), **process)
         self._command, self._environment = command, {**os.environ, **environment}
         self._max_requests = max_requests
         self._numbers = itertools.count(1)
         self._answers: dict[int, Answer] = {}
         self._results: dict[int, asyncio.Future] = {}
-        self._urgent: set[int] = set()  # calls that the engine should answer between two steps
-        self.facts: dict[str, Any] | None = None
-        self.gauges: dict[str, int] = {}
+        self._urgent: set[int] = set()  # numbers of calls that the engine should answer between two steps
+        self.facts: Ready | None = None
+        self.gauges = Gauges()
         self.failure: str | None = None
         self.refused: str | None = None
         self.ended = asyncio.Event()
         self.lost: Callable[[Answer], bool] = lambda answer: False
-        self._heard = self._idle_since = time.monotonic()
+        self._last_message = self._idle_until = time.monotonic()
 
     async def start(self) -> None:
-        """Returns at once; the engine is there when ``facts`` are."""
+        """Start the engine's process and return at once; the engine is ready when ``facts`` is not None."""
         ours, theirs = socket.socketpair()
         self.process = subprocess.Popen([*self._command, str(theirs.fileno())], pass_fds=[theirs.fileno()],
                                         env=self._environment)
         theirs.close()
-        self._reader, self._writer = await asyncio.open_connection(sock=ours, limit=1 << 24)
-        self._writer.write(frame(*self._first))
+        self._reader, self._writer = await asyncio.open_connection(sock=ours, limit=READ_BUFFER_BYTES)
+        self._writer.write(frame(self._launch))
         self._reading = asyncio.create_task(self._read())
 
     @property
     def requests(self) -> int:
-        """Open ones."""
+        """Number of requests that have not been answered completely."""
         return len(self._answers)
 
     def silent_seconds(self) -> float:
-        """How long the engine has had work and not been heard of; 0 without work."""
+        """Return for how many seconds the engine has had work and sent nothing; 0 if it has no work."""
         busy = self.facts is not None and (self._answers or self._urgent)
-        return time.monotonic() - max(self._heard, self._idle_since) if busy else 0.0
+        return time.monotonic() - max(self._last_message, self._idle_until) if busy else 0.0
 
-    def generate(self, options: Mapping[str, Any], answers: int) -> Answer:
-        """Sends a request. ApiError when there is no engine, or as many requests as it takes."""
+    def generate(self, options: RequestOptions, answers: int) -> Answer:
+        """Send a request for ``answers`` answers. ApiError if the engine is not ready or ``max_requests`` are open."""
         self.check_alive()
         if len(self._answers) >= self._max_requests:
             raise ApiError(429, f"{len(self._answers)} requests are queued or running: try again later", retry_after=1)
         return self.send(options, Answer(answers))
 
-    def send(self, options: Mapping[str, Any], answer: Answer) -> Answer:
-        """Has this engine give an answer, of which there is no piece yet."""
+    def send(self, options: RequestOptions, answer: Answer) -> Answer:
+        """Send a request whose results are put into ``answer``, which must be new, and return ``answer``."""
         answer.number = next(self._numbers)
-        try:
-            message = frame("generate", answer.number, options)
-        except (OverflowError, UnicodeEncodeError) as error:
-            raise ApiError(400, f"a value cannot be sent to the engine: {error}") from error
+        message = _encoded(Submit(answer.number, options))
         self._note_work()
         self._answers[answer.number] = answer
         self._writer.write(message)
         return answer
 
     def close(self, answer: Answer) -> None:
-        """Forgets a request; what of it still runs is aborted."""
+        """Forget a request, and tell the engine to abort those of its answers that have not ended."""
         if self._answers.pop(answer.number, None) and answer.open and not self.failure:
-            self._writer.write(frame("abort", answer.number))
+            self._writer.write(frame(Abort(answer.number)))
 
     async def withdraw(self, count: int) -> list[Answer]:
-        """Takes back the last requests that the engine has not begun, at most ``count``."""
-        numbers = await self._ask("withdraw", count)
+        """Take back the newest requests that the engine has not begun, at most ``count``, and return their answers."""
+        numbers = await self._ask(Withdraw(next(self._numbers), count))
         return [answer for number in numbers if (answer := self._answers.pop(number, None))]
 
     async def call(self, name: str, *arguments: Any, patient: bool = False) -> Any:
-        """The result of one of the worker's calls. UserError when it refuses.
+        """Call the function ``name`` of `EngineCalls` in the engine's process and return its result.
 
-        patient: it may take long beside the steps, so that no answer does not mean that the engine hangs.
+        Raises UserError when the engine refuses the call.
+
+        patient: the call may take long beside the steps, so that a missing result is no sign of a hanging engine.
         """
-        return await self._ask("call", name, arguments, patient=patient)
+        return await self._ask(Call(next(self._numbers), name, list(arguments)), patient)
 
-    async def _ask(self, *message: Any, patient: bool = False) -> Any:
+    async def _ask(self, message: Call | Withdraw, patient: bool = False) -> Any:
         self.check_alive()
-        kind, *rest = message
-        number = next(self._numbers)
-        try:
-            message = frame(kind, number, *rest)
-        except (OverflowError, UnicodeEncodeError) as error:
-            raise ApiError(400, f"a value cannot be sent to the engine: {error}") from error
+        encoded = _encoded(message)
         if not patient:
             self._note_work()
-            self._urgent.add(number)
-        future = self._results[number] = asyncio.get_running_loop().create_future()
-        self._writer.write(message)
+            self._urgent.add(message.id)
+        result = self._results[message.id] = asyncio.get_running_loop().create_future()
+        self._writer.write(encoded)
         try:
-            return await future
+            return await result
         finally:
-            self._urgent.discard(number)
-            del self._results[number]
+            self._urgent.discard(message.id)
+            del self._results[message.id]
 
     def check_alive(self) -> None:
+        """Raise ApiError when the engine has stopped or is not ready yet."""
         if self.failure:
             raise ApiError(503, f"the engine has stopped: {self.failure}")
         if self.facts is None:
             raise ApiError(503, "the engine is not ready yet", retry_after=5)
 
     def kill(self) -> None:
-        """Ends the process, whatever it is doing."""
+        """Kill the engine's process at once."""
         self.process.kill()
 
     async def stop(self) -> int:
-        """Lets the process end; its exit code."""
+        """Close the connection, so that the engine's process ends, and return its exit code; kill it if it does not."""
         self._reading.cancel()
         self._writer.close()
         return await asyncio.to_thread(self._wait)
 
     def _wait(self) -> int:
         try:
-            return self.process.wait(10)
+            return self.process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
             self.process.kill()
             return self.process.wait()
 
     def _note_work(self) -> None:
         if not self._answers and not self._urgent:
-            self._idle_since = time.monotonic()
+            self._idle_until = time.monotonic()
 
     async def _read(self) -> None:
         try:
             while True:
                 header = await self._reader.readexactly(LENGTH.size)
-                self._take(decode(await self._reader.readexactly(LENGTH.unpack(header)[0])))
-        except (asyncio.IncompleteReadError, ConnectionResetError):
+                self._take(decode_from_engine(await self._reader.readexactly(LENGTH.unpack(header)[0])))
+        except (asyncio.IncompleteReadError, ConnectionResetError, msgspec.DecodeError):  # it died, perhaps half-way
             self._fail(self.failure or self.refused or "its process has ended")
 
-    def _take(self, message: list[Any]) -> None:
-        self._heard = time.monotonic()
+    def _take(self, message: FromEngine) -> None:
+        self._last_message = time.monotonic()
         match message:
-            case ["step", pieces, gauges]:
-                self.gauges = gauges or self.gauges
-                for raw in pieces:
-                    self._deliver(msgspec.convert(raw, Piece))
-            case ["result", number, error, value]:
-                if (future := self._results.get(number)) and not future.done():
-                    future.set_exception(UserError(error)) if error else future.set_result(value)
-            case ["ready", facts]:
-                self.facts = facts
-            case ["refused", sentence]:
-                self.refused = sentence
-            case ["failed", sentence]:
-                self.failure = sentence
+            case Step():
+                self.gauges = message.gauges or self.gauges
+                for piece in message.pieces:
+                    self._deliver(piece)
+            case Result():
+                result = self._results.get(message.id)
+                if result and not result.done():
+                    if message.error:
+                        result.set_exception(UserError(message.error))
+                    else:
+                        result.set_result(message.value)
+            case Ready():
+                self.facts = message
+            case Refused():
+                self.refused = message.reason
+            case Failed():
+                self.failure = message.reason
 
     def _deliver(self, piece: Piece) -> None:
         answer = self._answers.get(piece.id)
@@ -260,37 +291,44 @@ class EngineLink:
         if piece.finish_reason:
             answer.open = 0 if piece.kind == "user" else answer.open - 1
         answer.put(piece)
-        if answer.unread > MOST_UNREAD:
+        if answer.unread > MAX_UNREAD_PIECES:
             logger.warning("request %d is aborted: its client does not read", piece.id)
             answer.fail(ApiError(408, "the answer was not read"))
             self.close(answer)
 
-    def _fail(self, why: str) -> None:
-        self.failure = why
-        error = ApiError(503, f"the engine has stopped: {why}")
+    def _fail(self, reason: str) -> None:
+        self.failure = reason
+        error = ApiError(503, f"the engine has stopped: {reason}")
         for answer in list(self._answers.values()):
             if not self.lost(answer):
                 answer.fail(error)
-        for future in self._results.values():
-            if not future.done():
-                future.set_exception(error)
+        for result in self._results.values():
+            if not result.done():
+                result.set_exception(error)
         self.ended.set()
 
 
 async def pieces(answer: Answer) -> AsyncIterator[list[Piece]]:
-    """Until all answers of a request have ended. ApiError for a request that failed."""
+    """Yield the parts of a request's answers as they arrive, until all have ended. Raises ApiError when one failed."""
     while answer.open or answer.unread:
-        some = await answer.next()
-        for piece in some:
+        arrived = await answer.next()
+        for piece in arrived:
             if piece.error:
-                raise error_of(piece)
-        yield some
+                raise _error_of(piece)
+        yield arrived
 
 
-def error_of(piece: Piece) -> ApiError:
+def _error_of(piece: Piece) -> ApiError:
     if piece.kind == "user":
         missing = "no adapter named" in piece.error
         return ApiError(404 if missing else 400, piece.error, "model_not_found" if missing else None)
     if piece.kind == "deadline":
         return ApiError(408, piece.error)
     return ApiError(500, piece.error)
+
+
+def _encoded(message: ToEngine) -> bytes:
+    try:
+        return frame(message)
+    except (OverflowError, UnicodeEncodeError) as error:
+        raise ApiError(400, f"a value cannot be sent to the engine: {error}") from error

@@ -1,4 +1,4 @@
-"""What a client is told when something is wrong: OpenAI's error objects."""
+"""Exception for errors that HTTP clients get, as OpenAI's error objects."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permis
 
 
 class ApiError(Exception):
-    """An answer that is an error.
+    """An error that ends an HTTP request and is its answer.
 
     Args:
-      status: of HTTP; message: one sentence; code: OpenAI's short name for it, if it has one; param: the field that is
-        wrong; retry_after: seconds, for the header of that name.
+      status: HTTP status of the answer.
+      message: one sentence for the client.
+      code: OpenAI's short name for the error, if it has one.
+      param: name of the request's field that is wrong.
+      retry_after: seconds after which to try again, for the header ``Retry-After``.
     """
 
     def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None,
@@ -25,8 +28,10 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
+        """OpenAI's error object, the body of the response."""
         return {"error": {"message": self.message, "type": TYPES[self.status], "param": self.param, "code": self.code}}
 
     @property
     def headers(self) -> dict[str, str]:
+        """Additional headers of the response: ``Retry-After``, if the error has it."""
         return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}

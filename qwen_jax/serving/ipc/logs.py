@@ -1,14 +1,12 @@
-"""How log lines look: text for people, or JSON objects, with request ids, for machines."""
+"""Set-up of a process's log: lines of text for people, or JSON objects for machines."""
 
 from __future__ import annotations
 
 import logging
 
-FORMATS = "text", "json"
-
 
 def set_up_logging(form: str) -> None:
-    """Of this process, onto stderr; ``form``: one of `FORMATS`."""
+    """Set up logging so that this process's log goes to stderr; ``form`` of its lines: "text" or "json"."""
     handler = logging.StreamHandler()
     if form == "json":
         from pythonjsonlogger.json import JsonFormatter

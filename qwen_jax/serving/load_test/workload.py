@@ -1,4 +1,4 @@
-"""What a load consists of: how many requests, when each arrives, and what it asks."""
+"""Requests of a load test: their number, arrival times and prompts."""
 
 from __future__ import annotations
 
@@ -23,18 +23,22 @@ WORDS = ("time year people way day man thing woman life child world school state
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked, and how often. UserError for what cannot be.
+    """Description of a load test: number of requests, prompts, options. UserError for a value out of range.
 
     Attributes:
-      requests, seconds: how many, or for how long they arrive; one of the two.
-      words: of each synthetic prompt. Prompts differ, so that no prefix cache knows them.
-      prompts: a JSONL file in their place, of ``{"prompt": text}`` or ``{"messages": [...]}``; taken in order, and
-        again from the start.
-      ignore_eos: answers of ``max_tokens`` tokens, from servers that know vLLM's field.
-      warmup: requests sent first, all at once, and not counted.
-      seed: the same arrivals and prompts again. Those of another rate differ.
-      model: None for the first that the server lists.
-      timeout: seconds from sending a request until it is given up.
+      requests: number of requests; None where ``seconds`` is given.
+      seconds: length of the time in which requests arrive; None where ``requests`` is given.
+      words: number of words of a synthetic prompt. Prompts differ, so that no prefix cache knows them.
+      prompts: JSONL file in place of synthetic prompts, with ``{"prompt": text}`` or ``{"messages": [...]}`` on each
+        line; taken in order, and from the start again.
+      max_tokens: largest number of tokens of an answer.
+      ignore_eos: whether answers have exactly ``max_tokens`` tokens, from servers that know vLLM's field.
+      endpoint: route that the requests are sent to.
+      warmup: number of requests that are sent first, all at once, and not counted.
+      seed: seed of arrivals and prompts, which also depend on the rate; None for a random one.
+      model: name of the model; None for the first that the server lists.
+      api_key: the server's API key, if it needs one.
+      timeout: seconds from the sending of a request until it is given up.
     """
 
     requests: int | None = None
@@ -55,36 +59,39 @@ class Load:
             raise UserError("give either a number of requests or a number of seconds")
         for name in ("requests", "seconds", "words", "max_tokens", "timeout"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
-                raise UserError(f"{name} is a positive number, not {value:g}")
+                raise UserError(f"{name} must be a positive number, not {value:g}")
         for name in ("warmup", "seed"):
             if (value := getattr(self, name)) is not None and value < 0:
-                raise UserError(f"{name} cannot be negative, and is {value}")
+                raise UserError(f"{name} must be at least 0, not {value}")
         if self.endpoint not in PATHS:
-            raise UserError(f"the endpoint is one of {', '.join(PATHS)}, not {self.endpoint}")
+            raise UserError(f"endpoint must be one of {', '.join(PATHS)}, not {self.endpoint}")
 
 
 def parse_rates(text: str) -> list[float]:
-    """``5,10,inf`` as requests per second; UserError."""
+    """Parse rates such as ``5,10,inf`` into numbers of requests per second; UserError if malformed."""
     try:
         rates = [float(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(f"rates are requests per second, such as 5 or 5,10,20,inf, not {text!r}") from None
+        raise UserError(f"rates must be requests per second, such as 5 or 5,10,20,inf, not {text!r}") from None
     for rate in rates:
         _check_rate(rate)
     if len(set(rates)) < len(rates):
-        raise UserError(f"a rate is given twice: {text}")
+        raise UserError(f"rates must differ from each other, but one is given twice in {text}")
     return rates
 
 
 def arrivals(load: Load, rate: float) -> np.ndarray:
-    """When requests arrive at ``rate`` per second: float64 seconds, ascending. All at 0 for ``inf``. UserError."""
+    """Draw the requests' arrival times, a Poisson process of ``rate`` per second: float64 seconds, ascending.
+
+    At the rate ``inf`` all arrive at 0. UserError when no request arrives, or for ``inf`` with a number of seconds.
+    """
     _check_rate(rate)
-    random = _random(load, rate, 0)
+    random = _random(load, rate, stream=0)
     if load.requests is not None:
         return np.cumsum(random.exponential(1 / rate, load.requests))
     if rate == math.inf:
-        raise UserError("the rate inf is all requests at once: give their number, not seconds")
-    # Given how many there are, arrivals of a Poisson process are uniform.
+        raise UserError("the rate inf sends all requests at once: give a number of requests, not of seconds")
+    # Given their number, the arrivals of a Poisson process are uniform.
     times = np.sort(random.uniform(0, load.seconds, random.poisson(rate * load.seconds)))
     if not len(times):
         raise UserError(f"no request arrives within {load.seconds:g} s at {rate:g} per second: take a longer time")
@@ -92,11 +99,11 @@ def arrivals(load: Load, rate: float) -> np.ndarray:
 
 
 def inputs(load: Load, rate: float, count: int) -> list[dict[str, Any]]:
-    """Of each request, the prompt or the messages. UserError."""
+    """Return the prompt or the messages of ``count`` requests, as fields of their bodies. UserError for a bad file."""
     if load.prompts is not None:
-        found = _read(load.prompts, load.endpoint)
-        return [found[number % len(found)] for number in range(count)]
-    chosen = _random(load, rate, 1).integers(len(WORDS), size=(count, load.words))
+        prompts = _read(load.prompts, load.endpoint)
+        return [prompts[number % len(prompts)] for number in range(count)]
+    chosen = _random(load, rate, stream=1).integers(len(WORDS), size=(count, load.words))
     return [_input(" ".join(WORDS[word] for word in row), load.endpoint) for row in chosen.tolist()]
 
 
@@ -105,36 +112,38 @@ def _input(text: str, endpoint: str) -> dict[str, Any]:
 
 
 def _read(path: str, endpoint: str) -> list[dict[str, Any]]:
+    """Read a JSONL file of prompts; return each as the field that a request's body has for it."""
     try:
         lines = Path(path).read_bytes().splitlines()
     except OSError as error:
         raise UserError(f"the prompts cannot be read: {error.strerror}: {path}") from error
-    found = []
+    prompts = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             value = msgspec.json.decode(line)
         except msgspec.DecodeError as error:
-            raise UserError(f"{path}, line {number}, is no JSON: {error}") from error
+            raise UserError(f"{path}, line {number}, must be JSON: {error}") from error
         match value:
             case {"prompt": str(text)}:
-                found.append(_input(text, endpoint))
+                prompts.append(_input(text, endpoint))
             case {"messages": list(messages)} if endpoint == "chat":
-                found.append({"messages": messages})
+                prompts.append({"messages": messages})
             case {"messages": list()}:
                 raise UserError(f"{path}, line {number}, has messages, which only the chat endpoint takes")
             case _:
-                raise UserError(f'{path}, line {number}, is neither {{"prompt": text}} nor {{"messages": [...]}}')
-    if not found:
-        raise UserError(f"there is no prompt in {path}")
-    return found
+                raise UserError(f'{path}, line {number}, must be {{"prompt": text}} or {{"messages": [...]}}')
+    if not prompts:
+        raise UserError(f"{path} must have a prompt per line, and has no prompt")
+    return prompts
 
 
 def _check_rate(rate: float) -> None:
     if not rate > 0:
-        raise UserError(f"a rate is a positive number of requests per second, or inf, not {rate:g}")
+        raise UserError(f"a rate must be a positive number of requests per second, or inf, not {rate:g}")
 
 
-def _random(load: Load, rate: float, use: int) -> np.random.Generator:
-    return np.random.default_rng(None if load.seed is None else [load.seed, use, *struct.pack("d", rate)])
+def _random(load: Load, rate: float, stream: int) -> np.random.Generator:
+    """Return a random generator seeded with the load's seed, the rate and ``stream``, a number for its purpose."""
+    return np.random.default_rng(None if load.seed is None else [load.seed, stream, *struct.pack("d", rate)])

@@ -1,4 +1,4 @@
-"""Adapters on trial in a live server."""
+"""Tests of trials of adapters in a live server."""
 
 import httpx
 import pytest
@@ -14,7 +14,8 @@ def pair(executable_cache, tmp_path):
     keys = tmp_path / "keys"
     keys.write_text("admin")
     port = free_port()
-    server = Live(*SIZES, "--admin-port", str(port), "--admin-keys", str(keys), "--response-cache-mb", "8")
+    options = ("--admin-port", str(port), "--admin-keys", str(keys), "--response-cache-mb", "8")
+    server = Live(*SIZES, *options)
     for name, scale in (("same", 0.0), ("other", 0.3)):
         save_random_adapter(tmp_path / name, scale=scale)
         loaded = server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(tmp_path / name)})
@@ -31,18 +32,18 @@ def test_trials(pair):
             for model in ("bundled", "same", "other")}
     assert text["bundled"] == text["same"] != text["other"]
     assert admin.get("/canary").json() == {"state": "none"}
-    assert admin.post("/canary", json={"adapter": "nobody"}).status_code == 404
+    assert admin.post("/canary", json={"adapter": "unknown"}).status_code == 404
     for wrong in ({"weights": [0.5, 0.1]}, {"weights": [2]}, {"requests": 0}, {"shadowed": -1}, {"colour": 1}):
         assert admin.post("/canary", json={"adapter": "same", **wrong}).status_code == 400
 
-    # One that answers otherwise is taken back, and nobody has noticed but those whose answers were its.
+    # An adapter that answers otherwise is taken back, and only the users who got its answers have noticed.
     assert admin.post("/canary", json={"adapter": "other", "weights": [0.5, 1.0]}).status_code == 200
     assert admin.post("/canary", json={"adapter": "same"}).status_code == 409
     requests, found = until(admin, "taken back", server)
     assert "otherwise" in found["why"] and found["requests"] <= 60 and requests > 0
     assert server.post("/v1/completions", ASK).json()["choices"][0]["text"] == text["bundled"]
 
-    # One that is meant to: whoever gets it keeps it, and no answer of it comes from or goes into the cache.
+    # If it is meant to answer otherwise, a user who gets it keeps it, and the cache is not used.
     assert admin.post("/canary", json={"adapter": "other", "weights": [0.5], "requests": 10**6, "shadowed": 0}
                       ).status_code == 200
     seen = []
@@ -54,10 +55,10 @@ def test_trials(pair):
         seen.append(texts)
     assert seen[0] == seen[1]
     named = server.post("/v1/completions", {**ASK, "model": "same", "user": "0"}).json()["choices"][0]["text"]
-    assert named == text["same"]  # who names an adapter is not part of it
+    assert named == text["same"]  # a request that names an adapter is not part of the trial
     assert admin.delete("/canary").json()["state"] == "running" and admin.get("/canary").json() == {"state": "none"}
 
-    # One that is the same goes through all its shares, and then everybody has it.
+    # An adapter that changes nothing goes through all its shares, and then all users have it.
     assert admin.post("/canary", json={"adapter": "same", "weights": [0.5, 1.0], "requests": 5}).status_code == 200
     _, found = until(admin, "promoted", server, 80)
     assert found["tests"]["disagreed"]["happened"] == 0 and found["tests"]["failed"]["happened"] == 0

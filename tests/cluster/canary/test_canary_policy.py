@@ -1,4 +1,4 @@
-"""Canaries: who gets them, what takes them back and how soon, and that nothing else does."""
+"""Tests of canaries: which users get them, and what takes them back and how soon."""
 import math
 import statistics
 from random import Random
@@ -26,7 +26,7 @@ def test_who_gets_it_stays_and_grows_with_the_share():
 
 
 def test_the_test_is_walds():
-    """Its errors are what it promises, and its length what theory says (A. Wald, 1945, without overshoot)."""
+    """The test errs as rarely as it promises, and is as long as theory says (A. Wald, 1945, without overshoot)."""
     limit, false_alarm, missed = Limit(0.05, 0.15), 0.05, 0.1
 
     def run(probability, seed):

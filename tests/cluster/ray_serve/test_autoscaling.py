@@ -1,13 +1,14 @@
-"""How many engines are wanted, by a clock of the test's own."""
+"""Tests of the number of engines that an autoscaler wants, on a clock of their own."""
 import pytest
 
 from qwen_jax.cluster.ray_serve.autoscaling import Autoscaler
 from qwen_jax.cluster.ray_serve.config import Autoscaling
+from qwen_jax.structs import convert
 
 
 def scaler(**options):
-    return Autoscaler(Autoscaling(**{"min": 1, "max": 8, "target": 10.0, "up_seconds": 5.0, "down_seconds": 60.0,
-                                     **options}))
+    return Autoscaler(convert({"min": 1, "max": 8, "target": 10.0, "up_seconds": 5.0, "down_seconds": 60.0, **options},
+                              Autoscaling, "replicas"))
 
 
 def test_more_when_they_were_needed_all_the_time():

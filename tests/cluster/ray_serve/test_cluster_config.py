@@ -1,8 +1,9 @@
-"""What a cluster's file may say, and the files that are shipped."""
+"""Tests of a cluster's file: its keys, its errors, and the files that are shipped."""
 import os
 import subprocess
 from pathlib import Path
 
+import msgspec
 import pytest
 import yaml
 
@@ -73,10 +74,11 @@ def test_the_job_for_slurm_starts_ray_on_every_node(tmp_path):
 
 
 @pytest.mark.parametrize("text, said", [
-    ("model: bundled\ncolour: red", "colour: unknown key"), ("replicas: 2", "model"),
+    ("model: bundled\ncolour: red", "unknown key colour"), ("replicas: 2", "model"),
     ("model: bundled\nengine: {max_batch_size: many}", "engine.max_batch_size"),
-    ("model: bundled\nreplicas: 0", "replicas"), ("model: bundled\nreplicas: {min: 3, max: 2}", "min is 3"),
-    ("model: bundled\nserver: {port: 70000}", "server.port"), ("model: [", "no YAML"), ("- a", "the file")])
+    ("model: bundled\nreplicas: 0", "replicas"),
+    ("model: bundled\nreplicas: {min: 3, max: 2}", "min must be at most max"),
+    ("model: bundled\nserver: {port: 70000}", "server.port"), ("model: [", "must be YAML"), ("- a", "the file")])
 def test_what_is_wrong_in_a_file_is_said(tmp_path, text, said):
     path = tmp_path / "cluster.yaml"
     path.write_text(text)
@@ -90,7 +92,7 @@ def test_what_can_change_without_a_restart():
     config = ClusterConfig(model="bundled", replicas=2)
     scaled = parse_config({"model": "bundled", "replicas": {"min": 2, "max": 4}}, "")
     assert [scaled.allowed(count) for count in (0, 3, 9)] == [2, 3, 4] and config.allowed(9) == 2
-    assert config.same_engines(config.model_copy(update={"replicas": 3, "surge": False}))
+    assert config.same_engines(msgspec.structs.replace(config, replicas=3, surge=False))
     assert not config.same_engines(parse_config({"model": "bundled", "engine": {"max_batch_size": 8}}, ""))
     other = parse_config({"model": "bundled", "server": {"port": 1}, "cache": {"megabytes": 1.0}}, "")
     assert config.needs_restart(other) == ["server", "cache"] and not config.needs_restart(config)
@@ -99,7 +101,7 @@ def test_what_can_change_without_a_restart():
 
 
 def test_where_a_server_is_asked_how_it_goes():
-    """From another machine, not at an address that means that machine itself."""
+    """A server is asked at the cluster's head, unless its address says more."""
     assert _url(None, "127.0.0.1", 8000) == "http://127.0.0.1:8000"
     assert _url("http://head:8265", "0.0.0.0", 8000) == "http://head:8000"
     assert _url("http://head:8265", "10.0.0.7", 8000) == "http://10.0.0.7:8000"

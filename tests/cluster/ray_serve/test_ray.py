@@ -34,8 +34,8 @@ class Cluster:
                             "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
                             "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()), "RAY_USAGE_STATS_ENABLED": "0"}
         self.errors = (folder / "errors").open("w+")
-        self.process = self.command("up", self.file(), "--num-cpus", "4", "--dashboard-port", str(self.dashboard),
-                                    "--json", stdout=subprocess.PIPE, stderr=self.errors)
+        options = ("--num-cpus", "4", "--dashboard-port", str(self.dashboard), "--json")
+        self.process = self.command("up", self.file(), *options, stdout=subprocess.PIPE, stderr=self.errors)
         ready = self.process.stdout.readline()
         assert ready, (folder / "errors").read_text()
         assert json.loads(ready) == {"url": f"http://127.0.0.1:{self.port}"}
@@ -50,7 +50,7 @@ class Cluster:
         return str(path)
 
     def asked(self, what, *arguments):
-        """Of the cluster that runs; exit code and what was said."""
+        """Run a command on the running cluster; return its exit code, output and errors."""
         process = self.command(what, *arguments, "--address", f"http://127.0.0.1:{self.dashboard}",
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         out, err = process.communicate(timeout=300)
@@ -67,7 +67,7 @@ class Cluster:
         return self.engines()
 
     def processes(self, name):
-        """Those that Ray runs here whose command line has this in it."""
+        """Return the processes of this cluster whose command line contains ``name``."""
         return [one for one in psutil.Process(self.process.pid).children(recursive=True)
                 if name in " ".join(one.cmdline())]
 
@@ -78,7 +78,7 @@ class Cluster:
 
     @contextmanager
     def traffic(self):
-        """Six callers who never pause; what they were told."""
+        """Run six callers who never pause; yield a counter of their answers."""
         told, ended = Counter(), threading.Event()
 
         def caller(number):
@@ -107,7 +107,7 @@ def cluster(executable_cache, tmp_path_factory):
     made.process.terminate()
     assert made.process.wait(60) == 130, (made.folder / "errors").read_text()
     _, left = psutil.wait_procs(started, 20)
-    assert not [one for one in left if "haproxy" in one.name() or "serving.worker" in " ".join(one.cmdline())]
+    assert not [one for one in left if "haproxy" in one.name() or "serving.engine_process" in " ".join(one.cmdline())]
 
 
 def test_a_killed_engine_takes_no_request_with_it(cluster):
@@ -161,7 +161,7 @@ def test_other_engines_take_over_one_after_another(cluster):
 
 @pytest.mark.slow
 def test_an_engine_of_two_processes(cluster):
-    """Each with a device of its own, in one placement group; when one is killed, both are started again."""
+    """An engine of two processes is started again when one of them is killed."""
     flags = f"{quick_environment()['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
     wanted = cluster.file(engine={**CONFIG["engine"], "tp_size": 2, "max_seq_len": 512}, hosts=2, replicas=1,
                           environment={**cluster.config["environment"], "XLA_FLAGS": flags})

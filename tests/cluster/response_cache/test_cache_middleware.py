@@ -1,4 +1,4 @@
-"""Servers that answer from the cache what they have answered before, and nothing else."""
+"""Tests of servers with a response cache: which repetitions are answered from it, also with Redis."""
 import os
 import shutil
 import time
@@ -42,25 +42,25 @@ def redis():
 
 @pytest.fixture(scope="module")
 def servers(executable_cache, redis, tmp_path_factory):
-    """Two of them with one Redis, API keys and an admin port of the first."""
+    """Two servers with API keys that share a Redis, and the address of the first one's admin port."""
     root = tmp_path_factory.mktemp("keys")
     (root / "keys").write_text("a\nb\n")
     (root / "admin").write_text("admin\n")
     port = free_port()
     sizes = SIZES[:-2]
     options = ("--api-keys", str(root / "keys"), "--redis-url", redis.url)
-    made = [Live(*sizes, *options, "--admin-port", str(port), "--admin-keys", str(root / "admin"), wait=False),
-            Live(*sizes, *options, wait=False)]
-    for one in made:
-        one.http.headers["Authorization"] = "Bearer a"
-        one.wait_until_ready()
+    admin = ("--admin-port", str(port), "--admin-keys", str(root / "admin"))
+    made = [Live(*sizes, *options, *admin, wait=False), Live(*sizes, *options, wait=False)]
+    for server in made:
+        server.http.headers["Authorization"] = "Bearer a"
+        server.wait_until_ready()
     yield *made, f"http://127.0.0.1:{port}"
-    for one in made:
-        one.output()
+    for server in made:
+        server.output()
 
 
 def ask(server, path="/v1/completions", key="a", **change):
-    """(how it came, body)."""
+    """Return the header X-Cache, None if missing, and the body."""
     answer = server.post(path, {**ASK, **change}, headers={"Authorization": f"Bearer {key}"})
     return answer.headers.get("x-cache"), answer.json()
 
@@ -69,7 +69,7 @@ def test_only_exact_repetitions_are_answered_from_the_cache(servers, tmp_path):
     server, _, _ = servers
     how, first = ask(server, prompt="once")
     assert how == "miss" and ask(server, prompt="once") == ("hit", first)
-    assert ask(server, prompt="once", user="somebody else") == ("hit", first)
+    assert ask(server, prompt="once", user="another user") == ("hit", first)
     for change in ({"max_tokens": 7}, {"prompt": "once "}, {"stop": "x"}, {"logprobs": 1}, {"n": 2}):
         assert ask(server, **{"prompt": "once", **change})[0] == "miss", change
     assert ask(server, prompt="once", key="b")[0] == "miss"  # another tenant
@@ -84,7 +84,7 @@ def test_only_exact_repetitions_are_answered_from_the_cache(servers, tmp_path):
         assert [one.headers["x-cache"] for one in answers] == ["miss", "hit"]
         assert answers[0].json() == answers[1].json()
     assert server.post("/v1/completions", {**ASK, "max_tokens": 0}).status_code == 400
-    assert server.post("/v1/completions", {**ASK, "model": "nobody"}).status_code == 404
+    assert server.post("/v1/completions", {**ASK, "model": "unknown"}).status_code == 404
     nameless = {name: value for name, value in ASK.items() if name != "model"}
     assert server.post("/v1/completions", {**nameless, "prompt": "once"}).status_code == 400  # not a hit
     assert server.post("/v1/completions", {**ASK, "prompt": "once"}, headers={"Authorization": "Bearer c"}

@@ -1,11 +1,11 @@
-"""The response cache: whose answer it gives, and what Redis may do to it."""
+"""Tests of the response cache: keys, kept answers, shared computations, and Redis that is slow, away or garbled."""
 import asyncio
 import os
 import random
 import sys
 import time
 from collections import OrderedDict
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 
 import pytest
 from hypothesis import given, settings
@@ -17,16 +17,16 @@ from qwen_jax.cluster.response_cache.cache import (
     ENTRY_BYTES,
     LocalCache,
     ResponseCache,
-    Unshared,
+    UncacheableAnswer,
+    cache_key,
     cacheable,
-    key_of,
 )
 from qwen_jax.cluster.response_cache.redis_store import RedisStore, pack, unpack
 from qwen_jax.errors import UserError
 
 REQUEST = dict(kind="completion", model="m", weight_version=1, adapter=["legal", 1], prompt=[1, 2, 3],
                options={"temperature": 0, "max_tokens": 8, "logit_bias": {"3": 1.0, "7": 2.0}}, tenant="a")
-KEYS = [key_of(**{**REQUEST, "prompt": [number]}) for number in range(200)]
+KEYS = [cache_key(**{**REQUEST, "prompt": [number]}) for number in range(200)]
 
 
 def answer(key: bytes) -> bytes:
@@ -41,7 +41,7 @@ class Clock:
 
 
 class Computed:
-    """Computations, one after the other; each an answer, or an exception. They wait until let go."""
+    """Computations that return or raise their results one after the other, once ``go`` is set."""
 
     def __init__(self, *results, wait: bool = True) -> None:
         self.results, self.started, self.ended = list(results), 0, 0
@@ -87,15 +87,15 @@ async def until(holds, seconds: float = 10) -> None:
     ("options", {**REQUEST["options"], "logit_bias": {"3": 2.0, "7": 1.0}}),
 ])
 def test_every_part_of_a_request_changes_its_key(field, value):
-    assert key_of(**{**REQUEST, field: value}) != key_of(**REQUEST)
+    assert cache_key(**{**REQUEST, field: value}) != cache_key(**REQUEST)
 
 
 def test_a_key_does_not_depend_on_the_order_of_fields_or_on_the_process():
     turned = {name: dict(reversed(value.items())) if isinstance(value, dict) else value
               for name, value in reversed(REQUEST.items())}
     turned["options"]["logit_bias"] = dict(reversed(REQUEST["options"]["logit_bias"].items()))
-    assert key_of(**turned) == key_of(**REQUEST)
-    assert key_of(**REQUEST).hex() == "bad6139df66fea56d7016f0d29909229d90619f963979addea4d1e0b1bf715e2"
+    assert cache_key(**turned) == cache_key(**REQUEST)
+    assert cache_key(**REQUEST).hex() == "bad6139df66fea56d7016f0d29909229d90619f963979addea4d1e0b1bf715e2"
 
 
 values = st.recursive(st.none() | st.booleans() | st.integers(-2**63, 2**64 - 1) | st.floats(allow_nan=False)
@@ -106,7 +106,7 @@ requests = st.fixed_dictionaries({name: values for name in REQUEST})
 
 
 def spelled(value) -> str:
-    """Tells apart what `==` does not: 1, 1.0 and true. Fields in order."""
+    """Return a text that tells apart values that `==` does not, 1, 1.0 and true, with fields in order."""
     if isinstance(value, dict):
         return "{" + ",".join(f"{name!r}:{spelled(value[name])}" for name in sorted(value)) + "}"
     return "[" + ",".join(map(spelled, value)) + "]" if isinstance(value, list) else repr(value)
@@ -116,13 +116,13 @@ def spelled(value) -> str:
 @given(requests, requests, st.sampled_from(sorted(REQUEST)))
 def test_keys_are_equal_where_requests_are(one, other, same_but):
     for second in (other, {**one, same_but: other[same_but]}):
-        assert (key_of(**one) == key_of(**second)) == (spelled(one) == spelled(second))
+        assert (cache_key(**one) == cache_key(**second)) == (spelled(one) == spelled(second))
 
 
 @pytest.mark.parametrize("prompt", ["\ud800", [2**64], [-2**63 - 1]])
 def test_what_cannot_be_a_key_is_refused(prompt):
-    with pytest.raises(UserError, match="cannot be used"):
-        key_of(**{**REQUEST, "prompt": prompt})
+    with pytest.raises(UserError, match="must be encodable"):
+        cache_key(**{**REQUEST, "prompt": prompt})
 
 
 def test_only_what_is_not_drawn_is_cacheable():
@@ -148,6 +148,8 @@ def test_the_local_cache_does_what_a_plain_model_does(operations, room):
     for count, (name, key, size) in enumerate(operations):
         if name == "wait":
             clock.now += key
+            for old in [key for key, (_, since) in model.items() if clock.now - since >= ttl]:
+                del model[old]
         elif name == "put":
             value = count.to_bytes(2, "big") * (size // 2)
             cache.put(bytes([key]), value)
@@ -158,8 +160,6 @@ def test_the_local_cache_does_what_a_plain_model_does(operations, room):
                 model.popitem(last=False)
         else:
             found = model.get(key)
-            if found and clock.now - found[1] >= ttl:
-                found = model.pop(key) and None
             if found:
                 model.move_to_end(key)
             assert cache.get(bytes([key])) == (found and found[0])
@@ -189,7 +189,7 @@ def test_the_least_recently_used_goes_first_and_time_ends_all():
 @pytest.mark.parametrize("options", [{"max_bytes": -1}, {"ttl_seconds": 0}, {"ttl_seconds": float("nan")},
                                      {"ttl_seconds": float("inf")}])
 def test_impossible_limits_are_refused(options):
-    with pytest.raises(UserError, match="response cache needs"):
+    with pytest.raises(UserError, match="of the response cache must be"):
         ResponseCache(**options)
 
 
@@ -238,7 +238,7 @@ def test_a_computation_ends_when_the_last_caller_leaves_and_the_next_one_starts_
         await turns()
         assert (compute.started, compute.ended) == (2, 1)
         compute.go.set()
-        assert await late == b"two" and not cache._flights and not cache._tasks
+        assert await late == b"two" and not cache._running and not cache._tasks
 
     run(work)
 
@@ -263,12 +263,13 @@ def test_nobody_joins_a_computation_that_is_being_cancelled():
         assert await cache.get_or_compute(b"k", compute) == b"anew"
         tidy.set()
         await turns()
-        assert not cache._tasks and not cache._flights
+        assert not cache._tasks and not cache._running
 
     run(work)
 
 
-@pytest.mark.parametrize("failure", [RuntimeError("out of luck"), asyncio.CancelledError(), Unshared(b"cut short")])
+@pytest.mark.parametrize("failure", [RuntimeError("out of luck"), asyncio.CancelledError(),
+                                     UncacheableAnswer(b"cut short")])
 def test_what_goes_wrong_for_one_is_computed_anew_by_another(failure):
     async def work():
         cache, compute = ResponseCache(), Computed(failure, b"good")
@@ -348,7 +349,7 @@ def test_an_address_that_is_none_is_refused(url, said):
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "redis.asyncio", None)
-    with pytest.raises(UserError, match="pip install redis"):
+    with pytest.raises(UserError, match="pip install 'qwen-jax\\[redis\\]'"):
         RedisStore("redis://127.0.0.1")
 
 
@@ -371,26 +372,36 @@ def server(module_server):
     module_server.resume()
 
 
+@contextmanager
+def patience(lookup: float = 0.2, retry: float = 0.2, failures: int = 5):
+    """Set the times, in seconds, and the number of failures after which Redis is skipped."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(redis_store, "LOOKUP_SECONDS", lookup)
+        patch.setattr(redis_store, "RETRY_SECONDS", retry)
+        patch.setattr(redis_store, "MAX_FAILURES", failures)
+        yield
+
+
 @asynccontextmanager
 async def cache_of(url: str, ready: bool = True, max_bytes: int = 0, **options):
     """A process's cache; by default one that keeps nothing in memory, so that every lookup goes to Redis."""
-    options = {"budget_seconds": 0.2, "retry_seconds": 0.2, **options}
-    cache = ResponseCache(max_bytes=max_bytes, redis=RedisStore(url, **options))
-    await cache.start()
-    assert cache.stats().breaker == ("closed" if ready else "open")
-    try:
-        yield cache
-    finally:
-        await cache.close()
+    with patience(**options):
+        cache = ResponseCache(max_bytes=max_bytes, redis=RedisStore(url))
+        await cache.start()
+        assert cache.stats().breaker == ("closed" if ready else "open")
+        try:
+            yield cache
+        finally:
+            await cache.close()
 
 
 async def ask_all(cache: ResponseCache, keys=KEYS) -> float:
-    """Everything once, a few at a time; every answer is right. The longest time of one, s."""
+    """Ask for every key once, eight at a time, and check the answers. Return the longest time of a lookup, s."""
     longest = 0.0
 
-    async def ask(some):
+    async def ask(share):
         nonlocal longest
-        for key in some:
+        for key in share:
             async def compute(key=key):
                 return answer(key)
 
@@ -427,7 +438,7 @@ def test_an_answer_does_not_grow_younger_on_its_way_through_redis(server):
         async with cache_of(server.url) as one:
             await write_all(one, KEYS[:1])
             server.client.pexpire(redis_store._name(KEYS[0]), 30_000)
-            two = ResponseCache(redis=RedisStore(server.url, budget_seconds=0.2), clock=clock)
+            two = ResponseCache(redis=RedisStore(server.url), clock=clock)
             await two.start()
             assert await two.get(KEYS[0]) == answer(KEYS[0])
             clock.now += 29
@@ -442,7 +453,7 @@ def test_an_answer_does_not_grow_younger_on_its_way_through_redis(server):
 
 def test_what_is_too_large_stays_in_its_process(server):
     async def work():
-        large = bytes(redis_store.MOST_BYTES)
+        large = bytes(redis_store.MAX_VALUE_BYTES)
         async with cache_of(server.url, max_bytes=1 << 20) as cache:
             cache.put(KEYS[0], large)
             assert await cache.get(KEYS[0]) == large
@@ -452,7 +463,7 @@ def test_what_is_too_large_stays_in_its_process(server):
 
 
 def test_writes_that_wait_are_bounded(server, monkeypatch):
-    monkeypatch.setattr(redis_store, "MOST_WAITING_BYTES", 1000)
+    monkeypatch.setattr(redis_store, "MAX_WAITING_BYTES", 1000)
 
     async def work():
         async with cache_of(server.url) as cache:
@@ -484,7 +495,7 @@ def test_a_cancelled_lookup_leaves_nothing_behind_for_the_next(server):
 
 def test_a_busy_process_does_not_take_itself_for_a_slow_redis(server):
     async def work():
-        async with cache_of(server.url, budget_seconds=0.02) as cache:
+        async with cache_of(server.url, lookup=0.02) as cache:
             await write_all(cache, KEYS[:10])
             for _ in range(5):
                 tasks = [asyncio.create_task(cache.get(key)) for key in KEYS[:10]]
@@ -541,7 +552,7 @@ def test_a_value_without_an_end_is_not_ours(server):
 @pytest.mark.parametrize("stop, restart", [("kill", "start"), ("pause", "resume")])
 def test_redis_may_go_and_come_back(server, stop, restart):
     async def work():
-        async with cache_of(server.url, budget_seconds=0.05) as cache:
+        async with cache_of(server.url, lookup=0.05) as cache:
             await write_all(cache)
             asked = asyncio.create_task(ask_all(cache))
             await asyncio.sleep(0.005)
@@ -577,7 +588,7 @@ def test_redis_may_go_and_come_back(server, stop, restart):
 
 def test_failures_that_are_not_in_a_row_do_not_add_up(server):
     async def work():
-        async with cache_of(server.url, budget_seconds=0.05, failures=3, retry_seconds=60) as cache:
+        async with cache_of(server.url, lookup=0.05, failures=3, retry=60) as cache:
             await write_all(cache, KEYS[:1])
             for round in range(5):
                 server.pause()
@@ -608,7 +619,7 @@ def test_one_connection_is_tried_at_a_time_and_after_failures_not_at_once(server
         tried = 0
         server.pause()
         monkeypatch.setattr(redis_store, "CONNECT_SECONDS", 0.05)
-        store = RedisStore(server.url, failures=3, retry_seconds=0.3)
+        store = RedisStore(server.url)
         ping = store._reader.ping
 
         async def counted():
@@ -617,12 +628,13 @@ def test_one_connection_is_tried_at_a_time_and_after_failures_not_at_once(server
             await ping()
 
         monkeypatch.setattr(store._reader, "ping", counted)
-        began = time.monotonic()
-        while (seconds := time.monotonic() - began) < 1.0:
-            assert await store.get(KEYS[0]) is None
-            await asyncio.sleep(0.001)
-        assert 3 <= tried <= 3 + seconds / 0.3 and store.errors == 0
-        await store.close()
+        with patience(lookup=0.005, retry=0.3, failures=3):
+            began = time.monotonic()
+            while (seconds := time.monotonic() - began) < 1.0:
+                assert await store.get(KEYS[0]) is None
+                await asyncio.sleep(0.001)
+            assert 3 <= tried <= 3 + seconds / 0.3 and store.errors == 0
+            await store.close()
 
     run(work)
 
@@ -631,7 +643,7 @@ def test_one_connection_is_tried_at_a_time_and_after_failures_not_at_once(server
 
 @asynccontextmanager
 async def impostor(reply: bytes | None, wait: float = 0.0):
-    """Connects and pings like Redis, so that it is used; then sends this for every lookup, or hangs up."""
+    """A server that connects and pings like Redis, so that it is used, and then sends ``reply`` or hangs up."""
     async def talk(reader, writer):
         try:
             while asked := await reader.read(1 << 16):
@@ -669,7 +681,7 @@ def test_nonsense_is_never_an_answer(reply, monkeypatch):
     monkeypatch.setattr(redis_store, "WRITE_SECONDS", 0.05)
 
     async def work():
-        async with impostor(reply) as url, cache_of(url, budget_seconds=0.05) as cache:
+        async with impostor(reply) as url, cache_of(url, lookup=0.05) as cache:
             assert await ask_all(cache, KEYS[:40]) < 1.0
             stats = cache.stats()
             assert (stats.misses, stats.hits_redis) == (40, 0) and stats.errors + stats.garbage > 0
@@ -679,7 +691,7 @@ def test_nonsense_is_never_an_answer(reply, monkeypatch):
 
 def test_a_slow_redis_is_skipped():
     async def work():
-        async with impostor(NO_SUCH_KEY, wait=0.3) as url, cache_of(url, budget_seconds=0.05) as cache:
+        async with impostor(NO_SUCH_KEY, wait=0.3) as url, cache_of(url, lookup=0.05) as cache:
             for _ in range(5):
                 assert await ask_all(cache, KEYS[:40]) < 0.5
             stats = cache.stats()
@@ -690,7 +702,7 @@ def test_a_slow_redis_is_skipped():
 
 def test_a_lookup_that_waits_for_others_waits_no_longer():
     async def work():
-        async with impostor(NO_SUCH_KEY, wait=0.3) as url, cache_of(url, budget_seconds=0.4) as cache:
+        async with impostor(NO_SUCH_KEY, wait=0.3) as url, cache_of(url, lookup=0.4) as cache:
             await asyncio.gather(*map(cache.get, KEYS[:2 * redis_store.BATCH]))
             assert cache.stats().errors == redis_store.BATCH  # the second half, whose turn came after 0.3 s
 

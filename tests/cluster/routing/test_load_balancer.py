@@ -1,4 +1,4 @@
-"""Several live engines behind one link: requests move while they wait, and are asked again when an engine dies."""
+"""Tests of several live engines behind a load balancer: requests move while they wait and survive a dead engine."""
 import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,10 +13,11 @@ from random_adapter import save_random_adapter
 from served import PAGE_BYTES, SIZES
 
 from qwen_jax.cluster.routing.gpu_assignment import environments
-from qwen_jax.cluster.routing.load_balancer import Balancer
-from qwen_jax.cluster.routing.replica import Asked, text_blocks
+from qwen_jax.cluster.routing.load_balancer import LoadBalancer
+from qwen_jax.cluster.routing.replica import PendingRequest, text_blocks
 from qwen_jax.errors import UserError
-from qwen_jax.serving.ipc.engine_client import Answer, EngineLink, pieces
+from qwen_jax.serving.ipc.engine_client import Answer, EngineClient, pieces
+from qwen_jax.serving.ipc.messages import RequestOptions
 
 # As `SIZES` has it: the same executables.
 ENGINE = {"dtype": "float32", "max_batch_size": 8, "max_seq_len": 1024, "max_adapters": 2,
@@ -24,9 +25,9 @@ ENGINE = {"dtype": "float32", "max_batch_size": 8, "max_seq_len": 1024, "max_ada
 ASK = {"model": "bundled", "prompt": "hello", "max_tokens": 60, "temperature": 0, "ignore_eos": True}
 
 
-def options(number: int) -> dict:
-    return {"prompt": f"hello {number}", "params": {"max_tokens": 40, "temperature": 0.0, "ignore_eos": True},
-            "adapter": None, "priority": 0, "timeout": None, "stream": False, "arrived": time.monotonic()}
+def options(number: int) -> RequestOptions:
+    return RequestOptions(prompt=f"hello {number}", params={"max_tokens": 40, "temperature": 0.0, "ignore_eos": True},
+                          arrived=time.monotonic())
 
 
 async def text_of(answer: Answer) -> str:
@@ -34,16 +35,16 @@ async def text_of(answer: Answer) -> str:
 
 
 def test_queues_even_out_and_every_request_is_answered_once(executable_cache):
-    """All go to one engine; what it has not begun moves to the other."""
+    """All requests go to one engine; those that it has not begun move to the other."""
     async def run():
-        make = lambda: EngineLink("bundled", ENGINE, 100, environment=quick_environment())  # noqa: E731
-        balancer = Balancer([make, make], 100, seed=0)
+        make = lambda: EngineClient("bundled", ENGINE, 100, environment=quick_environment())  # noqa: E731
+        balancer = LoadBalancer([make, make], 100, seed=0)
         await balancer.start()
         try:
-            while not all(member.alive for member in balancer.members):
+            while not all(replica.alive for replica in balancer.replicas):
                 assert not balancer.failure
                 await asyncio.sleep(0.05)
-            first, _ = balancer.members
+            first, _ = balancer.replicas
             alone = []
             for number in range(3):
                 answer = balancer.generate(options(number), 1)
@@ -52,18 +53,18 @@ def test_queues_even_out_and_every_request_is_answered_once(executable_cache):
             answers = []
             for number in range(40):
                 answers.append(Answer(1))
-                balancer._send(first, answers[-1], Asked(options(number), ()))
+                balancer._send(first, answers[-1], PendingRequest(options(number), ()))
             texts = await asyncio.gather(*map(text_of, answers))
             for answer in answers:
                 balancer.close(answer)
-            stats = [await member.link.call("stats") for member in balancer.members]
+            stats = [await replica.link.call("stats") for replica in balancer.replicas]
             return balancer, alone, texts, stats
         finally:
             await balancer.stop()
 
     balancer, alone, texts, stats = asyncio.run(run())
     assert texts[:3] == alone and len(texts) == 40 and balancer.requests == 0
-    assert balancer.moved >= 5
+    assert balancer.moved_requests >= 5
     assert [one["finished"] for one in stats] == [{"length": stats[0]["generated_tokens"] // 40},
                                                   {"length": stats[1]["generated_tokens"] // 40}]
     assert sum(one["generated_tokens"] for one in stats) == 43 * 40  # nothing was begun twice
@@ -126,9 +127,9 @@ def test_a_stream_that_had_begun_ends_with_an_error_and_others_go_on(pair):
 
 @pytest.mark.parametrize("poison", [DEVICE, FREEZE])
 def test_a_request_that_ends_engines_is_not_passed_on_for_ever(executable_cache, poison):
-    """It ends two of three, by an error or because they hang; the third answers, and others' requests are not lost."""
-    live = Live(*SIZES, "--replicas", "3", "--max-requests", "50", "--stall-seconds", "2",
-                worker=str(Path(faulty_worker.__file__)))
+    """A request that ends two of three engines gets an error, and other requests are answered by the third."""
+    options = ("--replicas", "3", "--max-requests", "50", "--stall-seconds", "2")
+    live = Live(*SIZES, *options, worker=str(Path(faulty_worker.__file__)))
     try:
         while len(live.stats()["engine"]["engines"]) < 3:
             time.sleep(0.1)
@@ -139,7 +140,7 @@ def test_a_request_that_ends_engines_is_not_passed_on_for_ever(executable_cache,
             assert poisoned.result().status_code == 503
             answers = [one.result() for one in others]
         right = [one for one in answers if one.status_code == 200]
-        # Who was with it on both engines has the same fate: nobody can tell them apart.
+        # Requests that were with it on both engines get an error too: the server cannot tell them apart.
         assert {one.status_code for one in answers} <= {200, 503} and len(right) >= 3
         assert all(one.json()["choices"][0]["text"] == alone for one in right)
         assert live.post("/v1/completions", ASK).json()["choices"][0]["text"] == alone
@@ -163,7 +164,7 @@ def test_blocks_of_text():
 def test_devices_of_engines(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     assert environments(2, 2) == [{"CUDA_VISIBLE_DEVICES": "4,5"}, {"CUDA_VISIBLE_DEVICES": "6,7"}]
-    with pytest.raises(UserError, match="need 6"):
+    with pytest.raises(UserError, match="replicas x tp_size must be at most"):
         environments(3, 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert environments(3, 2) == [{}, {}, {}]

@@ -1,4 +1,4 @@
-"""Moves between queues: the rule by hand, and what has to hold for any queues."""
+"""Tests of the moves between queues: the rule by hand, and properties for any queues."""
 
 from fractions import Fraction
 
@@ -63,7 +63,7 @@ def test_one_round(loads):
     assert [move.target for move in moves] == sorted(took)
     spare = max(now, default=0) - mean
     assert all(target in took or 10 * now[target] >= 9 * mean or mean - now[target] < Fraction(10, 3) or spare < 1
-               for target in range(len(now))), "somebody was forgotten"
+               for target in range(len(now))), "a replica was left out"
 
 
 @given(queues)

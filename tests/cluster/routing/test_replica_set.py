@@ -1,4 +1,4 @@
-"""Engines that come, go, are replaced or try other weights, while requests flow."""
+"""Tests of engines that come, go, are replaced or try other weights, while requests flow."""
 import asyncio
 import contextlib
 import shutil
@@ -12,13 +12,14 @@ from served import PAGE_BYTES, SIZES
 from trial_traffic import asked, until
 
 from qwen_jax.checkpoint.source import SHIPPED
-from qwen_jax.cluster.canary.client import TrialLink
+from qwen_jax.cluster.canary.client import CanaryClient
 from qwen_jax.cluster.canary.policy import PROMOTED, RUNNING, TAKEN_BACK, CanaryOptions
-from qwen_jax.cluster.routing.load_balancer import Balancer
+from qwen_jax.cluster.routing.load_balancer import LoadBalancer
 from qwen_jax.cluster.routing.replica_set import begin_trial, end_trial, replace_all, resize
 from qwen_jax.errors import UserError
-from qwen_jax.serving.ipc.engine_client import EngineLink, pieces
+from qwen_jax.serving.ipc.engine_client import EngineClient, pieces
 from qwen_jax.serving.ipc.errors import ApiError
+from qwen_jax.serving.ipc.messages import RequestOptions
 
 # As `SIZES` has it: the same executables.
 ENGINE = {"dtype": "float32", "max_batch_size": 8, "max_seq_len": 1024, "max_adapters": 2,
@@ -27,12 +28,12 @@ UPDATE = "finish_old", None
 
 
 def make(model="bundled", **options):
-    return lambda: EngineLink(str(model), {**ENGINE, **options}, 200, environment=quick_environment())
+    return lambda: EngineClient(str(model), {**ENGINE, **options}, 200, environment=quick_environment())
 
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory):
-    """Other weights of the same architecture."""
+    """A folder with other weights of the same architecture."""
     from safetensors.numpy import load_file, save_file
 
     folder = tmp_path_factory.mktemp("weights") / "other"
@@ -47,8 +48,8 @@ def other(tmp_path_factory):
 
 
 async def ask(link, number=0, **more) -> str:
-    options = {"prompt": f"hello {number % 3}", "params": {"max_tokens": 30, "temperature": 0.0, "ignore_eos": True},
-               "adapter": None, "priority": 0, "timeout": None, "stream": False, "arrived": time.monotonic(), **more}
+    options = RequestOptions(prompt=f"hello {number % 3}", arrived=time.monotonic(),
+                             params={"max_tokens": 30, "temperature": 0.0, "ignore_eos": True}, **more)
     answer = link.generate(options, 1)
     try:
         return "".join([piece.text async for some in pieces(answer) for piece in some])
@@ -57,14 +58,14 @@ async def ask(link, number=0, **more) -> str:
 
 
 async def until_ready(balancer, count):
-    while sum(member.alive for member in balancer.members) != count or len(balancer.members) != count:
+    while sum(replica.alive for replica in balancer.replicas) != count or len(balancer.replicas) != count:
         assert not balancer.failure
         await asyncio.sleep(0.05)
 
 
 @contextlib.asynccontextmanager
 async def traffic(link):
-    """Twelve callers who ask again and again; what they were told, by question."""
+    """Run twelve callers who ask again and again; yield a counter of questions and answers."""
     told: Counter = Counter()
     ended = asyncio.Event()
 
@@ -83,7 +84,7 @@ async def traffic(link):
 
 @contextlib.asynccontextmanager
 async def running(*makers):
-    balancer = Balancer(makers, 200, seed=0)
+    balancer = LoadBalancer(makers, 200, seed=0)
     await balancer.start()
     try:
         await until_ready(balancer, len(makers))
@@ -99,21 +100,21 @@ def test_engines_come_and_go_and_are_replaced_under_load(executable_cache):
             async with traffic(balancer) as told:
                 await resize(balancer, 2, make(), 60)
                 await until_ready(balancer, 2)
-                second = balancer.members[1]
-                while not any(asked for asked in second.sent):
+                second = balancer.replicas[1]
+                while not second.pending:
                     await asyncio.sleep(0.01)
                 successor = make()
                 await replace_all(balancer, successor, True, 60)
-                assert second not in balancer.members and len(balancer.members) == 2
-                assert [member.make for member in balancer.members] == [successor] * 2
+                assert second not in balancer.replicas and len(balancer.replicas) == 2
+                assert [replica.make_link for replica in balancer.replicas] == [successor] * 2
                 with pytest.raises(UserError, match="nowhere"):
                     await replace_all(balancer, make("nowhere"), True, 60)
-                assert len(balancer.members) == 2 and all(member.alive for member in balancer.members)
+                assert len(balancer.replicas) == 2 and all(replica.alive for replica in balancer.replicas)
                 await resize(balancer, 1, make(), 60)
-                assert len(balancer.members) == 1
+                assert len(balancer.replicas) == 1
                 with pytest.raises(UserError, match="last engine"):
                     await replace_all(balancer, make(), False, 60)
-                assert balancer.members[0].alive
+                assert balancer.replicas[0].alive
             assert balancer.requests == 0
             return right, told
 
@@ -127,11 +128,11 @@ def test_an_engine_that_ends_while_it_retires_takes_no_answer_with_it(executable
             right = {(number, await ask(balancer, number)) for number in range(3)}
             async with traffic(balancer) as told:
                 await asyncio.sleep(0.5)
-                leaving = balancer.members[0]
+                leaving = balancer.replicas[0]
                 retiring = asyncio.create_task(balancer.retire(leaving, 60))
                 leaving.link.kill()
                 await retiring
-                assert leaving not in balancer.members and len(balancer.members) == 1
+                assert leaving not in balancer.replicas and len(balancer.replicas) == 1
                 await asyncio.sleep(0.5)
             return right, told
 
@@ -140,7 +141,7 @@ def test_an_engine_that_ends_while_it_retires_takes_no_answer_with_it(executable
 
 
 def test_going_back_to_weights_that_an_engine_never_had(executable_cache, other):
-    """One came after the update: it has nothing to go back to by itself."""
+    """An engine that came after the update has no previous weights of its own."""
     async def run():
         async with running(make()) as balancer:
             before = await ask(balancer)
@@ -150,11 +151,11 @@ def test_going_back_to_weights_that_an_engine_never_had(executable_cache, other)
             after = await ask(balancer)
             await resize(balancer, 2, make(), 60)
             await until_ready(balancer, 2)
-            assert [member.has_previous for member in balancer.members] == [True, False]
+            assert [replica.has_previous for replica in balancer.replicas] == [True, False]
             texts = []
             for _ in range(3):
                 await balancer.call("rollback")
-                texts.append([await ask(member.link) for member in balancer.members])
+                texts.append([await ask(replica.link) for replica in balancer.replicas])
             return before, after, texts
 
     before, after, texts = asyncio.run(run())
@@ -167,7 +168,7 @@ def test_weights_are_tried_by_one_engine(executable_cache, other):
             before = await ask(balancer)
             with pytest.raises(UserError, match="nowhere"):
                 await begin_trial(balancer, ("nowhere", *UPDATE), 60)
-            assert all(member.alive and not member.on_trial for member in balancer.members)
+            assert all(replica.alive and not replica.on_trial for replica in balancer.replicas)
             async with traffic(balancer) as told:
                 tried = await begin_trial(balancer, (other, *UPDATE), 60)
                 after = await ask(balancer, on_trial=True)
@@ -179,19 +180,19 @@ def test_weights_are_tried_by_one_engine(executable_cache, other):
             assert not any(number == "failed" for number, _ in told)
             tried = await begin_trial(balancer, (other, *UPDATE), 60)
             await end_trial(balancer, (other, *UPDATE))  # all have it
-            assert [await ask(member.link) for member in balancer.members] == [after] * 2
+            assert [await ask(replica.link) for replica in balancer.replicas] == [after] * 2
             await balancer.call("rollback")
-            assert [await ask(member.link) for member in balancer.members] == [before] * 2
-            # What one of them refuses, none has.
+            assert [await ask(replica.link) for replica in balancer.replicas] == [before] * 2
+            # Weights that one of them refuses, none has.
             tried = await begin_trial(balancer, (other, *UPDATE), 60)
             with pytest.raises(UserError):
                 await end_trial(balancer, ("nowhere", *UPDATE))
-            assert [await ask(member.link) for member in balancer.members] == [before] * 2
-            # Its engine dies: the trial is over, since nobody has them.
-            link = TrialLink(balancer, seed=0)
+            assert [await ask(replica.link) for replica in balancer.replicas] == [before] * 2
+            # Its engine dies: the trial is over, since no engine has the weights.
+            link = CanaryClient(balancer, seed=0)
             await link.try_weights((other, *UPDATE), CanaryOptions(weights=(0.5,)), 60)
             assert link.running and link.canary.state == RUNNING
-            next(member for member in balancer.members if member.on_trial).link.kill()
+            next(replica for replica in balancer.replicas if replica.on_trial).link.kill()
             while link.canary.state == RUNNING:
                 assert await ask(link) in (before, after)
                 await asyncio.sleep(0.02)
@@ -208,7 +209,8 @@ def test_trials_of_weights_over_http(executable_cache, other, tmp_path):
     keys = tmp_path / "keys"
     keys.write_text("admin")
     port = free_port()
-    server = Live(*SIZES, "--replicas", "2", "--admin-port", str(port), "--admin-keys", str(keys))
+    options = ("--replicas", "2", "--admin-port", str(port), "--admin-keys", str(keys))
+    server = Live(*SIZES, *options)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}/admin", timeout=60,
                           headers={"Authorization": "Bearer admin"}) as admin:

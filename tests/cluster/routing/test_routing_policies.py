@@ -1,4 +1,4 @@
-"""Policies over views that are written out: who is asked, who is chosen, and who never is."""
+"""Tests of the routing policy on views that are written out: which replicas are considered, and which is chosen."""
 
 from collections import Counter
 from dataclasses import replace
@@ -7,25 +7,19 @@ from random import Random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from qwen_kernels.attention import PAGE
 
 from qwen_jax.cluster.routing.policies import (
-    BLOCK,
     DECODE_TOKENS,
     PrefixIndex,
     ReplicaView,
-    RoundRobin,
-    block_hashes,
     cached_blocks,
     choose,
-    least_loaded,
-    random_choice,
-    score,
-    sent,
-    two_choices,
+    expected_wait,
     uncached_tokens,
     worth_moving,
 )
+from qwen_jax.cluster.simulation.policies import RoundRobin, least_loaded, random_choice, two_choices
+from qwen_jax.cluster.simulation.simulator import with_request
 from qwen_jax.errors import UserError
 
 POLICIES = (choose, random_choice, RoundRobin(), two_choices, least_loaded)
@@ -35,21 +29,6 @@ PROMPT = tuple(range(100, 110))  # ten blocks
 def shares(policy, views, blocks=PROMPT, draws=2000):
     rng = Random(0)
     return Counter(policy(views, blocks, rng) for _ in range(draws))
-
-
-def test_a_block_is_a_page():
-    assert BLOCK == PAGE
-
-
-def test_a_key_stands_for_its_block_and_all_before_it():
-    tokens = list(range(3 * BLOCK + 5))
-    keys = block_hashes(tokens)
-    assert len(keys) == 3 and len(set(keys)) == 3 and block_hashes(tuple(tokens)) == keys
-    other_end = block_hashes(tokens[:2 * BLOCK] + [7] * BLOCK)
-    assert other_end[:2] == keys[:2] and other_end[2] != keys[2]
-    other_start = block_hashes([7, *tokens[1:]])
-    assert not set(other_start) & set(keys) and not set(block_hashes(tokens, b"tenant")) & set(keys)
-    assert block_hashes(tokens[:BLOCK - 1]) == () and block_hashes([]) == ()
 
 
 def test_an_index_forgets_what_was_used_longest_ago_and_the_end_of_a_chain_first():
@@ -79,44 +58,44 @@ def test_an_index_never_has_a_block_without_those_before_it(prompts, capacity):
     for chain in chains:
         index.add(chain)
         assert len(index) <= capacity
-        assert all([key in index for key in one] == sorted((key in index for key in one), reverse=True)
-                   for one in chains)
+        assert all([key in index for key in chain] == sorted((key in index for key in chain), reverse=True)
+                   for chain in chains)
 
 
-def test_the_score_by_hand():
+def test_the_expected_wait_by_hand():
     view = ReplicaView("a", queued_prefill_tokens=1000, queued=2, running=3, prefix={100, 101, 102},
                        prefill_tokens_per_second=2000)
     assert uncached_tokens(view, PROMPT) == 7 * 64
-    assert score(view, PROMPT) == pytest.approx((1000 + 448 + 5 * DECODE_TOKENS) / 2000)
-    assert score(replace(view, kv_usage=0.5), PROMPT) == pytest.approx(score(view, PROMPT) * 16 / 15)
-    assert score(replace(view, kv_usage=1.0), PROMPT) == pytest.approx(score(view, PROMPT) * 1000)
+    assert expected_wait(view, PROMPT) == pytest.approx((1000 + 448 + 5 * DECODE_TOKENS) / 2000)
+    assert expected_wait(replace(view, kv_usage=0.5), PROMPT) == pytest.approx(expected_wait(view, PROMPT) * 16 / 15)
+    assert expected_wait(replace(view, kv_usage=1.0), PROMPT) == pytest.approx(expected_wait(view, PROMPT) * 1000)
 
 
 @given(st.integers(0, 10**6), st.integers(0, 100), st.integers(0, 100), st.floats(0, 1), st.integers(0, 10))
-def test_more_to_wait_for_is_a_higher_score(tokens, queued, running, usage, cached):
+def test_more_to_wait_for_is_a_longer_wait(tokens, queued, running, usage, cached):
     view = ReplicaView("a", tokens, queued, running, usage, prefix=frozenset(PROMPT[:cached]))
-    here = score(view, PROMPT)
+    here = expected_wait(view, PROMPT)
     assert here >= 0
-    assert score(replace(view, queued_prefill_tokens=tokens + 1), PROMPT) > here
-    assert score(replace(view, queued=queued + 1), PROMPT) > here
-    assert score(replace(view, running=running + 1), PROMPT) > here
-    assert score(replace(view, kv_usage=min(1.0, usage + 0.1)), PROMPT) >= here
-    assert score(replace(view, prefix=frozenset(PROMPT[:cached + 1])), PROMPT) <= here
-    assert score(replace(view, prefill_tokens_per_second=10_000), PROMPT) <= here
+    assert expected_wait(replace(view, queued_prefill_tokens=tokens + 1), PROMPT) > here
+    assert expected_wait(replace(view, queued=queued + 1), PROMPT) > here
+    assert expected_wait(replace(view, running=running + 1), PROMPT) > here
+    assert expected_wait(replace(view, kv_usage=min(1.0, usage + 0.1)), PROMPT) >= here
+    assert expected_wait(replace(view, prefix=frozenset(PROMPT[:cached + 1])), PROMPT) <= here
+    assert expected_wait(replace(view, prefill_tokens_per_second=10_000), PROMPT) <= here
 
 
 def test_what_was_sent_counts_before_the_next_report():
     index = PrefixIndex(100)
     view = ReplicaView("a", prefix=index)
-    first = sent(view, PROMPT)
+    first = with_request(view, PROMPT)
     assert (first.queued, first.queued_prefill_tokens) == (1, 640)
     index.add(PROMPT[:4])
-    second = sent(first, PROMPT)
+    second = with_request(first, PROMPT)
     assert (second.queued, second.queued_prefill_tokens) == (2, 640 + 6 * 64)
     rng, views = Random(0), [ReplicaView("a"), ReplicaView("b")]
     for _ in range(100):
         name = choose(views, PROMPT, rng)
-        views = [sent(view, PROMPT) if view.name == name else view for view in views]
+        views = [with_request(view, PROMPT) if view.name == name else view for view in views]
         assert abs(views[0].queued - views[1].queued) <= 1
 
 
@@ -153,7 +132,7 @@ def test_two_choices_and_the_fewest():
 
 
 def test_tokens_count_and_not_only_requests():
-    """Where one request of 30,000 tokens waits, or three of 100."""
+    """A replica with a waiting request of 30,000 tokens is worse than a replica with three of 100."""
     views = [ReplicaView("long", queued=1, queued_prefill_tokens=30_000),
              ReplicaView("short", queued=3, queued_prefill_tokens=300)]
     assert set(shares(choose, views)) == {"short"} and set(shares(two_choices, views)) == {"long"}

@@ -1,4 +1,4 @@
-"""The simulator against queueing theory, against steps computed by hand, and under whatever may happen."""
+"""Tests of the simulator against queueing theory, against steps computed by hand, and on random traces."""
 
 from collections import Counter
 from dataclasses import replace
@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_jax.cluster.routing.policies import RoundRobin, choose, least_loaded, random_choice, two_choices
-from qwen_jax.cluster.simulation.replica import Job, Replica
+from qwen_jax.cluster.routing.policies import choose
+from qwen_jax.cluster.simulation.policies import RoundRobin, least_loaded, random_choice, two_choices
+from qwen_jax.cluster.simulation.replica import Job, SimulatedReplica
 from qwen_jax.cluster.simulation.simulator import ServiceTimes, imbalance, simulate
-from qwen_jax.cluster.simulation.traces import CONTEXT, MOST_OUTPUT, Request, skewed_trace
+from qwen_jax.cluster.simulation.traces import CONTEXT, MAX_OUTPUT, TraceRequest, skewed_trace
 from qwen_jax.errors import UserError
 
 ONE_AT_A_TIME = ServiceTimes(base=0, per_prefill_token=1e-6, max_batch=1, chunk_tokens=1 << 40, kv_tokens=1 << 40)
@@ -20,10 +21,10 @@ ROUND = ServiceTimes(base=1, per_prefill_token=0.01, per_decode_row=0.1, chunk_t
 
 
 def poisson(requests, rate, service, seed=0):
-    """Requests of ``service`` seconds, one number or one for each, on `ONE_AT_A_TIME`."""
+    """Return requests of ``service`` seconds, a number for all or for each, on `ONE_AT_A_TIME`."""
     arrivals = np.random.default_rng(seed).exponential(1 / rate, requests).cumsum()
     tokens = np.broadcast_to(np.maximum(np.asarray(service) * 1e6, 1).astype(int), requests)
-    return [Request(arrival, size, 1) for arrival, size in zip(arrivals.tolist(), tokens.tolist())]
+    return [TraceRequest(arrival, size, 1) for arrival, size in zip(arrivals.tolist(), tokens.tolist())]
 
 
 # --- theory
@@ -61,7 +62,7 @@ def test_two_choices_wait_as_in_the_supermarket_model():
 
 
 def test_a_step_is_shared_by_prompts_and_answers():
-    a, b = Request(0.0, 100, 3), Request(1.0, 50, 2)
+    a, b = TraceRequest(0.0, 100, 3), TraceRequest(1.0, 50, 2)
     result = simulate([a, b], [ROUND], random_choice)
     # 0 to 2: A's prompt. To 3.6: B's prompt, A's second token. To 4.8: A's third, B's second.
     assert result.first_token == pytest.approx([2, 2.6]) and result.latency == pytest.approx([4.8, 3.8])
@@ -70,14 +71,14 @@ def test_a_step_is_shared_by_prompts_and_answers():
 
 
 def test_nothing_interrupts_a_dispatch_of_decode_steps():
-    trace = [Request(0.0, 100, 20), Request(2.5, 150, 1)]
+    trace = [TraceRequest(0.0, 100, 20), TraceRequest(2.5, 150, 1)]
     for steps, free in ((8, 2 + 8 * 1.1), (1, 2 + 1.1)):
         result = simulate(trace, [replace(ROUND, decode_steps=steps)], random_choice)
         assert result.first_token[1] == pytest.approx(free + 2.6 - 2.5)
 
 
 def test_a_long_prompt_comes_in_chunks_and_answers_go_on():
-    long, short = Request(0.0, 1000, 1), Request(0.5, 10, 2)
+    long, short = TraceRequest(0.0, 1000, 1), TraceRequest(0.5, 10, 2)
     result = simulate([long, short], [ROUND], random_choice)
     # 400 until 5, 400 until 10, 200 and the short one's 10 until 13.1.
     assert result.first_token == pytest.approx([13.1, 12.6])
@@ -86,16 +87,16 @@ def test_a_long_prompt_comes_in_chunks_and_answers_go_on():
 
 @pytest.mark.parametrize("times", [replace(ROUND, max_batch=1), replace(ROUND, kv_tokens=150)])
 def test_who_does_not_fit_waits(times):
-    result = simulate([Request(0.0, 100, 3), Request(1.0, 50, 1)], [times], random_choice)
+    result = simulate([TraceRequest(0.0, 100, 3), TraceRequest(1.0, 50, 1)], [times], random_choice)
     assert result.latency == pytest.approx([4.2, 4.2 + 1.5 - 1])
 
 
 def test_a_prefix_is_computed_once_per_replica():
     blocks = tuple(range(4))
-    trace = [Request(10.0 * i, 256 + 44, 1, (*blocks, 100 + i)[:4]) for i in range(1, 4)]
+    trace = [TraceRequest(10.0 * i, 256 + 44, 1, (*blocks, 100 + i)[:4]) for i in range(1, 4)]
     result = simulate(trace, [ROUND], random_choice)
     assert result.latency == pytest.approx([4, 1.44, 1.44]) and result.cached_share == pytest.approx(512 / 900)
-    at_once = [Request(0.1 * i, 1000, 1, tuple(range(15))) for i in range(1, 4)]
+    at_once = [TraceRequest(0.1 * i, 1000, 1, tuple(range(15))) for i in range(1, 4)]
     waited = simulate(at_once, [ROUND], random_choice)
     assert waited.cached_share == pytest.approx(2 * 960 / 3000), "who needs what is being computed waits for it"
     whole = simulate([replace(request, prompt_tokens=256) for request in trace], [ROUND], random_choice)
@@ -105,7 +106,7 @@ def test_a_prefix_is_computed_once_per_replica():
 
 
 def test_what_moved_away_is_not_found():
-    replica, request = Replica(ROUND, 100.0), Request(0.0, 300, 1, (1, 2, 3, 4))
+    replica, request = SimulatedReplica(ROUND, 100.0), TraceRequest(0.0, 300, 1, (1, 2, 3, 4))
     replica.put(Job(0, request), 0.0)
     replica.take_last(0.0)
     replica.put(Job(1, request), 0.0)
@@ -113,7 +114,7 @@ def test_what_moved_away_is_not_found():
     assert replica.begin_step(0.0) == pytest.approx(4) and replica.computed == 300 and replica.uncached == 0
 
 
-# --- whatever happens
+# --- random traces
 
 requests = st.lists(st.tuples(st.floats(0, 5), st.integers(1, 3000), st.integers(1, 60), st.integers(0, 3)),
                     min_size=1, max_size=60)
@@ -124,8 +125,8 @@ def trace_of(drawn):
     trace = []
     for index, (arrival, prompt, output, tenant) in enumerate(sorted(drawn)):
         blocks = tuple((tenant if block < 10 else -index, block) for block in range(prompt // 64))
-        trace.append(Request(arrival, prompt, output, blocks))
-    return [*trace, Request(6.0, 1, 1)]
+        trace.append(TraceRequest(arrival, prompt, output, blocks))
+    return [*trace, TraceRequest(6.0, 1, 1)]
 
 
 @settings(max_examples=60, deadline=None)
@@ -142,7 +143,7 @@ def test_every_request_ends_once_and_not_on_a_dead_replica(drawn, policy, replic
         return simulate(trace, [times] * replicas, policy() if policy is RoundRobin else policy, seed=seed,
                         report_seconds=report, rebalance_seconds=rebalance, deaths=deaths)
 
-    def end_step(replica, now, real=Replica.end_step):
+    def end_step(replica, now, real=SimulatedReplica.end_step):
         first, last = real(replica, now)
         ends.update(job.index for job in last)
         assert replica.alive and 0 <= replica.kv_used <= 5000 and replica.running <= batch
@@ -151,7 +152,7 @@ def test_every_request_ends_once_and_not_on_a_dead_replica(drawn, policy, replic
         return first, last
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Replica, "end_step", end_step)
+        patch.setattr(SimulatedReplica, "end_step", end_step)
         result = run()
     assert ends == Counter(range(len(trace)))
     assert (result.first_token > 0).all() and (result.latency >= result.first_token).all()
@@ -170,7 +171,7 @@ def test_the_dead_get_nothing_and_what_they_had_starts_again():
     counts = np.bincount(result.replica, minlength=4)
     assert counts[0] == 0 and 0 < counts[1] < counts[2] and result.busy[0] == 0
     assert result.in_flight[0] == 0
-    with pytest.raises(UserError, match="no replica is left at second 3"):
+    with pytest.raises(UserError, match="none is left at second 3"):
         simulate(trace, [ServiceTimes()] * 2, choose, deaths={0: 1.0, 1: 3.0})
 
 
@@ -181,7 +182,7 @@ def test_a_router_knows_what_was_reported_and_what_it_sent_since():
         seen.append([(view.queued, view.running, view.queued_prefill_tokens) for view in views])
         return "0"
 
-    trace = [Request(at, 128, 2, (index, -index)) for index, at in enumerate((0.0, 0.5, 3.0), 1)]
+    trace = [TraceRequest(at, 128, 2, (index, -index)) for index, at in enumerate((0.0, 0.5, 3.0), 1)]
     simulate(trace, [ROUND], policy, report_seconds=1.0)
     # Reported at 1: the first is in its first step, the second waits. At 2: the same. At 3: both run.
     assert seen == [[(0, 0, 0)], [(1, 0, 128)], [(0, 2, 0)]]
@@ -191,8 +192,8 @@ def test_a_router_knows_what_was_reported_and_what_it_sent_since():
 
 
 def crowded(rebalance):
-    """All that arrives within five seconds goes to the first of four replicas."""
-    trace = [Request(index / 20, 500, 20) for index in range(100)]
+    """Simulate requests of five seconds that all go to the first of four replicas."""
+    trace = [TraceRequest(index / 20, 500, 20) for index in range(100)]
     return simulate(trace, [ServiceTimes(max_batch=4)] * 4, lambda views, blocks, rng: "0",
                     rebalance_seconds=rebalance)
 
@@ -207,7 +208,7 @@ def test_moves_even_out_queues_and_what_runs_stays():
 
 
 def test_nobody_moves_to_where_it_waits_longer():
-    trace = [Request(0.0, 30_000, 1), *(Request(index / 100, 10, 20) for index in range(1, 20))]
+    trace = [TraceRequest(0.0, 30_000, 1), *(TraceRequest(index / 100, 10, 20) for index in range(1, 20))]
     policy = lambda views, blocks, rng: str(int(views[0].requests == views[1].requests == 0))  # noqa: E731
     result = simulate(trace, [ServiceTimes(max_batch=1)] * 2, policy, report_seconds=100, rebalance_seconds=0.1)
     assert result.moved == 0 and result.latency[0] > result.latency.max() - 1
@@ -216,20 +217,20 @@ def test_nobody_moves_to_where_it_waits_longer():
 def test_only_from_the_queue(monkeypatch):
     begun = set()
 
-    def begin_step(replica, now, real=Replica.begin_step):
+    def begin_step(replica, now, real=SimulatedReplica.begin_step):
         before = {job.index for job in replica.queue}
         end = real(replica, now)
         begun.update(before - {job.index for job in replica.queue})
         return end
 
-    def take_last(replica, now, real=Replica.take_last):
+    def take_last(replica, now, real=SimulatedReplica.take_last):
         before = replica.uncached
         job = real(replica, now)
         assert job.index not in begun and replica.uncached == before - 500
         return job
 
-    monkeypatch.setattr(Replica, "begin_step", begin_step)
-    monkeypatch.setattr(Replica, "take_last", take_last)
+    monkeypatch.setattr(SimulatedReplica, "begin_step", begin_step)
+    monkeypatch.setattr(SimulatedReplica, "take_last", take_last)
     assert crowded(0.05).moved and len(begun) == 100
 
 
@@ -263,7 +264,7 @@ def test_a_skewed_trace_is_skewed():
     assert (np.diff(arrivals) >= 0).all() and 5000 / arrivals[-1] == pytest.approx(10, rel=0.2)
     per_second = np.bincount(arrivals.astype(int))
     assert per_second.var() > 2 * per_second.mean(), "a Poisson process has a variance like its mean"
-    assert prompts.max() <= CONTEXT - MOST_OUTPUT and 1 <= outputs.min() and outputs.max() <= MOST_OUTPUT
+    assert prompts.max() <= CONTEXT - MAX_OUTPUT and 1 <= outputs.min() and outputs.max() <= MAX_OUTPUT
     assert np.percentile(prompts, 99) > 8 * np.median(prompts)
     assert all(len(request.blocks) == request.prompt_tokens // 64 for request in trace)
     uses = Counter(key for request in trace for key in request.blocks)
@@ -277,13 +278,13 @@ def test_a_shorter_or_faster_trace_has_the_same_requests():
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (([], [ROUND]), "a request and a replica"),
-    (([Request(1.0, 1, 1)], []), "a request and a replica"),
-    (([Request(2.0, 1, 1), Request(1.0, 1, 1)], [ROUND]), "sort the trace"),
-    (([Request(-1.0, 1, 1), Request(1.0, 1, 1)], [ROUND]), "from second 0"),
-    (([Request(0.0, 1, 1)], [ROUND]), "let the last be later"),
-    (([Request(1.0, 1, 0)], [ROUND]), "no answer"),
-    (([Request(1.0, 100, 100)], [ROUND, replace(ROUND, kv_tokens=199)]), "raise kv_tokens"),
+    (([], [ROUND]), "must not be empty"),
+    (([TraceRequest(1.0, 1, 1)], []), "must not be empty"),
+    (([TraceRequest(2.0, 1, 1), TraceRequest(1.0, 1, 1)], [ROUND]), "sort the trace"),
+    (([TraceRequest(-1.0, 1, 1), TraceRequest(1.0, 1, 1)], [ROUND]), "begin at second 0"),
+    (([TraceRequest(0.0, 1, 1)], [ROUND]), "the last arrival must be after second 0"),
+    (([TraceRequest(1.0, 1, 0)], [ROUND]), "must be 1 or more"),
+    (([TraceRequest(1.0, 100, 100)], [ROUND, replace(ROUND, kv_tokens=199)]), "kv_tokens must be at least 200"),
 ])
 def test_what_cannot_be_simulated_is_refused(arguments, message):
     with pytest.raises(UserError, match=message):
@@ -300,5 +301,5 @@ def test_times_that_cannot_be_are_refused(values, message):
 
 def test_a_trace_that_cannot_be_is_refused():
     for arguments in ((0, 1.0, 0), (10, 0.0, 0)):
-        with pytest.raises(UserError, match="a trace needs"):
+        with pytest.raises(UserError, match="of a trace must be"):
             skewed_trace(*arguments)

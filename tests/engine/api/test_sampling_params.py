@@ -1,4 +1,4 @@
-"""SamplingParams: what is accepted, what is refused with which sentence, how unset options are filled."""
+"""SamplingParams: accepted values, refusals and their sentences, values of unset options."""
 
 import math
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""StructuredOutput: what is accepted, what is refused with which sentence, other people's names for it."""
+"""StructuredOutput: accepted values, refusals and their sentences, OpenAI's and vLLM's names."""
 
 import json
 

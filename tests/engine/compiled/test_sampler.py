@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from qwen_jax.engine.api.sampling_params import SamplingParams
 from qwen_jax.engine.compiled import sampler, topk_topp
 from qwen_jax.engine.compiled.sampler import IN_PROMPT, MAX_BIAS
-from qwen_jax.engine.runner.padded_batch import neutral_rows, pack_rows
+from qwen_jax.engine.runner.padded_batch import pack_rows
 from qwen_jax.errors import UserError
 
 sample = jax.jit(sampler.sample)
@@ -28,7 +28,7 @@ CLOSE = 2e-5  # cumulative probabilities closer than this are the same to float3
 
 
 def run(logits, requests, counts=None, limit=None):
-    """requests: (params, step, banned) per row, resolved here; row r uses slot r."""
+    """Sample a token per row. requests: (params, step, banned) per row, resolved here; row r uses slot r."""
     rows = pack_rows([(params.resolved(), step, banned) for params, step, banned in requests], len(logits))
     counts = np.zeros(logits.shape, np.int32) if counts is None else counts
     slots = np.arange(len(logits), dtype=np.int32)
@@ -37,7 +37,7 @@ def run(logits, requests, counts=None, limit=None):
 
 
 def reference_scores(logits, params, count, banned=()):
-    """Float64 logits [V] after penalties and bias. count: i32[V] as the engine keeps it."""
+    """Return float64 logits [V] after penalties and bias. count: i32[V] as the engine keeps it."""
     scores = np.float64(logits).copy()
     generated = count & (IN_PROMPT - 1)
     scores = np.where(count != 0, np.where(scores > 0, scores / params.repetition_penalty,
@@ -50,7 +50,7 @@ def reference_scores(logits, params, count, banned=()):
 
 
 def reference_probabilities(scores, params, close=CLOSE):
-    """Float64 [V] after temperature, top-k, top-p, min-p, by sorting; None when a cut is too close to call."""
+    """Return float64 [V] after temperature, top-k, top-p, min-p, by sorting; None when a cut is too close to call."""
     weights = np.exp((scores - scores.max()) / params.temperature)
     probabilities = weights / weights.sum()
     if 0 < params.top_k < len(scores):
@@ -73,7 +73,7 @@ def reference_probabilities(scores, params, close=CLOSE):
 
 
 def assert_draws(tokens, numbers, probabilities):
-    """tokens[r] is where numbers[r] falls in the cumulative probabilities; never an id of probability 0."""
+    """Check that tokens[r] is where numbers[r] falls in the cumulative probabilities, and not of probability 0."""
     cumulative = np.cumsum(probabilities)
     expected = np.minimum(np.searchsorted(cumulative, numbers, side="right"), len(probabilities) - 1)
     clear = np.abs(cumulative[None, :] - numbers[:, None]).min(axis=1) > CLOSE
@@ -265,7 +265,7 @@ def test_a_row_gets_the_same_result_alone_and_beside_any_neighbour():
 
 
 def test_a_threshold_does_not_move_while_a_neighbour_needs_more_passes():
-    """Where float32 sums leave several ids undecided, more passes would decide them by chance."""
+    """More passes would decide by chance about ids that float32 sums leave undecided."""
     targets = jnp.arange(1, VOCAB, 10)
     values = jnp.tile(jnp.linspace(0.1, 1, VOCAB), (len(targets), 1))
     values = values.at[-1].set(0.5)  # all tie: its gap stays too wide for as many passes as there can be
@@ -402,7 +402,7 @@ def test_every_option_runs_in_one_executable():
     once = jax.jit(lambda *args: sampler.sample(*args))  # a function of its own: jit shares caches by function
     logits, counts = np.zeros((4, VOCAB), np.float32), np.zeros((4, VOCAB), np.int32)
     slots, limit = np.arange(4, dtype=np.int32), np.int32(VOCAB)
-    once(logits, neutral_rows(4), counts, slots, limit)
+    once(logits, pack_rows((), 4), counts, slots, limit)
     for options in MIXED:
         once(logits, pack_rows([(SamplingParams(seed=1, **options).resolved(), 3, (1,))], 4), counts, slots, limit)
     assert once._cache_size() == 1
@@ -415,7 +415,7 @@ def test_the_compiled_program_does_not_sort_the_vocabulary():
         out = sampler.sample(logits, rows, counts, slots, limit)
         return out.tokens, out.top_ids[:, :5], out.top_logprobs[:, 2]  # a slice of top-k once brought the sort back
 
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), neutral_rows(8))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), pack_rows((), 8))
     args = (
         jax.ShapeDtypeStruct((8, vocab), jnp.float32), shapes, jax.ShapeDtypeStruct((16, vocab), jnp.int32),
         jax.ShapeDtypeStruct((8,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32),
@@ -482,6 +482,6 @@ def test_packed_rows_hold_each_option_in_its_place():
     assert first == [0.25, 0, 0.5, 0.125, 1.5, -1.0, 2.0, 2**32 - 1, 12, 0]
     assert rows.bias_ids[0, :4].tolist() == [5, 8, 9, -1]
     assert rows.bias_values[0, :4].tolist() == [-2.0, -np.inf, -np.inf, 0.0]
-    for field, neutral in zip(rows, neutral_rows(3), strict=True):
+    for field, neutral in zip(rows, pack_rows((), 3), strict=True):
         np.testing.assert_array_equal(field[1:], neutral)
         assert field.dtype == neutral.dtype

@@ -11,7 +11,7 @@ from qwen_jax.engine.frontend.detokenizer import Detokenizer
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """Byte-level, one token per byte and a few merges, so that most characters beyond ASCII span tokens."""
+    """A byte-level tokenizer, one token per byte and a few merges: most characters beyond ASCII span tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: index for index, token in enumerate([*alphabet, "th", "the", "lo"])}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[("t", "h"), ("th", "e"), ("l", "o")]))
@@ -23,7 +23,7 @@ def tokenizer():
 
 
 def stream(tokenizer, ids, stop=()):
-    """Feed ids until stopped: (pieces, text, tokens used)."""
+    """Feed ids until stopped; return (pieces, text, tokens used)."""
     decoder, pieces, used = Detokenizer(tokenizer, stop), [], 0
     for token in ids:
         pieces.append(decoder.add(token))

@@ -1,6 +1,6 @@
-"""Grammars: whatever is drawn from the masks is an answer of the right form, and nothing else can be drawn.
+"""Grammars: answers drawn from the masks have the right form, and no other answers can be drawn.
 
-Those that cannot be used are refused in one line when asked for, or are an error when the answer cannot go on.
+Grammars that cannot be used are refused in one line when they are given, or are an error when the answer cannot go on.
 """
 
 import json
@@ -51,15 +51,15 @@ def compiler(tokenizer):
 
 
 def allowed(matcher):
-    """Ids of the mask."""
-    row = np.full(WORDS, 0xDEADBEEF, np.uint32)
-    matcher.fill(row)
+    """Return the ids of the mask."""
+    row = matcher.mask().view(np.uint32)
+    assert len(row) == WORDS
     ids = np.arange(WORDS * 32, dtype=np.uint32)
     return np.flatnonzero((row[ids // 32] >> ids % 32) & 1).tolist()
 
 
 def walk(matcher, tokenizer, seed, check=lambda text, can_end: None, limit=2000):
-    """Draws tokens until the end, those that close something more often; (ids without end-of-sequence, text)."""
+    """Draw tokens until the end, preferring brackets and quotes; return (ids without end-of-sequence, text)."""
     rng, ids = np.random.default_rng(seed), []
     closing = {i for i in range(len(tokenizer)) if set(tokenizer.decode([i])) & set('"}]')}
     while len(ids) < limit:
@@ -155,9 +155,8 @@ def test_special_tokens_and_padding_are_no_text(compiler, tokenizer):
 
 def test_ids_beyond_a_smaller_vocabulary_are_never_allowed(tokenizer):
     matcher = GrammarCompiler(tokenizer, 900, (899,)).matcher(StructuredOutput(regex=r"[\s\S]*"))
-    row = np.zeros(29, np.int32)
-    matcher.fill(row)
-    bits = np.unpackbits(row.view(np.uint8), bitorder="little")
+    bits = np.unpackbits(matcher.mask().view(np.uint8), bitorder="little")
+    assert len(bits) == 29 * 32
     assert bits[:899].sum() > 500 and bits[899] and not bits[900:].any()
 
 
@@ -171,28 +170,6 @@ def test_end_of_sequence_is_refused_in_the_middle(compiler, tokenizer):
     assert allowed(matcher) == tokenizer.encode("b") and not matcher.finished
 
 
-@settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 99), data=st.data())
-def test_rollback_is_as_if_it_never_happened(compiler, tokenizer, seed, data):
-    spec = StructuredOutput(json_schema=PERSON)
-    matcher = compiler.matcher(spec)
-    ids, _ = walk(matcher, tokenizer, seed)
-    ids.append(EOS[0])
-    for token in EOS[: data.draw(st.integers(0, 2))]:  # a caller may go on past the end
-        matcher.accept(token)
-        ids.append(token)
-    while ids:
-        count = data.draw(st.integers(1, len(ids)))
-        matcher.rollback(count)
-        ids = ids[: len(ids) - count]
-        fresh = compiler.matcher(spec)
-        for token in ids:
-            fresh.accept(token)
-        assert (allowed(matcher), matcher.finished) == (allowed(fresh), fresh.finished)
-    with pytest.raises(ValueError, match="cannot take back"):
-        matcher.rollback(1)
-
-
 def test_a_copy_advances_on_its_own(compiler, tokenizer):
     matcher = compiler.matcher(StructuredOutput(json_schema=PERSON))
     for token in tokenizer.encode('{"name"'):
@@ -201,9 +178,6 @@ def test_a_copy_advances_on_its_own(compiler, tokenizer):
     _, rest = walk(copy, tokenizer, 1)
     assert is_person(json.loads('{"name"' + rest))
     assert allowed(matcher) == before and copy.finished and not matcher.finished
-    copy = matcher.copy()
-    copy.rollback(len(tokenizer.encode('{"name"')))
-    assert allowed(copy) == allowed(compiler.matcher(StructuredOutput(json_schema=PERSON)))
 
 
 def test_several_threads_ask_a_new_compiler_at_once(tokenizer, monkeypatch):
@@ -271,14 +245,14 @@ def test_a_bad_grammar_is_refused_in_one_line(compiler, spec, message):
 
 @pytest.mark.parametrize("spec, text", [
     (StructuredOutput(regex="((a{1000}){1000}){100}"), "aaa"),  # found by accept
-    (StructuredOutput(grammar='start: "a" rest\nrest: rest "b"'), "a"),  # by fill: nothing can follow
+    (StructuredOutput(grammar='start: "a" rest\nrest: rest "b"'), "a"),  # no mask: nothing can follow
 ])  # fmt: skip
 def test_a_grammar_that_cannot_go_on_ends_with_an_error(compiler, tokenizer, spec, text):
     matcher = compiler.matcher(spec)
     with pytest.raises(GrammarError, match="cannot be followed further"):
         for token in tokenizer.encode(text):
             matcher.accept(token)
-            matcher.fill(np.zeros(WORDS, np.int32))
+            matcher.mask()
     assert not matcher.finished
 
 

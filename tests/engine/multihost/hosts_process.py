@@ -1,4 +1,4 @@
-"""One of the two processes of test_hosts.py: ``python hosts_process.py PART PORT PROCESS FOLDER``."""
+"""Program of the two processes of test_hosts.py: ``python hosts_process.py PART PORT PROCESS FOLDER``."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def refusal(call, *arguments, **options) -> str:
 
 
 def lead(engine: Engine, folder: Path) -> dict:
-    """Everything that an engine does, over both processes. What "only_here" names is in process 0's folder alone."""
+    """Use an engine of both processes and return what it answers. Only process 0's folder has "only_here"."""
     found = {"greedy": tokens(engine), "sampled": tokens(engine, SAMPLED)}
     found["no_adapter"] = refusal(engine.load_adapter, "b", "only_here/adapter")
     engine.load_adapter("a", folder / "adapter")
@@ -65,7 +65,7 @@ def main() -> None:
                   ("data", {"tp_size": 4, "dp_size": 2}))}
         found["different"] = refusal(engine_of, folder, max_adapters=1 + process, warmup=False)
     engine = engine_of(folder, warmup=part != "wait")
-    found["from_disk"] = all(one.from_disk for one in engine.runner.executables.programs.values())
+    found["from_disk"] = all(program.from_disk for program in engine.runner.executables.programs.values())
     if process == 0 and part == "work":
         found.update(lead(engine, folder))
     if process == 1:

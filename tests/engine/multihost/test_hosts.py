@@ -1,4 +1,4 @@
-"""An engine over two processes with four devices each: the answers of one device, and what happens when one dies."""
+"""An engine over two processes with four devices each: the answers of one device, and the end when a process dies."""
 import json
 import os
 import signal
@@ -27,7 +27,7 @@ CONFIG = shrunk("7b", dtype="float32", num_layers=2)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two versions of a model and an adapter; and folders to run in, of which only the first has copies of them."""
+    """Two versions of a model, an adapter, and two folders to run in, of which the first has links to these."""
     root = tmp_path_factory.mktemp("hosts")
     for seed in (0, 1):
         save_hf(init(CONFIG, seed, "float32"), CONFIG, root / f"v{seed}")
@@ -50,8 +50,9 @@ class Pair:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        project = HERE.parents[1]
-        environment = {**os.environ, "PYTHONPATH": f"{project}{os.pathsep}{project / 'kernels'}"}
+        project = HERE.parents[2]
+        places = project, project / "kernels", project / "tests", project / "tests" / "engine"
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, places))}
         self.processes = [subprocess.Popen(
             [sys.executable, HERE / "hosts_process.py", part, str(port), str(process), folder], env=environment,
             cwd=folder / str(process), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -60,18 +61,18 @@ class Pair:
     def found(self, process: int, seconds: float = 300) -> dict:
         path, end = self._folder / f"{self._part}{process}.json", time.monotonic() + seconds
         while not path.exists():
-            ended = [one for one in self.processes if one.poll() is not None]
+            ended = [process for process in self.processes if process.poll() is not None]
             assert not ended and time.monotonic() < end, "\n".join(self.outputs())
             time.sleep(0.1)
         return json.loads(path.read_text())
 
     def outputs(self) -> list[str]:
-        for one in self.processes:
-            one.kill()
-        return [one.communicate()[0] for one in self.processes]
+        for process in self.processes:
+            process.kill()
+        return [process.communicate()[0] for process in self.processes]
 
     def kill_and_wait(self, victim: int) -> tuple[float, str]:
-        """Seconds until the other had ended, and what it printed."""
+        """Kill a process; return the seconds until the other had ended, and what that printed."""
         other = self.processes[1 - victim]
         self.processes[victim].send_signal(signal.SIGKILL)
         began = time.monotonic()
@@ -88,8 +89,8 @@ def pair(folder):
         return pairs[-1]
 
     yield start
-    for one in pairs:
-        one.outputs()
+    for started in pairs:
+        started.outputs()
 
 
 def test_two_processes_answer_as_one_device_and_end_together(pair, folder):
@@ -104,9 +105,10 @@ def test_two_processes_answer_as_one_device_and_end_together(pair, folder):
     assert found["updated"] == tokens(alone) != found["greedy"] and found["version"] == 1
     assert found["compiles"] == 0
     assert "process 1" in found["no_adapter"] and "process 1" in found["no_weights"]
-    for one in (found, follower):
-        assert "leaves devices" in one["half"] and "one replica of one stage" in one["stages"] == one["data"]
-        assert "process 1 made another engine" in one["different"]
+    for refused in (found, follower):
+        assert "leaves devices" in refused["half"]
+        assert "one replica of one stage" in refused["stages"] == refused["data"]
+        assert "process 1 made another engine" in refused["different"]
     assert "could fail half-way" in found["in_place"] and "folder" in found["module"] and "its plan" in found["reshard"]
     assert "call follow()" in follower["generate"] == follower["load_adapter"]
     seconds, printed = both.kill_and_wait(1)  # while process 0 generates
@@ -117,8 +119,8 @@ def test_two_processes_answer_as_one_device_and_end_together(pair, folder):
 def test_others_return_when_process_0_closes(pair):
     both = pair("end")
     assert both.found(0)["from_disk"] and both.found(1)["from_disk"]  # what the test before kept
-    printed = [one.communicate(timeout=120)[0] for one in both.processes]
-    assert [one.returncode for one in both.processes] == [0, 0], printed
+    printed = [process.communicate(timeout=120)[0] for process in both.processes]
+    assert [process.returncode for process in both.processes] == [0, 0], printed
     assert "the engine is closed" in printed[0] and "followed to the end" in printed[1]
 
 

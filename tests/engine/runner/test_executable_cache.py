@@ -1,4 +1,4 @@
-"""Programs on the disk: whose they are, and what their names depend on."""
+"""Programs on disk: their owners, and what their names depend on."""
 
 import ast
 import importlib
@@ -47,7 +47,7 @@ def test_folder_and_files_are_their_owners_alone(tmp_path):
     assert [stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()] == [0o600]
 
 
-def test_a_program_is_found_again_and_by_nobody_else(tmp_path):
+def test_a_program_is_found_again_under_the_same_configuration_only(tmp_path):
     assert not prepare(tmp_path).from_disk
     assert prepare(tmp_path).from_disk
     assert not prepare(tmp_path, "another configuration").from_disk
@@ -74,7 +74,7 @@ SOURCES = {"qwen_jax": Path(qwen_jax.__file__).parent, "qwen_kernels": Path(qwen
 
 
 def test_a_changed_constant_in_any_traced_file_is_another_digest(tmp_path):
-    """In a copy of the sources, file by file."""
+    """Checked in a copy of the sources, file by file."""
     for name, folder in SOURCES.items():
         shutil.copytree(folder, tmp_path / name, ignore=lambda at, names: {n for n in names if n.startswith("__py")})
     trees = tmp_path / "qwen_jax", tmp_path / "qwen_kernels"
@@ -89,7 +89,7 @@ def test_a_changed_constant_in_any_traced_file_is_another_digest(tmp_path):
 
 
 def imported(module, seen):
-    """Adds to ``seen`` what a module of ours imports when it is imported, directly or not."""
+    """Add to ``seen`` the modules of ours that a module imports, directly or not."""
     if module in seen:
         return
     seen.add(module)
@@ -102,8 +102,8 @@ def imported(module, seen):
                     imported(name, seen)
 
 
-def test_whatever_steps_import_is_in_the_digest():
-    """So that a program cannot depend on a source that does not change its name."""
+def test_all_that_steps_import_is_in_the_digest():
+    """A program then cannot depend on a source that does not change its name."""
     reached = set()
     for entry in ("compiled.steps", "weights.model_shard", "weights.weight_sharding"):
         imported(f"qwen_jax.engine.{entry}", reached)

@@ -1,4 +1,4 @@
-"""What the programs of one device in tensor parallelism do: which collectives, how many bytes and operations."""
+"""Programs of one device in tensor parallelism: their collectives, bytes and operations."""
 
 from collections import Counter
 from dataclasses import replace
@@ -9,8 +9,7 @@ from parallel_bench import LIMITS, engine_of, shrunk
 from qwen_jax import Engine
 from qwen_jax.config import PRESETS
 from qwen_jax.engine.config.memory import weight_bytes
-from qwen_jax.engine.core.replica import Blueprint, Deployment
-from qwen_jax.engine.runner.model_runner import Key
+from qwen_jax.engine.core.replica import Deployment
 from qwen_jax.engine.scheduling.buckets import Limits
 from qwen_jax.engine.weights.model_shard import OVERLAP_FROM
 from qwen_jax.parallel.plan import make_plan
@@ -19,8 +18,10 @@ KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "collective
 
 
 def collectives(lowered) -> Counter:
-    """(kind, shape and type of the result) of every collective in a lowered program, before XLA has seen it. The body
-    of a loop and the branches of a condition count once, a function as often as it is called."""
+    """Count the collectives in a lowered program, before XLA has seen it, by kind and type of the result.
+
+    The body of a loop and the branches of a condition count once, a function as often as it is called.
+    """
     module = lowered.compiler_ir("stablehlo")
     functions = _functions(module)
     found: Counter = Counter()
@@ -44,7 +45,7 @@ def collectives(lowered) -> Counter:
 
 def program(engine, phase):
     bucket = next(bucket for bucket in engine.runner.table if bucket.phase == phase)
-    return engine.runner._lower(Key(bucket, 0))
+    return engine.runner._lower((bucket, 0))
 
 
 @pytest.mark.parametrize("size, tensor", [("7b", 4), ("0.5b", 3)])
@@ -87,12 +88,12 @@ def test_a_large_prefill_divides_the_tokens_between_products(monkeypatch):
 def in_halves(monkeypatch, tensor) -> Engine:
     monkeypatch.setattr("qwen_jax.engine.weights.model_shard.SCATTER_FROM", 256)
     monkeypatch.setitem(OVERLAP_FROM, "cpu", 256)
-    return engine_of("7b", tp_size=tensor, limits=Limits(4, 256, ((1, 256),), (), (4,), 4), warmup=False)
+    return engine_of("7b", tp_size=tensor, limits=Limits(4, 256, ((1, 256),), (), (4,), decode_steps=4), warmup=False)
 
 
 @pytest.mark.parametrize("tensor, share", [(4, 32), (3, None)])
 def test_the_largest_prefills_go_in_two_halves(tensor, share, monkeypatch):
-    """As many bytes in twice as many collectives; where halves do not divide over the devices, sums of all."""
+    """Twice as many collectives move the same bytes; where halves do not divide over the devices, sums are whole."""
     engine = in_halves(monkeypatch, tensor)
     layers, hidden, vocab = engine.config.num_layers, engine.config.hidden_size, engine.plan.layout.vocab
     sums = {("reduce_scatter", f"tensor<1x{share}x{hidden}xf32>"): 2 * (2 * layers + 1),
@@ -107,8 +108,7 @@ def test_the_largest_prefills_go_in_two_halves(tensor, share, monkeypatch):
 
 
 def test_devices_compute_one_half_while_they_exchange_the_other(monkeypatch):
-    """For every sum of a layer there are products that neither wait for it nor it for them. In one piece there
-    are none."""
+    """Every sum of a layer has products that neither wait for it nor it for them. In one piece there are none."""
     for halves in (True, False):
         engine = in_halves(monkeypatch, 3)
         if not halves:
@@ -121,7 +121,7 @@ def test_devices_compute_one_half_while_they_exchange_the_other(monkeypatch):
 
 
 def products_beside_sums(lowered, shape: str) -> list[int]:
-    """For every sum of this shape and type, how many products of its block could run at the same time."""
+    """Return, for every sum of this shape and type, how many products of its block could run at the same time."""
     module = lowered.compiler_ir("stablehlo")
     functions, found = _functions(module), []
 
@@ -149,7 +149,7 @@ def _functions(module) -> dict:
 
 
 def taken(op) -> set:
-    """The values that an operation and those inside it use."""
+    """Return the values that an operation and the operations inside it use."""
     names = set(op.operation.operands)
     return names.union(*(taken(inner) for region in op.operation.regions for block in region
                          for inner in block.operations))
@@ -168,36 +168,37 @@ def test_one_device_has_none():
 
 
 def deployment(config, tensor, dtype="bfloat16") -> Deployment:
-    """Nothing is allocated."""
+    """Return a deployment of which nothing is allocated."""
     from qwen_kernels.sparse_attention import Sparsity
 
-    from qwen_jax.engine.config.engine_config import precision_of
+    from qwen_jax.engine.config.resolve import ResolvedConfig, precision_of
     from qwen_jax.engine.scheduling.buckets import bucket_table
     from qwen_jax.engine.scheduling.schedule_policy import DEFAULT_POLICY
 
-    blueprint = Blueprint(config, dtype, precision_of(config, False, None), None, bucket_table(LIMITS), LIMITS,
-                          DEFAULT_POLICY, (Sparsity(),) * config.num_layers, config.vocab_size)
-    return Deployment(make_plan(config, tensor=tensor), blueprint)
+    resolved = ResolvedConfig(config, dtype, precision_of(config, False, None), bucket_table(LIMITS), LIMITS,
+                              policy=DEFAULT_POLICY, sparsity=(Sparsity(),) * config.num_layers,
+                              vocab_limit=config.vocab_size)
+    return Deployment(make_plan(config, tensor=tensor), resolved)
 
 
 def test_72b_on_eight_devices_takes_an_eighth_of_the_memory_on_each():
     config = PRESETS["qwen2.5-72b"]
-    one = deployment(config, 8)
-    assert one.bytes_per_device <= weight_bytes(config, "bfloat16", one.blueprint.precision) / 8 * 1.03
-    part = one.sharding.parts[0]
-    assert part.local.num_kv_heads * 8 == config.num_kv_heads  # and so of keys and values
+    divided = deployment(config, 8)
+    assert divided.bytes_per_device <= weight_bytes(config, "bfloat16", divided.config.precision) / 8 * 1.03
+    shard = divided.sharding.shards[0]
+    assert shard.device_config.num_kv_heads * 8 == config.num_kv_heads  # and so of keys and values
 
 
 def test_72b_on_eight_devices_takes_an_eighth_of_the_operations_on_each():
-    """Compiled, not run; of two layers, embedding and head."""
-    limits = Limits(32, 128, ((1, 64),), (), (32,), 1)
+    """Programs of two layers, embedding and head are compiled, not run."""
+    limits = Limits(32, 128, ((1, 64),), (), (32,))
     config = replace(PRESETS["qwen2.5-72b"], num_layers=2)
     flops = []
     for tensor in (1, 8):
         engine = Engine(_shapes(config), limits=limits, tp_size=tensor, dtype="bfloat16", warmup=False, cache_dir=None,
                         kv_cache_bytes=1 << 30, progress=False)
         compiled = [program(engine, phase).compile() for phase in ("prefill", "decode")]
-        flops.append([one.cost_analysis()["flops"] for one in compiled])
+        flops.append([executable.cost_analysis()["flops"] for executable in compiled])
     for whole, part in zip(*flops, strict=True):
         assert part <= whole / 8 * 1.03
         assert part >= whole / 8 * 0.99  # nothing was left out

@@ -1,4 +1,4 @@
-"""A simulated clock: what a step costs is made up, and regret is counted exactly."""
+"""The bandit on a simulated clock, with made-up costs of steps and exact regret."""
 
 import random
 
@@ -12,7 +12,7 @@ SHIFT = [[1, .7, .6, 1.2, 1.5, 1.8], [1, 1.6, 1.3, .7, .9, 1.5]]  # costs of six
 
 
 def play(phases, steps=500, noise=0.1, seed=0, slack=0.1):
-    """Cost of the bandit, and of every fixed choice."""
+    """Return the cost of the bandit, and of every fixed choice."""
     rng, bandit = random.Random(seed), Bandit(len(phases[0]), slack)
     total, fixed = 0.0, [0.0] * len(phases[0])
     for step in range(steps):
@@ -45,19 +45,19 @@ def test_without_a_better_choice_it_stays_with_the_default():
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.lists(st.floats(0.1, 5), min_size=2, max_size=2), min_size=20, max_size=300), st.floats(0.02, 0.3))
-def test_never_slower_than_the_default_by_more_than_the_bound(others, slack):
-    """Whatever the others cost, from step to step: the default costs 1."""
+def test_never_slower_than_the_default_by_more_than_the_bound(alternatives, slack):
+    """The default costs 1; the alternatives cost anything, from step to step."""
     bandit, total = Bandit(3, slack), 0.0
-    for costs in others:
+    for costs in alternatives:
         choice = bandit.choose()
         cost = [1.0, *costs][choice]
         bandit.record(choice, cost, 1)
         total += cost
-    assert total <= (1 + slack) * len(others) + 5 + 1e-6, "beyond one step of the dearest kind"
+    assert total <= (1 + slack) * len(alternatives) + 5 + 1e-6, "beyond one step of the dearest kind"
 
 
 def test_an_adversary_that_waits_for_trust():
-    """Cheap until there is credit, then dear: the credit is small."""
+    """Costs are low until there is credit, then high: the credit is small."""
     bandit = Bandit(2, 0.1)
     for _ in range(200):
         choice = bandit.choose()
@@ -73,7 +73,7 @@ def test_an_adversary_that_waits_for_trust():
 
 
 def test_cost_is_per_unit_of_work():
-    """A choice that does a tenth in a fifth of the time is the slower one."""
+    """A choice that does a tenth of the work in a fifth of the time is slower."""
     bandit = Bandit(2)
     chosen = []
     for _ in range(300):

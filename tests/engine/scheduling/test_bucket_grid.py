@@ -1,4 +1,4 @@
-"""What a tuned value reaches: the bucket table, the choice of a prefill, the kernel's tiles."""
+"""Effects of tuned values: on the bucket table, the choice of a prefill bucket, the kernel's tiles."""
 
 from dataclasses import replace
 
@@ -48,17 +48,18 @@ def test_tiles_change_the_program_and_not_the_result(tokens):
     k, v = (jnp.asarray(rng.normal(size=(9, 2, PAGE, 16)), jnp.float32) for _ in range(2))
     table = jnp.asarray([[1, 2, 3, 4], [5, 6, 7, 8]], jnp.int32)
     length = jnp.asarray([200, 256], jnp.int32)
+    arguments = q, k, v, table, length - tokens, length
 
     def run(pages):
         with attention_tiles(pages):
-            lowered = jax.jit(lambda *x: paged_attention(*x)).lower(q, k, v, table, length - tokens, length)
-        return lowered.as_text(), lowered.compile()(q, k, v, table, length - tokens, length)
+            lowered = jax.jit(lambda *x: paged_attention(*x)).lower(*arguments)
+        return lowered.as_text(), lowered.compile()(*arguments)
 
     before = xla.CHUNK_PAGES, xla.DECODE_CHUNK_PAGES
     texts, results = zip(*map(run, (0, 1, 2)))
     spans = [f"tensor<2x2x{pages * PAGE}x16xf32>" for pages in (4, 1, 2)]  # keys of both rows and heads in one chunk
     for text, span in zip(texts, spans):
-        assert [one for one in spans if one in text] == [span]
+        assert [shape for shape in spans if shape in text] == [span]
     assert before == (xla.CHUNK_PAGES, xla.DECODE_CHUNK_PAGES)
     for result in results[1:]:
         np.testing.assert_allclose(result, results[0], rtol=2e-5, atol=2e-6)

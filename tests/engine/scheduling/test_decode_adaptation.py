@@ -1,13 +1,12 @@
-"""Which choices there are, and that what they cost comes back to the right one."""
+"""Choices of decode steps, and what is learnt from their costs."""
 
 import pytest
 
 from qwen_jax import Engine, SamplingParams
 from qwen_jax.engine.scheduling.buckets import Bucket
-from qwen_jax.engine.scheduling.decode_adaptation import Adaptation, Choice
+from qwen_jax.engine.scheduling.decode_adaptation import Choice, DecodeAdaptation
 from qwen_jax.engine.scheduling.schedule_policy import FULL
-from qwen_jax.engine.scheduling.sequence import Sequence
-from qwen_jax.engine.scheduling.step_plan import PlannedRow, StepPlan
+from qwen_jax.engine.scheduling.sequence import PlannedRow, Sequence, StepPlan
 from qwen_jax.errors import UserError
 
 ROWS = (2, 8, 16, 32, 64)
@@ -19,8 +18,8 @@ def plan(bucket_rows, rows, count, phase="decode"):
 
 
 def test_the_default_comes_first_and_others_are_narrower_or_shorter():
-    adaptation = Adaptation(ROWS, 8, 0.05)
-    assert adaptation.choices(40, False) == tuple(Choice(*one) for one in (
+    adaptation = DecodeAdaptation(ROWS, 8, 0.05)
+    assert adaptation.choices(40, False) == tuple(Choice(*size) for size in (
         (64, 8), (64, 1), (32, 8), (32, 1), (16, 8), (16, 1)))
     assert adaptation.choices(40, True) == (Choice(64, 1), Choice(32, 1), Choice(16, 1))
     assert adaptation.choices(1, False) == (Choice(2, 8), Choice(2, 1))
@@ -28,11 +27,11 @@ def test_the_default_comes_first_and_others_are_narrower_or_shorter():
 
 
 def test_one_shape_leaves_only_the_length_of_a_dispatch():
-    assert Adaptation((64,), 8, 0.05).choices(3, False) == (Choice(64, 8), Choice(64, 1))
+    assert DecodeAdaptation((64,), 8, 0.05).choices(3, False) == (Choice(64, 8), Choice(64, 1))
 
 
 def drive(adaptation, seconds, decoding=64, steps=400):
-    """seconds: of a dispatch, by rows and tokens. Returns the choices and their times."""
+    """Let decode steps take ``seconds(rows, steps)``. Return (choice, seconds, tokens) of each."""
     taken = []
     for _ in range(steps):
         choice = adaptation.choose(decoding, False)
@@ -47,19 +46,19 @@ def test_it_learns_that_half_as_many_rows_are_faster():
     def seconds(rows, steps):
         return (1e-3 + 1e-4 * rows * (2 if rows == 64 else 1)) * steps
 
-    taken = drive(Adaptation(ROWS, 8, 0.05), seconds)
+    taken = drive(DecodeAdaptation(ROWS, 8, 0.05), seconds)
     assert sum(choice.rows < 64 for choice, *_ in taken[-100:]) > 80
-    assert sum(one[1] for one in taken) / sum(one[2] for one in taken) < 0.8 * seconds(64, 3) / (64 * 3)
+    assert sum(took for _, took, _ in taken) / sum(tokens for *_, tokens in taken) < 0.8 * seconds(64, 3) / (64 * 3)
 
 
 def test_no_choice_makes_a_dispatch_longer():
-    taken = drive(Adaptation(ROWS, 8, 0.05), lambda rows, steps: 2.5e-4 * rows * steps)
+    taken = drive(DecodeAdaptation(ROWS, 8, 0.05), lambda rows, steps: 2.5e-4 * rows * steps)
     assert all(took <= 0.05 + 1e-9 or choice.steps == 1 for choice, took, _ in taken)
     assert max(choice.steps for choice, *_ in taken) > 1
 
 
 def test_prefills_teach_nothing():
-    adaptation = Adaptation(ROWS, 8, 0.05)
+    adaptation = DecodeAdaptation(ROWS, 8, 0.05)
     adaptation.choose(64, False)
     adaptation.record(plan(64, 64, 1, "prefill"), 1.0)
     assert adaptation.report() == {"64 rows": {}}

@@ -64,7 +64,7 @@ def test_kept_pages_are_found_shared_and_evicted_last_and_longest_unused_first()
     assert pool.num_free == 5 and pool.match([b"a", b"b", b"x", b"c"]) == [a, b]
     pool.share([c])
     assert pool.num_free == 4 and not pool.is_idle(c) and pool.is_idle(a)
-    assert not {a, b, c} & set(pool.allocate(2)), "pages that nobody kept come first"
+    assert not {a, b, c} & set(pool.allocate(2)), "pages that were not kept come first"
     assert pool.allocate(1) == [b] and pool.match([b"a"]) == [a] and pool.match([b"b"]) == []
     assert pool.allocate(1) == [a] and not pool.can_allocate(1) and pool.match([b"c"]) == [c]
 
@@ -122,8 +122,10 @@ def test_forgotten_pages_and_those_after_them_are_not_found():
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Owners take, keep, share and return pages in any order; the model is the set of pages each one holds, and what
-    was kept under which key."""
+    """Owners that take, keep, share and return pages in any order.
+
+    The model is the pages that each owner holds, and the page that was kept under each key.
+    """
 
     def __init__(self):
         super().__init__()

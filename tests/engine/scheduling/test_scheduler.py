@@ -1,4 +1,4 @@
-"""What the scheduler plans, refuses and frees, case by case."""
+"""Plans, refusals and freed pages of the scheduler, case by case."""
 
 from dataclasses import replace
 
@@ -133,7 +133,7 @@ def test_abort_in_flight_frees_within_the_call_and_the_commit_skips_it():
 
 
 def test_abort_of_an_unknown_request_says_so():
-    assert Bench(capacity=5).scheduler.abort("nobody") is False
+    assert Bench(capacity=5).scheduler.abort("unknown") is False
 
 
 # --- refusals
@@ -243,7 +243,7 @@ def test_preempted_requests_return_in_their_order_and_before_newcomers():
 
 
 @pytest.mark.parametrize("together", [False, True])
-def test_nobody_is_admitted_into_certain_preemption(together):
+def test_no_sequence_is_admitted_into_certain_preemption(together):
     bench = Bench(capacity=4)
     bench.add(60, 80)  # will need 3 pages
     if not together:
@@ -299,7 +299,7 @@ def test_rows_beyond_the_bucket_and_groups_of_attention_take_turns(lengths):
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one():
-    """At most for the chunk under way, a decode step, and one chunk that goes by rank."""
+    """The wait is at most the chunk that runs, a decode step, and one chunk that goes by rank."""
     bench = Bench(capacity=60, limits=default_limits(max_seq_len=2500), policy=SchedulePolicy())
     long = bench.add(2400, 1)
     bench.step()
@@ -398,12 +398,12 @@ def test_a_finished_answer_is_found_by_the_next_turn():
     assert bench.computed - computed == 141 - 128
 
 
-@pytest.mark.parametrize("other", [{"salt": b"x"}, {"reusable": 63}, {"alike": 63}])
-def test_what_must_not_be_shared(other):
+@pytest.mark.parametrize("difference", [{"salt": b"x"}, {"reusable": 63}, {"alike": 63}])
+def test_pages_that_must_not_be_shared(difference):
     bench = Bench(capacity=40)
     bench.add(length=140, max_new_tokens=1, alike=128)
     bench.drain()
-    bench.add(**{"length": 140, "max_new_tokens": 1, "alike": 128} | other)
+    bench.add(**{"length": 140, "max_new_tokens": 1, "alike": 128} | difference)
     bench.drain()
     assert bench.computed == 2 * 140
 
@@ -416,7 +416,7 @@ def test_one_token_at_least_is_computed():
     assert bench.computed == 128 + 64
 
 
-def test_whoever_waits_goes_on_when_the_leader_is_aborted():
+def test_a_sequence_that_waits_for_pages_goes_on_when_the_leader_is_aborted():
     bench = Bench(capacity=40)
     leader, follower = bench.add(length=290, alike=256), bench.add(length=290, alike=256)
     bench.step()

@@ -1,4 +1,4 @@
-"""What one dispatch computes: several tokens, drafts, one version of the weights, the same whatever runs beside it."""
+"""Contents of one dispatch: several tokens, drafts, one version of the weights, no dependence on other sequences."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ from qwen_jax.engine.scheduling.sequence import State
 STEPS_LIMITS = replace(LIMITS, decode_steps=8)
 
 
-def test_a_dispatch_samples_several_tokens_while_nobody_else_could_begin():
+def test_a_dispatch_samples_several_tokens_while_no_other_sequence_could_begin():
     bench = Bench(capacity=30, limits=STEPS_LIMITS)
     first = bench.add(10, 20)
     bench.step(steps=8)
@@ -29,7 +29,7 @@ def test_a_dispatch_samples_several_tokens_while_nobody_else_could_begin():
     assert first.finish_reason == "length" and len(first.output) == 20
 
 
-def test_a_dispatch_is_short_while_somebody_waits():
+def test_a_dispatch_is_short_while_a_sequence_waits():
     bench = Bench(capacity=60, limits=replace(default_limits(max_seq_len=2500), decode_steps=8),
                   policy=SchedulePolicy())
     bench.add(10, 200), bench.step(), bench.add(2400, 1)
@@ -39,7 +39,7 @@ def test_a_dispatch_is_short_while_somebody_waits():
 
 @pytest.mark.parametrize("options, counts", [
     ({"burst": 1}, [1, 1, 1]), ({"min_new_tokens": 4}, [3, 8, 4]), ({}, [8, 7]), ({"max_new_tokens": 12}, [8, 3])])
-def test_what_shortens_a_row(options, counts):
+def test_limits_that_shorten_a_row(options, counts):
     bench = Bench(capacity=30, limits=STEPS_LIMITS)
     bench.add(**{"length": 284, "max_new_tokens": 17} | options)
     while (plan := bench.step(steps=8)).bucket.phase == "prefill":
@@ -128,7 +128,7 @@ def test_a_restarted_sequence_forgets_its_answer_but_not_its_place():
 # --- independence of the others
 
 
-def test_invariant_sequences_compute_the_same_chunks_whatever_runs_beside_them():
+def test_invariant_sequences_compute_the_same_chunks_beside_any_others():
     limits = Limits(6, 900, ((1, 256),), (), (6,))
     policy = SchedulePolicy(recompute_above_rows=6)
 

@@ -1,4 +1,4 @@
-"""The scheduler under any requests in any order: nothing leaks, everything finishes, every text is its own."""
+"""The scheduler under any requests in any order: no page leaks, every request finishes, every text is right."""
 
 import random
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The generator, held against a judge that reads nothing but the text."""
+"""Generated examples, checked by rules that read only the text."""
 import collections
 import itertools
 import json
@@ -22,7 +22,7 @@ def before(text, word):
 
 
 def broken_rules(text):
-    """The rules that the last transaction of a prompt breaks, from the text alone."""
+    """Return the rules that the last transaction of a prompt breaks, judged by the text alone."""
     profile = text[:text.index("History")]
     rows = [m.groups() for line in text.splitlines() if (m := PAYMENT.match(line))]
     _, city, amount, _, merchant, _, card, device, user, category = rows[-1]

@@ -1,4 +1,4 @@
-"""The generated day, and payments as a service is asked about them."""
+"""The generated day, and requests to a screening service."""
 import itertools
 import json
 import random

@@ -1,12 +1,12 @@
-"""Scores on hand-made answers."""
+"""Scores of hand-made answers."""
 import numpy as np
 import pytest
+from bpe_tokenizer import train_tokenizer
 
 from qwen_jax.errors import UserError
 from qwen_jax.evaluation.fraud.accounts import PATTERNS
 from qwen_jax.evaluation.fraud.score import answers_in_one_pass, score
 from qwen_jax.evaluation.fraud.task import generate
-from qwen_jax.training.tokenizer import train_tokenizer
 
 
 def test_perfect_answers():
@@ -39,12 +39,12 @@ def test_majority_of_an_unbalanced_file():
 
 
 def test_a_missing_answer_is_refused():
-    with pytest.raises(UserError, match="1 answers for 2 examples"):
+    with pytest.raises(UserError, match="at least one, not 1 answers for 2 examples"):
         score(["legit R00"], generate(0, "heldout", 2))
 
 
 def test_one_pass_reads_the_prediction_at_each_position_of_the_answer():
-    """A stand-in model that knows the next token says the right answers; one that is shifted does not."""
+    """A stand-in model that knows the next token gives the right answers; a shifted model does not."""
     tokenizer = train_tokenizer(["fraud legit"], 280)
     examples = generate(3, "heldout", 10)
 

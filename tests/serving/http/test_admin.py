@@ -1,4 +1,4 @@
-"""Other weights over HTTP, while requests are answered."""
+"""Updates of the weights over HTTP, while requests are answered."""
 import json
 import os
 import shutil
@@ -115,9 +115,9 @@ def test_what_is_refused_changes_nothing(pair, folders, keys):
     # Keys and ports are apart.
     assert httpx.get(f"{admin.base_url}/admin/weights", headers={"Authorization": "Bearer x"}).status_code == 401
     assert server.http.get("/admin/weights").status_code == 404
-    # One at a time.
+    # Updates run one at a time.
     with ThreadPoolExecutor(6) as threads:
-        codes = [one.status_code for one in threads.map(
+        codes = [answer.status_code for answer in threads.map(
             lambda _: admin.post("/admin/weights", json={"source": str(folders / "other")}), range(6))]
     assert codes.count(202) >= 1 and set(codes) <= {202, 409} and 409 in codes
 
@@ -131,8 +131,8 @@ def test_servers_of_a_machine_share_the_host_copy(executable_cache, folders, key
     before = set(root.iterdir()) if root.exists() else set()
     ports, servers = [free_port(), free_port()], []
     try:
-        servers = [Live(*SIZES, "--share-weights", "--admin-port", str(port), "--admin-keys", str(keys),
-                        model=str(first), wait=False) for port in ports]
+        arguments = [*SIZES, "--share-weights", "--admin-keys", str(keys)]
+        servers = [Live(*arguments, "--admin-port", str(port), model=str(first), wait=False) for port in ports]
         for server in servers:
             server.wait_until_ready()
         assert len(set(root.iterdir()) - before) == 1

@@ -68,11 +68,12 @@ def test_the_dashboard_shows_metrics_that_exist(server):
              for name in re.findall(r"qwen_jax_\w+", target["expr"])}
     server.post("/v1/completions", ASK)
     there = {name for name, *_ in metrics(server)}
+    assert not any(name.endswith("_created") for name in there)  # of no use, and as many again
     only_on_gpus = {"qwen_jax_device_utilization_ratio", "qwen_jax_device_memory_used_bytes",
                     "qwen_jax_device_memory_limit_bytes", "qwen_jax_device_largest_free_block_bytes"}
     not_yet = {"qwen_jax_fp8_fallbacks_total"}  # a sample for each layer that had one
     assert len(asked) > 20 and asked - there <= only_on_gpus | not_yet
-    source = (ROOT / "qwen_jax" / "serving" / "metrics.py").read_text()
+    source = (ROOT / "qwen_jax" / "serving" / "engine_process" / "engine_metrics.py").read_text()
     for name in (only_on_gpus | not_yet) & asked:
         words = name.removeprefix("qwen_jax_").removeprefix("device_").removesuffix("_total")
         assert f'"{words}"' in source, name

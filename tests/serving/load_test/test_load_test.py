@@ -308,8 +308,8 @@ def test_bad_input(make, said):
         make()
 
 
-@pytest.mark.parametrize("line, said", [("{", "line 2, is no JSON"), ("3", "line 2, is neither"),
-                                        ('{"text": ""}', "neither"), ('{"messages": []}', "only the chat")])
+@pytest.mark.parametrize("line, said", [("{", "line 2, must be JSON"), ("3", "line 2, must be"),
+                                        ('{"text": ""}', "must be {"), ('{"messages": []}', "only the chat")])
 def test_bad_prompts(tmp_path, line, said):
     path = tmp_path / "prompts.jsonl"
     path.write_text(f'{{"prompt": "one"}}\n{line}\n')

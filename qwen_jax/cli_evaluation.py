@@ -1,0 +1,192 @@
+"""Subcommands ``eval``, which scores a model on tasks, and ``calibrate``, which finds sparse and 8-bit settings."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from qwen_jax.cli_options import add_command, add_model, add_options
+from qwen_jax.errors import UserError
+from qwen_jax.serving.options import EngineOptions
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    from qwen_jax.engine.engine import Engine
+    from qwen_jax.evaluation.longcontext.report import heat_map, table
+    from qwen_jax.evaluation.longcontext.samples import FAMILIES
+    from qwen_jax.evaluation.longcontext.suite import check, evaluate
+
+    lengths = _lengths(args.lengths)
+    for option in ("picture", "recall"):
+        if (name := getattr(args, option)) and not name.endswith(".png"):
+            raise UserError(f"--{option} must be a PNG file, whose name ends in .png, not {name}")
+    families = args.families.split(",") if args.families else tuple(FAMILIES)
+    check(lengths, families, args.samples)
+    engine = Engine.from_pretrained(args.model, dtype=args.dtype, max_seq_len=lengths[-1],
+                                    max_batch_size=args.batch_size, progress=sys.stderr.isatty() or not args.json,
+                                    **({} if args.selector is None else _attention(args.model, args.selector)))
+    if engine.tokenizer is None:
+        raise UserError(f"{args.model} has no tokenizer, and the tasks are text")
+    cells = []
+    for cell in evaluate(_greedy(engine), engine.tokenizer, lengths, families, samples=args.samples, seed=args.seed):
+        cells.append(cell)
+        low, high = cell.interval
+        if args.json:
+            print(json.dumps({**dataclasses.asdict(cell), "accuracy": cell.accuracy, "low": low, "high": high}),
+                  flush=True)
+        _say(f"{cell.family} at {cell.length:,}: {cell.right} of {cell.samples} right")
+    if not args.json:
+        print(table(cells))
+    if args.picture:
+        heat_map(cells, args.picture, f"long context, {args.model}")
+        _say(args.picture)
+    if args.recall:
+        _draw_recall(args, lengths)
+
+
+def _lengths(text: str) -> list[int]:
+    """Parse the value of ``--lengths``, such as ``4096,8192``, into numbers of tokens, ascending and distinct."""
+    try:
+        return sorted({int(length) for length in text.split(",")})
+    except ValueError:
+        raise UserError(f"--lengths must be numbers of tokens, such as 4096,8192, not {text!r}") from None
+
+
+def _draw_recall(args: argparse.Namespace, lengths: list[int]) -> None:
+    """Draw the picture of ``--recall``: the share of full attention that sparse attention finds with each selector.
+
+    A selector chooses the KV-cache pages that a query reads. The texts are those that calibration uses.
+    """
+    from qwen_kernels.sparse_attention import SELECTORS
+
+    from qwen_jax.checkpoint import load_model, load_tokenizer, resolve
+    from qwen_jax.evaluation.calibrate_sparsity import default_texts
+    from qwen_jax.evaluation.compare_selectors import compare, picture
+
+    source = resolve(args.model)
+    model, tokenizer = load_model(source, "float32"), load_tokenizer(source)
+    points = [point for length in lengths for point in compare(
+        model, default_texts(tokenizer, length, args.seed), list(SELECTORS), progress=_say)]
+    picture(points, args.recall, f"selectors on {args.model}")
+    _say(args.recall)
+
+
+def _attention(model: str, selector: str) -> dict[str, Any]:
+    """Return keywords of `Engine` that set the attention of long prompts.
+
+    ``selector`` names the method that chooses the KV-cache pages to read; "dense" reads all of them.
+    """
+    from qwen_kernels.sparse_attention import SELECTORS, Sparsity
+
+    from qwen_jax.checkpoint import read_sparsity, resolve
+    from qwen_jax.engine.scheduling.schedule_policy import SchedulePolicy
+
+    if selector not in ("dense", *SELECTORS):
+        raise UserError(f"--selector must be one of dense, {', '.join(SELECTORS)}, not {selector}")
+    if selector == "dense":
+        return {"policy": SchedulePolicy(sparse_above_tokens=1 << 30)}
+    source = resolve(model)
+    layers = read_sparsity(source.path, source.config) or (Sparsity(),) * source.config.num_layers
+    return {"sparsity": [dataclasses.replace(layer, selector=selector) for layer in layers]}
+
+
+def _greedy(engine: Any) -> Callable[[list[list[int]], list[int]], list[str]]:
+    """Return a function that generates greedy answers to prompts (token ids), each with its largest token count."""
+    from qwen_jax.engine.api.sampling_params import SamplingParams
+
+    def generate(prompts: list[list[int]], max_tokens: list[int]) -> list[str]:
+        params = [SamplingParams(max_tokens=limit, temperature=0.0, repetition_penalty=1.0) for limit in max_tokens]
+        return [output.text for output in engine.generate(prompts, params)]
+
+    return generate
+
+
+def calibrate(args: argparse.Namespace) -> None:
+    from qwen_jax.checkpoint import load_model, load_tokenizer, resolve
+    from qwen_jax.evaluation.calibrate_sparsity import default_texts
+    from qwen_jax.training.examples import read_examples
+
+    source = resolve(args.model)
+    tokenizer = load_tokenizer(source)
+    if tokenizer is None:
+        raise UserError(f"{args.model} has no tokenizer, and the texts to calibrate with are text")
+    if args.data:
+        texts = [example.tokens for example in read_examples([args.data], tokenizer, args.length, skip_bad=True)]
+    else:
+        texts = default_texts(tokenizer, args.length)
+    (_calibrate_eight_bit if args.fp8 else _calibrate_sparsity)(args, source, load_model(source, "float32"), texts)
+
+
+def _calibrate_sparsity(args: argparse.Namespace, source: Any, model: Any, texts: list[Any]) -> None:
+    from qwen_kernels.sparse_attention import Sparsity
+
+    from qwen_jax.checkpoint import write_sparsity
+    from qwen_jax.evaluation.calibrate_sparsity import calibrate
+
+    result = calibrate(model, texts, Sparsity(budget=args.budget), _say)
+    measured = {"tokens": args.length, "density": float(result.after.density),
+                "divergence": float(result.after.divergence),
+                "divergence_before": float(result.before.divergence)}
+    path = write_sparsity(args.output or source.path, result.layers, measured)
+    dense = sum(len(layer.dense_heads) for layer in result.layers)
+    print(f"{dense} of {source.config.num_layers * source.config.num_kv_heads} heads dense, budgets "
+          f"{', '.join(f'{layer.budget:g}' for layer in result.layers)}: density {result.after.density:.3f}, "
+          f"divergence {result.before.divergence:.4f} to {result.after.divergence:.4f} nats: {path}")
+
+
+def _calibrate_eight_bit(args: argparse.Namespace, source: Any, model: Any, texts: list[Any]) -> None:
+    from qwen_jax.checkpoint import write_calibrated
+    from qwen_jax.evaluation.calibrate_precision import calibrate_eight_bit
+
+    result = calibrate_eight_bit(model, texts, _say)
+    precision = result.found.precision
+    path = write_calibrated(args.output or source.path, result.found, {
+        "tokens": sum(map(len, texts)), "divergence": result.divergence, "loss": result.loss,
+        "loss_in_full_precision": result.full_loss})
+    pages = ", ".join(f"{count} {kind}" for kind, count in Counter(precision.kv_cache).items())
+    print(f"8-bit matrices in {sum(precision.weights)} of {source.config.num_layers} layers, embedding and head "
+          f"{'8-bit' if precision.tables else '16-bit'}, pages of layers: {pages}; divergence {result.divergence:.4f} "
+          f"nats, loss {result.loss - result.full_loss:+.4f} nats: {path}")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def add_eval(commands: Any) -> None:
+    parser = add_command(commands, "eval", evaluate, "Score a model on a suite of tasks with exact answers.")
+    add_model(parser)
+    parser.add_argument("--suite", choices=["longcontext"], default="longcontext", help="tasks (default: longcontext)")
+    parser.add_argument("--lengths", default="4096", metavar="N[,N...]", help="tokens of prompt and answer, such as "
+                        "4096,8192 (default: 4096)")
+    parser.add_argument("--families", metavar="NAME[,NAME...]", help="families of tasks (default: all)")
+    parser.add_argument("--samples", type=int, default=50, metavar="N", help="samples of each family at each length "
+                        "(default: 50)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default: 0)")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at once (default: 8)")
+    parser.add_argument("--picture", metavar="FILE.png", help="heat map of the scores")
+    parser.add_argument("--selector", help="attention of long prompts: dense (full attention), pyramid (the default), "
+                        "quest, strided, ...")
+    parser.add_argument("--recall", metavar="FILE.png", help="picture of how much of full attention every selector "
+                        "finds, by density")
+    parser.add_argument("--json", action="store_true", help="one JSON object per family and length")
+    add_options(parser, EngineOptions, ("dtype",))
+
+
+def add_calibrate(commands: Any) -> None:
+    parser = add_command(commands, "calibrate", calibrate, "Find how sparse a model's attention may be, or which parts "
+                         "of it may be 8-bit, and keep that beside its weights, where the engine looks.")
+    add_model(parser)
+    parser.add_argument("--fp8", action="store_true", help="which parts may be 8-bit: layers, types and ranges of "
+                        "pages")
+    parser.add_argument("--data", metavar="FILE", help="JSONL as for training, with texts like those of the model's "
+                        "work (default: conversations of the long-context suite)")
+    parser.add_argument("--length", type=int, default=4096, metavar="N", help="tokens of each text (default: 4096)")
+    parser.add_argument("--budget", type=float, default=2.0, metavar="X", help="pages by rank: X * log2(pages) "
+                        "(default: 2)")
+    parser.add_argument("-o", "--output", metavar="DIR", help="folder to write to (default: the model's own)")

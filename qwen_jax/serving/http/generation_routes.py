@@ -1,0 +1,51 @@
+"""Routes that generate text: chats and completions, with OpenAI's protocol."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from qwen_jax.serving.http.openai_objects import Reply
+from qwen_jax.serving.http.protocol import ChatRequest, CompletionRequest
+from qwen_jax.serving.http.service import Service
+from qwen_jax.serving.http.streaming import respond
+from qwen_jax.serving.ipc.engine_client import Answer
+from qwen_jax.serving.ipc.errors import ApiError
+
+
+def generation_routes(service: Service) -> APIRouter:
+    """Return a router with the routes that generate text: chat completions and completions."""
+    routes = APIRouter()
+
+    @routes.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        """Generate the model's answers to a conversation, whole or as a stream."""
+        service.check_open()
+        params = body.params()
+        conversation = body.conversation()
+        reply = Reply(body.model, chat=True, count=body.n or 1, tools=bool(conversation["tools"]),
+                      logprobs=bool(body.logprobs))
+        service.note_prompt(request, conversation)
+        return await respond(service, body, request, reply, [service.start(body, conversation, params)])
+
+    @routes.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """Generate continuations of one or several prompts, whole or as a stream."""
+        service.check_open()
+        prompts, params = body.prompts(), body.params()
+        if body.logprobs is not None:
+            params["logprobs"] = body.logprobs
+        service.note_prompt(request, prompts)
+        reply = Reply(body.model, chat=False, count=len(prompts) * (body.n or 1), tools=False,
+                      logprobs=body.logprobs is not None)
+        answers: list[Answer] = []
+        try:
+            for prompt in prompts:
+                answers.append(service.start(body, prompt, params))
+        except ApiError:
+            for answer in answers:
+                service.link.close(answer)
+            raise
+        return await respond(service, body, request, reply, answers)
+
+    return routes
