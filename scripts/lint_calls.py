@@ -10,7 +10,8 @@ import ast
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from lint_prose import ROOT, report
+
 MOST_ARGUMENTS, MOST_LINES = 5, 60
 LONG: dict[str, str] = {}  # file:function, and why it stays whole
 # Array constructors and tree functions, whose arguments are alike.
@@ -32,15 +33,5 @@ def problems(path: Path) -> list[str]:
     return [f"{shown}:{number}: {text}" for number, text in sorted(found)]
 
 
-def main() -> int:
-    """Print every problem in the files and folders that the command line names; by default of the project's code."""
-    names = sys.argv[1:] or [ROOT / name for name in ("qwen_jax", "kernels", "scripts")]
-    places = [Path(name).resolve() for name in names]
-    files = [file for place in places for file in (sorted(place.rglob("*.py")) if place.is_dir() else [place])]
-    found = [line for file in files for line in problems(file)]
-    print("\n".join(found) or "no problems")
-    return bool(found)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(report(problems))

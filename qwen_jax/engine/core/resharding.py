@@ -11,6 +11,7 @@ from qwen_jax.engine.core.engine_core import EngineCore
 from qwen_jax.engine.core.replica import Deployment, Replica
 from qwen_jax.engine.runner import kv_transfer
 from qwen_jax.engine.scheduling.page_pool import pages_for
+from qwen_jax.engine.scheduling.scheduler import rank
 from qwen_jax.engine.scheduling.sequence import Sequence, State
 from qwen_jax.engine.weights.weight_store import VersionedWeights
 
@@ -105,7 +106,7 @@ def _put_into(replicas: list[Replica], taken: list[TakenReplica]) -> dict[int | 
     waiting = [seq for one in taken for seq in one.waiting]
     running = [(item, source, index) for source, replica in enumerate(taken)
                for index, item in enumerate(replica.running)]
-    for item, source, index in sorted(running, key=lambda entry: _rank(entry[0].seq)):
+    for item, source, index in sorted(running, key=lambda entry: rank(entry[0].seq)):
         target = _with_room(replicas, item, [pages[number, source] for number in range(len(replicas))])
         if target is None:
             item.seq.discard_computed()
@@ -119,7 +120,7 @@ def _put_into(replicas: list[Replica], taken: list[TakenReplica]) -> dict[int | 
         places, new_pages = zip(*pages[target, source].items(), strict=True)
         kv_transfer.write(replicas[target].runner.transfers, new_pages, new_slots,
                           taken[source].contents.select(places, indices))
-    for seq in sorted(waiting, key=_rank):
+    for seq in sorted(waiting, key=rank):
         replica_of[seq.request_id] = min(replicas, key=lambda replica: replica.scheduler.num_sequences)
         replica_of[seq.request_id].scheduler.add(seq)
     return replica_of
@@ -149,7 +150,3 @@ def _adopt(replica: Replica, item: TakenSequence, page_of: dict[int, int]) -> No
     fresh = scheduler.pool.allocate(len(missing) + item.empty_pages)
     page_of.update(zip(missing, fresh[: len(missing)], strict=True))
     scheduler.adopt(item.seq, [page_of[place] for place in item.places] + fresh[len(missing):])
-
-
-def _rank(seq: Sequence) -> tuple[int, int]:
-    return seq.priority, seq.arrival

@@ -34,7 +34,7 @@ from qwen_jax.errors import UserError
 
 ALL_ROWS = UNLIMITED  # rows of a decode step: as many as its bucket has
 RANK_EVERY = 4  # of this many prefill steps, one goes by rank
-_rank = attrgetter("priority", "arrival")  # the lowest is admitted first and preempted last
+rank = attrgetter("priority", "arrival")  # the lowest is admitted first and preempted last
 Propose = Callable[[Sequence], list[int]]  # drafts of the tokens after the last one of a sequence
 
 
@@ -156,7 +156,7 @@ class Scheduler:
         if seq.arrival < 0:
             seq.arrival = next(self._arrivals)
         self._register(seq)
-        bisect.insort(self.waiting, seq, key=_rank)
+        bisect.insort(self.waiting, seq, key=rank)
 
     def adopt(self, seq: Sequence, pages: list[int]) -> None:
         """Take over a running sequence of another scheduler, in `pages` of this one's pool.
@@ -165,7 +165,7 @@ class Scheduler:
         slot.
         """
         self._register(seq)
-        bisect.insort(self.running, seq, key=_rank)
+        bisect.insort(self.running, seq, key=rank)
         seq.state, seq.pages, seq.slot = State.RUNNING, pages, heapq.heappop(self._free_slots)
         for index, key in enumerate(seq.keys[:seq.num_kept]):
             self.pool.keep(key, pages[index], seq.keys[index - 1] if index else seq.salt)
@@ -344,7 +344,7 @@ class Scheduler:
     def _admit(self, seq: Sequence, kept: list[int], batch_size: int) -> None:
         """Give a waiting sequence a slot and pages to run; the cached pages `kept` are shared for it already."""
         self.waiting.remove(seq)
-        bisect.insort(self.running, seq, key=_rank)
+        bisect.insort(self.running, seq, key=rank)
         seq.state = State.RUNNING
         seq.slot = heapq.heappop(self._free_slots)
         seq.pages = kept + self._pool(seq).allocate(pages_for(seq.prefill_end) - len(kept))
@@ -410,7 +410,7 @@ class Scheduler:
         for (attention, _, wide), members in groups.items():
             buckets = sorted(self._buckets("decode", attention, wide), key=attrgetter("rows", "tokens"))
             chosen = members[:min(max_rows, buckets[-1].rows)]
-            chosen.sort(key=_rank)  # a row can then only preempt rows that are not planned yet
+            chosen.sort(key=rank)  # a row can then only preempt rows that are not planned yet
             drafts = self._drafts(chosen, buckets, propose) if propose else {}
             steps = min(steps, *(seq.burst for seq in chosen))  # a row that samples one token would wait for the others
             rows = []
@@ -471,7 +471,7 @@ class Scheduler:
         self._release(seq)
         seq.discard_computed()
         seq.state = State.WAITING
-        bisect.insort(self.waiting, seq, key=_rank)
+        bisect.insort(self.waiting, seq, key=rank)
 
     def _release(self, seq: Sequence) -> None:
         """Free the pages and the slot of a running sequence."""
