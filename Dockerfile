@@ -20,7 +20,7 @@ VOLUME /cache
 USER 10001
 WORKDIR /home/qwen
 EXPOSE 8000
-# The first start compiles. /health answers from the beginning, /ready once the server is warm.
+# /health answers from the beginning, /ready once the first programs are compiled.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
 ENTRYPOINT ["qwen-jax"]

@@ -72,7 +72,7 @@ def plan(args: argparse.Namespace) -> None:
 
 def compile_programs(args: argparse.Namespace) -> None:
     engine = _compile(args, args.output)
-    print(f"{len(engine.runner.executables.programs)} executables in {args.output}")
+    print(f"{len(engine.runner.executables.programs)} programs in {args.output}")
 
 
 def _compile(args: argparse.Namespace, cache_dir: Any) -> Any:
@@ -91,10 +91,13 @@ def _print_buckets(engine: Any, as_json: bool) -> None:
     """Print the operations, memory and preparation time of each bucket's program (one per shape of a step)."""
     rows = []
     for bucket in engine.runner.table:
-        program, = engine.runner.programs(bucket)
-        rows.append({"bucket": str(bucket), "gflops": program.flops / 1e9, "accessed_mb": program.bytes_accessed / 1e6,
-                     "temporary_mb": program.temp_bytes / 1e6, "seconds": program.seconds,
-                     "from_disk": program.from_disk})
+        programs = engine.runner.programs.of(bucket)
+        runs = [engine.runner.executables.programs[key] for key in engine.runner.steps.runs(bucket)]
+        rows.append({"bucket": str(bucket), "gflops": sum(program.flops for program in runs) / 1e9,
+                     "accessed_mb": sum(program.bytes_accessed for program in runs) / 1e6,
+                     "temporary_mb": max(program.temp_bytes for program in programs) / 1e6,
+                     "seconds": engine.runner.programs.seconds[bucket],
+                     "from_disk": all(program.from_disk for program in programs)})
     if as_json:
         for row in rows:
             print(json.dumps(row))

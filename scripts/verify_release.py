@@ -69,7 +69,7 @@ def verify(model: str, count: int) -> dict[str, tuple[bool, str]]:
                          f"largest difference {worst:.1e} (bar {LOGIT_TOLERANCE:.0e}, relative to a tenth of the "
                          f"largest logit), argmax equal at {agree} of {total} positions")}
     longest = max(map(len, prompts)) + count + 1
-    engine = Engine(ours, max_batch_size=8, max_seq_len=longest, cache_dir=None)
+    engine = Engine(ours, warmup="full", max_batch_size=8, max_seq_len=longest, cache_dir=None)
     outputs = engine.generate(prompts, SamplingParams(max_tokens=count, temperature=0.0, repetition_penalty=1.0,
                                                       ignore_eos=True))
     same = sum(output.token_ids == text for output, text in zip(outputs, texts, strict=True))

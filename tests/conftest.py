@@ -1,4 +1,4 @@
-"""What every test shares: CPU, and executables kept for the session."""
+"""What every test shares: CPU, full warm-ups, and executables kept for the session."""
 
 import os
 
@@ -7,6 +7,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # less time without LLVM's passes.
 os.environ.setdefault("XLA_FLAGS",
                       "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8")
+
+# A test of the engine is one of all its programs, unless it says otherwise; and there is no second process beside it.
+os.environ.setdefault("QWEN_JAX_WARMUP", "full")
 
 import pytest  # noqa: E402
 

@@ -103,7 +103,7 @@ def test_help_does_not_import_jax():
 
 def test_programs_compiled_ahead_are_found_by_the_engine(folder, tmp_path):
     sizes = ["--max-batch-size", "1", "--max-seq-len", "64", "--kv-cache-bytes", "100000", "--dtype", "float32"]
-    assert "2 executables" in run("compile", folder, "-o", tmp_path / "programs", *sizes, check=True).stdout
+    assert "2 programs" in run("compile", folder, "-o", tmp_path / "programs", *sizes, check=True).stdout
     rows = [json.loads(line) for line in run("info", folder, "--buckets", "--json", *sizes, check=True
                                              ).stdout.splitlines()]
     assert [row["bucket"] for row in rows] == ["prefill/full_attention 1x64", "decode/full_attention 2x1"]

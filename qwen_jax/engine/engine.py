@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from qwen_kernels.sparse_attention import Sparsity
@@ -19,6 +22,7 @@ from qwen_jax.engine.config import memory, resolve
 from qwen_jax.engine.config.engine_config import EngineConfig
 from qwen_jax.engine.config.tuned import Tuned
 from qwen_jax.engine.core import resharding
+from qwen_jax.engine.core.background_compiler import BackgroundCompiler, compile_job
 from qwen_jax.engine.core.engine_core import DISPATCH_SECONDS, EngineCore
 from qwen_jax.engine.core.replica import Deployment
 from qwen_jax.engine.core.snapshot import engine_stats
@@ -48,13 +52,17 @@ from qwen_jax.model import Qwen2, empty
 from qwen_jax.parallel.plan import ParallelPlan
 from qwen_jax.quantization import Precision
 
+if TYPE_CHECKING:
+    from qwen_jax.checkpoint import Source
+
 
 class Engine:
     """Inference engine for one model, with programs that are compiled ahead of time for every batch shape.
 
     Args:
       model: a ``Qwen2`` module, a ``transformers.Qwen2ForCausalLM``, or a checkpoint that `checkpoint.resolve` found.
-      tokenizer: a transformers fast tokenizer; without one, prompts are token ids and ``text`` stays empty.
+      tokenizer: a transformers fast tokenizer, or a future of one; without one, prompts are token ids and ``text``
+        stays empty.
       generation_config: defaults of the sampling options and the end-of-sequence ids; a transformers model's own by
         default.
       config, options: an `EngineConfig`, or its fields as keyword arguments.
@@ -68,41 +76,48 @@ class Engine:
             raise UserError(f"give config or options, not both: {', '.join(options)} would be ignored")
         self._options = options = config or EngineConfig.of(options)
         source, dtype, defaults = resolve.source_of(model, options.dtype)
-        self.config, self.tokenizer = source.config, tokenizer
-        self.generation_config = generation_config or defaults
-        vocab_limit = min(len(tokenizer), self.config.vocab_size) if tokenizer else self.config.vocab_size
-        draft = resolve.draft_of(options.speculation, self.config, vocab_limit, dtype)
-        self._resolved = resolve.resolve(options, self.config, dtype, vocab_limit, draft and draft.config)
+        self.config, self.generation_config = source.config, generation_config or defaults
+        draft = resolve.draft_of(options.speculation, dtype)
+        self._resolved = resolve.resolve(options, self.config, dtype, draft and draft.config)
         plan = resolve.plan_of(options, self._resolved)
         resolve.check_processes(plan, options.load_policy is not None)
         resolve.check_load_policy(options.load_policy, plan)
         self._processes = connect()
+        mode = resolve.warmup_mode(options, self._processes is not None)
         self.deployment = Deployment(plan, self._resolved)
         self._prepared = {plan: self.deployment}
-        self._load_weights(source, draft)
-        self._make_replicas()
-        self.input_processor = InputProcessor(tokenizer, self.generation_config, vocab_limit, self.config.vocab_size,
-                                              scheduler=self.scheduler, adapters=self.adapters)
+        self._make_replicas(draft, to_load=0 if isinstance(source, Qwen2) else self.deployment.bytes_per_device)
+        with self._compiling_first(mode is not None and not self._processes):
+            self.weights.read_first(source)
+            if self._draft:
+                self._draft.read_first(draft)
+            self.tokenizer = tokenizer.result() if isinstance(tokenizer, Future) else tokenizer
+        self._vocab_limit = resolve.vocab_limit_of(self.tokenizer, self.config, draft and draft.config)
+        self.deployment.limit_vocab(self._vocab_limit)
+        self.input_processor = InputProcessor(
+            self.tokenizer, self.generation_config, self._vocab_limit, self.config.vocab_size,
+            scheduler=self.scheduler, adapters=self.adapters)
         self.core = self._make_core()
-        if options.warmup:
-            self.warmup()
+        self._compiler: BackgroundCompiler | None = None
+        if mode:
+            self._warm_up(everything=mode == "full")
 
-    def _load_weights(self, source: Any, draft: Qwen2 | None) -> None:
-        """Load the weights of the model and the draft model onto their devices, and make the table of LoRA adapters."""
+    def _make_replicas(self, draft: Qwen2 | None, to_load: int) -> None:
+        """Make the replicas, the table of LoRA adapters, and the versions of the weights, of which none is loaded yet.
+
+        to_load: bytes of weights that each device does not hold yet.
+        """
         leader = self._processes if isinstance(self._processes, Leader) else None
         weights = partial(LeaderWeights, leader) if leader else VersionedWeights
         adapters = partial(LeaderAdapters, leader) if leader else AdapterTable
-        self.weights = weights(source, self.deployment.sharding)
-        self._draft = draft and VersionedWeights(draft, self.deployment.draft_sharding)
+        self.weights = weights(self.config, self.deployment.sharding)
+        self._draft = draft and VersionedWeights(draft.config, self.deployment.draft_sharding)
         self.adapters = adapters(self.config, self.deployment.sharding.shards, self._options.max_adapters,
                                  self._options.max_adapter_rank, self._resolved.dtype)
-
-    def _make_replicas(self) -> None:
         self._arrivals = itertools.count()
-        free_bytes = memory.free_per_device(self.plan)
+        free_bytes = memory.free_per_device(self.plan, to_load)
         if self._processes:
             free_bytes = min(self._processes.agree("free_bytes", free_bytes))
-        leader = self._processes if isinstance(self._processes, Leader) else None
         self.deployment.build(self.weights, self._draft, self.adapters, free_bytes=free_bytes,
                               arrivals=self._arrivals, leader=leader)
         self._follower: FollowerLoop | None = None
@@ -110,6 +125,22 @@ class Engine:
             check_same(self._processes, self.runner)
         if isinstance(self._processes, Follower):
             self._follower = FollowerLoop(self._processes, self.runner, self.weights, self.adapters)
+
+    @contextlib.contextmanager
+    def _compiling_first(self, wanted: bool) -> Iterator[None]:
+        """Compile the first programs beside what the ``with`` block loads: they need the shapes of weights alone."""
+        if not wanted:
+            yield
+            return
+        with ThreadPoolExecutor(1) as thread:
+            compiling = [thread.submit(runner.programs.prepare_smallest) for runner in self.deployment.runners]
+            try:
+                yield
+            except BaseException:
+                thread.shutdown(wait=False, cancel_futures=True)
+                raise
+        for future in compiling:
+            future.result()
 
     def _make_core(self) -> EngineCore:
         speculation = DRAFT_MODEL if self._draft else self._options.speculation
@@ -129,13 +160,21 @@ class Engine:
         sparsity, and which parts may be 8-bit) and from the user's cache (``qwen-jax tune``: shapes and thresholds,
         unless QWEN_JAX_TUNED=0).
         """
-        from qwen_jax.checkpoint import load_generation_config, load_model, load_tokenizer
+        from qwen_jax.checkpoint import load_generation_config, load_tokenizer
         from qwen_jax.checkpoint import resolve as find_source
 
         source = find_source(ref)
-        for name, load in (("tokenizer", load_tokenizer), ("generation_config", load_generation_config)):
-            if name not in options:  # a tokenizer takes seconds to load
-                options[name] = load(source)
+        if "generation_config" not in options:
+            options["generation_config"] = load_generation_config(source)
+        if "tokenizer" not in options:  # which takes seconds to load
+            with ThreadPoolExecutor(1) as thread:
+                return cls._from_source(source, dtype, {**options, "tokenizer": thread.submit(load_tokenizer, source)})
+        return cls._from_source(source, dtype, options)
+
+    @classmethod
+    def _from_source(cls, source: Source, dtype: Any, options: dict[str, Any]) -> Engine:
+        from qwen_jax.checkpoint import load_model
+
         if isinstance(options.get("speculation"), str | Path) and options["speculation"] != NGRAM:
             options["speculation"] = load_model(options["speculation"], dtype)
         return cls(source, dtype=dtype, **_measured(options, source.config, source.path, dtype))
@@ -196,18 +235,39 @@ class Engine:
         return self.scheduler.pool
 
     def warmup(self) -> None:
-        """Compile (or load from disk) and run every program once; nothing compiles afterwards.
+        """Compile (or load from disk) every program that is not there yet, and wait until all are.
 
         Every process of an engine of several processes must call it.
         """
+        if self._compiler:
+            self._compiler.join()
+        self._warm_up(everything=True)
+
+    def _warm_up(self, everything: bool) -> None:
+        """Prepare programs and run each once: all of them, or the few that answer any request and the others later."""
         if self._follower:
             self._follower.warmup(self._options.progress)
             return
         for runner in self.deployment.runners:
-            runner.warmup(self._options.progress)
+            runner.warmup(self._options.progress, everything)
+        if not everything and any(runner.programs.missing for runner in self.deployment.runners):
+            job = compile_job(self._resolved, self.plan, self.deployment.pages, self.adapters.identity_of_shapes)
+            self._compiler = BackgroundCompiler(self.deployment.runners, job)
+            weakref.finalize(self, self._compiler.stop)
         if self._options.load_policy:
             self.prepare_plan(self._options.load_policy.latency)
             self.prepare_plan(self._options.load_policy.throughput)
+
+    @property
+    def programs_to_come(self) -> int:
+        """Number of programs that are still being compiled or loaded in the background."""
+        return sum(len(runner.programs.missing) for runner in self.deployment.runners)
+
+    def when_program_arrives(self, call: Callable[[], None]) -> None:
+        """Have a function called, on a thread of its own, now and whenever a program has arrived in the background."""
+        for runner in self.deployment.runners:
+            runner.programs.on_arrival = call
+        call()
 
     # --- several processes
 
@@ -241,8 +301,9 @@ class Engine:
             raise UserError("an engine of several processes keeps its plan: it cannot prepare or go to another")
         if plan not in self._prepared:
             deployment = Deployment(plan, self._resolved)
-            free = memory.free_per_device(plan, beside=deployment.bytes_per_device)
+            free = memory.free_per_device(plan, deployment.bytes_per_device, only=True)
             deployment.build(self.weights, self._draft, self.adapters, free_bytes=free, arrivals=self._arrivals)
+            deployment.limit_vocab(self._vocab_limit)
             self._prepared[plan] = deployment
         for deployment in self._prepared.values():
             resharding.prepare(deployment, self._options.progress)

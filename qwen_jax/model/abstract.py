@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from qwen_jax.config import ModelConfig
-from qwen_jax.model.partition import WHOLE, Partition
 from qwen_jax.model.qwen2 import Layer, Qwen2
 
 
@@ -23,12 +22,12 @@ class ParamSpec(NamedTuple):
     axes: tuple[str, ...]
 
 
-def _create(config: ModelConfig, dtype, seed: int = 0, **part) -> Qwen2:
-    return Qwen2(config, rngs=nnx.Rngs(seed), dtype=dtype, **part)
+def _create(config: ModelConfig, dtype, seed: int | None = None, **part) -> Qwen2:
+    return Qwen2(config, rngs=None if seed is None else nnx.Rngs(seed), dtype=dtype, **part)
 
 
 def _create_layer(config: ModelConfig) -> Layer:
-    return Layer(config, nnx.Rngs(0), jnp.float32)
+    return Layer(config, None, jnp.float32)
 
 
 def _split(create: Callable):
@@ -47,14 +46,13 @@ def abstract(config: ModelConfig, dtype="bfloat16") -> dict[str, ParamSpec]:
             for path, leaf in nnx.to_flat_state(params)}
 
 
-def build(config: ModelConfig, params: Mapping[str, jax.Array], partition: Partition = WHOLE, first: bool = True,
-          last: bool = True) -> Qwen2:
+def build(config: ModelConfig, params: Mapping[str, jax.Array], **part: Any) -> Qwen2:
     """Make a `Qwen2` whose parameters are ``params`` (canonical path to array), without copying them.
 
-    For a part of a network, ``config`` is that of the part, and a stage's layers count from 0. partition, first, last:
-    as in `Qwen2`. Raises KeyError for missing or extra paths.
+    For a part of a network, ``config`` is that of the part, whose layers count from 0, and the keyword arguments are
+    those of `Qwen2`: partition, first, last, layers. Raises KeyError for missing or extra paths.
     """
-    return _fill(partial(_create, config, jnp.float32, partition=partition, first=first, last=last), params)
+    return _fill(partial(_create, config, jnp.float32, **part), params)
 
 
 def _fill(create: Callable, params: Mapping[str, jax.Array]):

@@ -27,14 +27,16 @@ Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
 Adapt = Callable[[int, str, jax.Array, jax.Array], jax.Array]
 
 
-def _param(shape: tuple[int, ...], axes: tuple[str, ...], rngs: nnx.Rngs, dtype, scale: float | None) -> nnx.Param:
+def _param(shape: tuple[int, ...], axes: tuple[str, ...], rngs: nnx.Rngs | None, dtype,
+           scale: float | None) -> nnx.Param:
     """Make a parameter with its logical axes as metadata.
 
-    scale: standard deviation of normal values; 0 for zeros, None for ones.
+    rngs: None where the values do not matter, which is much faster. scale: standard deviation of normal values; 0 for
+    zeros, None for ones.
     """
     if scale is None:
         value = jnp.ones(shape, dtype)
-    elif scale == 0:
+    elif scale == 0 or rngs is None:
         value = jnp.zeros(shape, dtype)
     else:
         value = (jax.random.normal(rngs.params(), shape, jnp.float32) * scale).astype(dtype)
@@ -48,7 +50,7 @@ def _unchanged(site: str, x: jax.Array, y: jax.Array) -> jax.Array:
 class RMSNorm(nnx.Module):
     """Root-mean-square normalisation in float32 (https://arxiv.org/abs/1910.07467)."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype) -> None:
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs | None, dtype) -> None:
         self.epsilon = config.rms_norm_eps
         self.scale = _param((config.hidden_size,), ("embed",), rngs, dtype, None)
 
@@ -65,7 +67,7 @@ class Attention(nnx.Module):
     shard of the first axis is a whole group.
     """
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype) -> None:
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs | None, dtype) -> None:
         kv, group, dim, model = config.num_kv_heads, config.group_size, config.head_dim, config.hidden_size
         self.wqkv = _param((kv, group + 2, dim, model), ("kv_heads", "group", "head_dim", "embed"), rngs, dtype,
                            model**-0.5)
@@ -98,7 +100,7 @@ class MLP(nnx.Module):
     A matrix of 2F rows would be no faster, and a split of F over devices would not survive joining it with the 2.
     """
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype) -> None:
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs | None, dtype) -> None:
         inner, model = config.intermediate_size, config.hidden_size
         self.gate_up = _param((2, inner, model), ("gate_up", "mlp", "embed"), rngs, dtype, model**-0.5)
         self.down = _param((model, inner), ("embed", "mlp"), rngs, dtype, inner**-0.5)
@@ -113,7 +115,7 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """A pre-norm transformer block."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype) -> None:
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs | None, dtype) -> None:
         self.attention_norm = RMSNorm(config, rngs, dtype)
         self.attention = Attention(config, rngs, dtype)
         self.mlp_norm = RMSNorm(config, rngs, dtype)
@@ -145,7 +147,7 @@ class Layer(nnx.Module):
 class Embedding(nnx.Module):
     """Embedding table ``[V, D]``, looked up for tokens at the input, or multiplied at the output to give logits."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype) -> None:
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs | None, dtype) -> None:
         self.weight = _param((config.vocab_size, config.hidden_size), ("vocab", "embed"), rngs, dtype,
                              config.hidden_size**-0.5)
 
@@ -154,17 +156,18 @@ class Qwen2(nnx.Module):
     """Qwen2.5 for causal language modelling.
 
     ``model(tokens[B, T])`` returns float32 logits ``[B, T, V]``. A tied head is the embedding itself: no second copy
-    exists, and ``model.head`` is None. Weights are random; ``build`` puts those of a checkpoint in their place.
+    exists, and ``model.head`` is None. Weights are random, or zeros if ``rngs`` is None; ``build`` puts those of a
+    checkpoint in their place.
 
     partition: the part of the network that this model is, in tensor parallelism. first, last: whether it looks tokens
-    up, and whether it computes logits; a stage of a pipeline may do neither.
+    up, and whether it computes logits; a stage of a pipeline may do neither. layers: whether it has layers.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, partition: Partition = WHOLE,
-                 first: bool = True, last: bool = True) -> None:
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs | None, dtype=jnp.float32, partition: Partition = WHOLE,
+                 first: bool = True, last: bool = True, layers: bool = True) -> None:
         self.config, self.partition = config, partition
         self.embed = nnx.data(Embedding(config, rngs, dtype) if first else None)
-        self.layers = nnx.List([Layer(config, rngs, dtype) for _ in range(config.num_layers)])
+        self.layers = nnx.List([Layer(config, rngs, dtype) for _ in range(config.num_layers if layers else 0)])
         self.norm = nnx.data(RMSNorm(config, rngs, dtype) if last else None)
         own_head = last and not (config.tie_word_embeddings and first)
         self.head = nnx.data(Embedding(config, rngs, dtype) if own_head else None)
@@ -199,8 +202,7 @@ class Qwen2(nnx.Module):
         if self.embed is None:
             x = [partition.share(tokens[:, part]) for part in slices]
         else:
-            table = self.embed.weight.get_value()
-            x = [partition.lookup(table, tokens[:, part], self.dtype) for part in slices]
+            x = [self.looked_up(tokens[:, part], partition, self.dtype) for part in slices]
         for index, layer in enumerate(self.layers):
             adapt_layer = partial(adapt, index) if adapt else _unchanged
             for i, part in enumerate(slices):
@@ -210,6 +212,10 @@ class Qwen2(nnx.Module):
             x = [layer.add_mlp(hidden, adapt_layer, partition) for hidden in x]
         x = [partition.gathered(hidden if self.norm is None else self.norm(hidden)) for hidden in x]
         return jnp.concatenate(x, axis=1) if partition.halved else x[0]
+
+    def looked_up(self, tokens: jax.Array, partition: Partition, dtype) -> jax.Array:
+        """Return the embeddings ``[B, T, D]`` of ``tokens[B, T]``: those that this device has in ``partition``."""
+        return partition.lookup(self.embed.weight.get_value(), tokens, dtype)
 
     @property
     def dtype(self) -> jnp.dtype:

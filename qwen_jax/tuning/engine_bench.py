@@ -49,7 +49,7 @@ class EngineBench:
                  max_seq_len: int | None = None, progress: bool = True) -> None:
         self.engine = Engine.from_pretrained(ref, dtype=dtype, fp8_enabled=fp8_enabled, max_batch_size=max_batch_size,
                                              max_seq_len=max_seq_len, tuned=None, tokenizer=None, prefix_cache=False,
-                                             progress=progress)
+                                             warmup="full", progress=progress)
         self.default = self.engine.limits
         self.max_batch_size, self.max_seq_len = self.default.max_batch_size, self.default.max_seq_len
         self.num_pages = self.engine.pool.num_pages
@@ -98,8 +98,9 @@ class EngineBench:
     def prepare(self, buckets: Iterable[Bucket]) -> None:
         """Compile the programs of these buckets that have not been compiled."""
         with planned():
-            for _ in self.engine.runner.executables.prepare((bucket, 0) for bucket in dict.fromkeys(buckets)):
-                pass
+            for bucket in dict.fromkeys(buckets):
+                for _ in self.engine.runner.executables.prepare(self.engine.runner.steps.keys(bucket)):
+                    pass
 
     def _time(self, bucket: Bucket) -> Cost:
         """Measure a bucket's cost: time steps on a short and a long context, and decode steps of several tokens."""
@@ -165,7 +166,6 @@ class EngineBench:
         self.prepare(table)
         for bucket in table:
             engine.core.counters.usage.setdefault(bucket, Usage())
-            engine.runner.prepare_seconds.setdefault(bucket, 0.0)
         replica = engine.core.replicas[0]
         own, replica.step_seconds = replica.scheduler, None
         wide_pool = own.wide_pool and PagePool(own.wide_pool.num_pages)

@@ -92,7 +92,8 @@ def measured(model: str, max_batch: int) -> ServiceTimes:
     """Time an engine's steps on this machine and fit `ServiceTimes` to them by least squares of relative errors."""
     from qwen_jax import Engine, SamplingParams
 
-    engine = Engine.from_pretrained(model, max_batch_size=max_batch, max_seq_len=2048, prefix_cache=False)
+    engine = Engine.from_pretrained(model, warmup="full", max_batch_size=max_batch, max_seq_len=2048,
+                                    prefix_cache=False)
     rng, vocabulary = np.random.default_rng(0), engine.input_processor.vocab_limit
     points = []  # prompt tokens, rows that decode, seconds
     for rows in (1, 2, 4, 8, 16, 32):

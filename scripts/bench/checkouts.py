@@ -28,7 +28,7 @@ def measure(model: str, dtype: str) -> dict[str, float]:
     from qwen_jax import Engine, SamplingParams
 
     engine = Engine.from_pretrained(model, dtype=dtype, max_batch_size=ROWS, max_seq_len=1024, prefix_cache=False,
-                                    progress=False)
+                                    warmup=True, progress=False)
     rng = np.random.default_rng(0)
 
     def run(length: int, tokens: int) -> float:
@@ -55,7 +55,8 @@ def serve(model: str, dtype: str) -> dict[str, float]:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "qwen_jax.cli", "serve", model, "--port", str(port), "--dtype", dtype,
                "--max-batch-size", str(ROWS), "--max-seq-len", "1024", "--response-cache-mb", "0"]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                              env={**os.environ, "QWEN_JAX_WARMUP": "full"})
     try:
         def ask(number: int) -> float:
             body = {"model": model, "prompt": [number % 200 + 1] * 8, "max_tokens": 1, "temperature": 0}

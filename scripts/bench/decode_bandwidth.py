@@ -41,7 +41,8 @@ def main() -> int:
     batches = [int(batch) for batch in args.batches.split(",")]
     config = shape(args.preset, args.layers)
     weights = 2 * config.num_parameters  # bytes; a tied embedding is read whole, as the head
-    engine = Engine(init(config, 0, "bfloat16"), max_batch_size=max(batches), max_seq_len=PROMPT + SHORT + args.tokens,
+    engine = Engine(init(config, 0, "bfloat16"), warmup="full", max_batch_size=max(batches),
+                    max_seq_len=PROMPT + SHORT + args.tokens,
                     prefix_cache=False)
     methods = readers(weights)
 

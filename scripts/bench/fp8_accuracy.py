@@ -54,7 +54,8 @@ def engines_of(model: str, names: list[str], max_seq_len: int) -> dict[str, Engi
     """Make an engine of the model for each of `names`, the combinations of 8 and 16 bits in `VARIANTS`."""
     limits = Limits(max_batch_size=8, max_seq_len=max_seq_len, prefill_shapes=((8, 64), (1, 512)), recompute_shapes=(),
                     decode_rows=(8,), decode_steps=8)
-    engines = {name: Engine.from_pretrained(model, limits=limits, progress=False, **VARIANTS[name]) for name in names}
+    engines = {name: Engine.from_pretrained(model, warmup="full", limits=limits, progress=False, **VARIANTS[name])
+               for name in names}
     say(f"{len(engines)} engines ready")
     return engines
 

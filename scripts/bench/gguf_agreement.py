@@ -41,7 +41,8 @@ def main() -> None:
              for example in generate(seed=2, split="heldout", count=args.prompts)]
     prompts = [tokenizer(text).input_ids for text in texts]
     context = max(map(len, prompts)) + args.max_tokens
-    engine = Engine.from_pretrained(source.path, dtype=args.engine_dtype, max_batch_size=8, max_seq_len=context)
+    engine = Engine.from_pretrained(source.path, warmup="full", dtype=args.engine_dtype, max_batch_size=8,
+                                    max_seq_len=context)
     ours = engine.generate(prompts, SamplingParams(max_tokens=args.max_tokens, temperature=0.0))
     with tempfile.TemporaryDirectory() as scratch:
         peer = Peer(args.python, "gguf_runner.py")

@@ -51,10 +51,10 @@ def main() -> int:
     limits = Limits(max_batch_size=args.rows, max_seq_len=args.prompt + 64, prefill_shapes=((1, 512),),
                     recompute_shapes=(), decode_rows=(args.rows,))
     options = {"fp8_enabled": True, "limits": limits, "cache_dir": None, "progress": False}
-    engines = {"guarded": Engine(model, **options)}
+    engines = {"guarded": Engine(model, warmup="full", **options)}
     with (mock.patch("qwen_jax.engine.compiled.forward.Guard", NoGuard),
           mock.patch("qwen_jax.engine.compiled.forward.damaged_weights", lambda model: 0)):
-        engines["not guarded"] = Engine(model, **options)
+        engines["not guarded"] = Engine(model, warmup="full", **options)
     say("engines ready")
     times = {name: [] for name in engines}
     rng = np.random.default_rng(0)

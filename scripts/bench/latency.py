@@ -64,7 +64,7 @@ def main() -> int:
         poisson.error("--capacity-requests must be more than twice --clients")
     longest = args.long + args.answer if args.command == "ttft" else sum(args.longest)
     model = init(shape(args.preset, args.layers), args.seed, "bfloat16")
-    return asyncio.run(serve(Engine(model, max_seq_len=longest), args))
+    return asyncio.run(serve(Engine(model, warmup="full", max_seq_len=longest), args))
 
 
 async def serve(engine: Engine, args) -> int:

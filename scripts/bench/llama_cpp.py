@@ -49,7 +49,8 @@ def main() -> None:
         folder = args.folder or make_checkpoint(args.preset, Path(scratch) / "hf")
         peer = Peer(args.python, "llama_cpp_runner.py")
         peer.ask(folder=str(folder), gguf=str(Path(scratch) / "model.gguf"), type=args.type, context=1024)
-        compare(Engine.from_pretrained(folder, max_batch_size=1, max_seq_len=1024, prefix_cache=False), peer, args)
+        compare(Engine.from_pretrained(folder, warmup="full", max_batch_size=1, max_seq_len=1024,
+                                       prefix_cache=False), peer, args)
         peer.close()
 
 

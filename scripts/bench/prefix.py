@@ -32,7 +32,7 @@ def main() -> None:
     config = ModelConfig.preset("qwen2.5-0.5b")
     config = replace(config, num_layers=args.layers)
     model = init(config, 0, "bfloat16")
-    engines = {on: Engine(model, max_batch_size=args.prompts, max_seq_len=640, prefix_cache=on)
+    engines = {on: Engine(model, warmup="full", max_batch_size=args.prompts, max_seq_len=640, prefix_cache=on)
                for on in (True, False)}
     times, tokens = {True: [], False: []}, {}
     for round_ in range(args.rounds):

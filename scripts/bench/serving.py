@@ -84,7 +84,7 @@ def overhead(args: argparse.Namespace) -> int:
     count, tokens = 64, 128
     prompts = [f"transaction {number}" for number in range(count)]
     server = Live("--max-seq-len", "256", "--max-batch-size", str(count), quick=False)
-    engine = Engine.from_pretrained("bundled", max_seq_len=256, max_batch_size=count)
+    engine = Engine.from_pretrained("bundled", warmup="full", max_seq_len=256, max_batch_size=count)
     params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
     messages = [request("/v1/completions", prompt=prompt, max_tokens=tokens, temperature=0, ignore_eos=True,
                         stream=True) for prompt in prompts]

@@ -89,7 +89,8 @@ def engine_of(model: str, name: str, length: int, **overrides) -> Engine:
         changed["dense_tail"] = 0
     layers = tuple(dataclasses.replace(layer, **changed) for layer in layers)
     policy = SchedulePolicy(sparse_above_tokens=1 << 30) if name == "full" else SchedulePolicy()
-    return Engine.from_pretrained(model, dtype="float32", max_seq_len=length, max_batch_size=4, policy=policy,
+    return Engine.from_pretrained(model, warmup="full", dtype="float32", max_seq_len=length, max_batch_size=4,
+                                  policy=policy,
                                   sparsity=layers, progress=False)
 
 

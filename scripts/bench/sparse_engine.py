@@ -39,7 +39,8 @@ def main() -> int:
     limits = Limits(max_batch_size=ROWS, max_seq_len=longest, prefill_shapes=((1, 64), (1, 512)),
                     recompute_shapes=(), decode_rows=(ROWS,))
     token_bytes = model.config.num_layers * model.config.num_kv_heads * model.config.head_dim * 2 * 2
-    engines = {name: Engine(model, limits=limits, kv_cache_bytes=4 * longest * token_bytes, progress=False,
+    engines = {name: Engine(model, warmup="full", limits=limits, kv_cache_bytes=4 * longest * token_bytes,
+                            progress=False,
                             policy=SchedulePolicy(sparse_above_tokens=threshold))
                for name, threshold in (("full", 1 << 30), ("sparse", 2048))}
     say("engines ready")

@@ -29,8 +29,8 @@ def main() -> None:
     source = resolve("bundled")
     model, tokenizer = load_model(source, "float32"), load_tokenizer(source)
     options = dict(tokenizer=tokenizer, max_batch_size=max(args.rows, 2))
-    engines = {"none": Engine(model, **options),
-               "n-gram": Engine(model, speculation="ngram", draft_tokens=args.draft_tokens, **options)}
+    engines = {"none": Engine(model, warmup="full", **options),
+               "n-gram": Engine(model, warmup="full", speculation="ngram", draft_tokens=args.draft_tokens, **options)}
     prompts = []
     for opening, turns in itertools.islice(conversations(0, "heldout", 8, 1.0), args.prompts):
         turn = next(turn for turn in turns if not turn.verdict)

@@ -38,7 +38,7 @@ def main() -> None:
     hf = Qwen2ForCausalLM(Qwen2Config.from_dict(ModelConfig.preset(args.preset).to_hf())).to(torch.bfloat16).eval()
     hf.generation_config.eos_token_id = None
     with tempfile.TemporaryDirectory() as cache:
-        engine = DeepSeekEngine(model=hf, dtype="bfloat16", cache_dir=cache, max_seq_len=2048)
+        engine = DeepSeekEngine(model=hf, warmup="full", dtype="bfloat16", cache_dir=cache, max_seq_len=2048)
     stats = engine.stats()
     print(f"cold warm-up: {stats.warmup_seconds:.0f} s for {stats.executables} executables; "
           f"cpu {'with' if 'avx512_bf16' in open('/proc/cpuinfo').read() else 'without'} native bf16")

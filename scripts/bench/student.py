@@ -37,7 +37,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     args = parser.parse_args()
     names = {"teacher": args.teacher, "student": args.student}
-    engines = {name: Engine.from_pretrained(ref, dtype=args.dtype, progress=False) for name, ref in names.items()}
+    engines = {name: Engine.from_pretrained(ref, warmup="full", dtype=args.dtype, progress=False)
+               for name, ref in names.items()}
 
     def prompts(round_: int, count: int) -> list[str]:
         return [format_messages(example.messages) for example in generate(1000 + round_, "heldout", count)]

@@ -117,7 +117,7 @@ class Contender:
 class Ours(Contender):
     def __init__(self, hf) -> None:
         super().__init__(None, "")
-        self.engine = Engine(model=hf, dtype="bfloat16", max_seq_len=PROMPT[1] + OUTPUT[1])
+        self.engine = Engine(model=hf, warmup="full", dtype="bfloat16", max_seq_len=PROMPT[1] + OUTPUT[1])
 
     def run(self, requests):
         began = time.perf_counter()

@@ -57,7 +57,7 @@ def seconds(engine: Engine, work: Trace, salt: int) -> float:
 
 def traces(args: argparse.Namespace) -> None:
     """Print the seconds that engines with default and tuned settings take for each request trace, and their ratio."""
-    engines = {name: Engine.from_pretrained(args.model, dtype=args.dtype, tokenizer=None, **option)
+    engines = {name: Engine.from_pretrained(args.model, warmup="full", dtype=args.dtype, tokenizer=None, **option)
                for name, option in (("default", {"tuned": None}), ("tuned", {}))}
     if engines["tuned"].tuned is None:
         raise SystemExit("there is no tuned file for this device and model: run qwen-jax tune first")
@@ -95,7 +95,7 @@ class Fixed(DecodeAdaptation):
 
 def bandit(args: argparse.Namespace) -> None:
     """Print an engine's seconds for a shifting load: adapting its rows and steps per dispatch, and with each fixed."""
-    engine = Engine.from_pretrained(args.model, dtype=args.dtype, tokenizer=None, tuned=None, adapt=True)
+    engine = Engine.from_pretrained(args.model, warmup="full", dtype=args.dtype, tokenizer=None, tuned=None, adapt=True)
     limits = engine.limits
     policies = {"adapting": None} | {
         f"{choice.rows} x {choice.steps}": choice

@@ -75,7 +75,7 @@ def main() -> None:
     config = replace(ModelConfig.preset("qwen2.5-0.5b"), num_layers=args.layers)
     with tempfile.TemporaryDirectory() as folder:
         save_hf(init(config, 1, "bfloat16"), config, Path(folder) / "new")
-        engine = Engine(init(config, 0, "bfloat16"), max_batch_size=8, max_seq_len=512)
+        engine = Engine(init(config, 0, "bfloat16"), warmup="full", max_batch_size=8, max_seq_len=512)
         print("running", file=sys.stderr)
         asyncio.run(measure(engine, Path(folder) / "new", args.clients))
 

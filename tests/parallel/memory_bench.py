@@ -55,7 +55,7 @@ def compare(case: Case, dtype: str = "float32") -> Iterator[Compared]:
             if case.stages > 1:  # one micro-batch
                 rows = -(-rows // case.stages)
             predicted = sum(memory_of(work, stage, case.rows, SEQ_LEN, (rows, bucket.tokens)).values())
-            found = engine.runner._lower((bucket, stage)).compile().memory_analysis()
+            found = engine.runner.steps.lower((bucket, stage)).compile().memory_analysis()
             compiled = (found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
                         + found.temp_size_in_bytes)
             yield Compared(str(bucket), stage, predicted, compiled)

@@ -48,7 +48,7 @@ def paged_attention(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_t
     Returns: ``[B, T, K, G, H]`` in q's dtype. Cost follows ``max(length)``, not the table's width. Queries at or
     beyond ``length`` are padding: their output is finite and meaningless.
     """
-    check_pages(q, k_pages, v_pages, page_table, length)
+    check_pages(q, k_pages, v_pages)
     module = implementation_named(implementation, xla=xla, reference=reference)
     return module.paged_attention(q, k_pages, v_pages, page_table, start=start, length=length)
 
@@ -60,12 +60,10 @@ def implementation_named(name: str | None, **modules: ModuleType) -> ModuleType:
     return modules[name or next(iter(modules))]
 
 
-def check_pages(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_table: jax.Array,
-                length: jax.Array) -> None:
+def check_pages(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array) -> None:
     """Raise ValueError if pages do not fit queries ``q[B, T, K, G, H]`` in page size, heads, head dim or dtype.
 
-    A page table that names missing pages is an error only in a function transformed by ``checkify.checkify``; elsewhere
-    the check costs nothing, and attention reads another page.
+    A page table that names missing pages is not noticed: attention reads another page. See `check_page_table`.
     """
     if k_pages.shape != v_pages.shape or k_pages.shape[2] != PAGE:
         raise ValueError(f"pages must be [P, K, {PAGE}, H], not {k_pages.shape} and {v_pages.shape}")
@@ -73,12 +71,20 @@ def check_pages(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_table
         raise ValueError(f"q {q.shape} does not match pages {k_pages.shape}")
     if not isinstance(k_pages, EightBitPages) and k_pages.dtype != page_dtype(q.dtype):
         raise ValueError(f"pages of {k_pages.dtype} do not hold {q.dtype}; make them with page_dtype({q.dtype})")
+
+
+def check_page_table(page_table: jax.Array, length: jax.Array, num_pages: int) -> None:
+    """Check that a page table holds each row's ``length[B]`` tokens in pages ``1 .. num_pages - 1``.
+
+    For functions that are transformed by ``checkify.checkify``, whose error it sets. It is not part of the attention
+    functions: programs with such checks are called through Python, which takes milliseconds for many arguments.
+    """
     used = jnp.arange(page_table.shape[1]) * PAGE < length[:, None]
-    known = (page_table > 0) & (page_table < len(k_pages))
+    known = (page_table > 0) & (page_table < num_pages)
     checkify.debug_check(jnp.all(length <= page_table.shape[1] * PAGE),
                          "a row of {tokens} tokens exceeds its page table", tokens=jnp.max(length))
     checkify.debug_check(jnp.all(known | ~used), "a page table names a page outside 1 .. {last}",
-                         last=jnp.asarray(len(k_pages) - 1))
+                         last=jnp.asarray(num_pages - 1))
 
 
 def write_pages(pages: jax.Array | EightBitPages, values: jax.Array, page_table: jax.Array, start: jax.Array,

@@ -37,7 +37,7 @@ def sparse_attention(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, summa
 
     Returns: ``[B, T, K, G, H]`` in q's dtype, and the selection.
     """
-    check_pages(q, k_pages, v_pages, page_table, length)
+    check_pages(q, k_pages, v_pages)
     selection = select(q, k_pages, summaries, page_table, start=start, length=length, prompt_length=prompt_length,
                        sparsity=sparsity)
     out = attend(q, k_pages, v_pages, page_table, start=start, length=length, selection=selection,
@@ -52,7 +52,7 @@ def attend(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_table: jax
 
     dense_heads: KV heads known to be dense in all blocks, which changes the order of work and not the result.
     """
-    check_pages(q, k_pages, v_pages, page_table, length)
+    check_pages(q, k_pages, v_pages)
     if selection.count.shape[1] != q.shape[1] // query_block(q.shape[1], PAGE):
         raise ValueError(f"a selection of {selection.count.shape[1]} blocks does not fit {q.shape[1]} queries")
     module = implementation_named(implementation, xla=xla, reference=reference)

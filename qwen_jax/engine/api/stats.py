@@ -68,8 +68,8 @@ class EngineStats:
 
     Attributes:
       compiles_after_warmup: XLA compilations since the warm-up; there should be none.
-      warmup_seconds: time that compiling, loading and running every program once took.
-      executables: number of compiled programs.
+      warmup_seconds: time from the beginning of the warm-up until the first request could be answered.
+      executables: number of compiled programs. programs_to_come: of those that are still being compiled or loaded.
       pages_used, pages_total: pages of the KV cache that requests hold, and all of them.
       running, waiting: requests that hold pages, and requests in the queue.
       prompt_tokens: tokens of prompts, found in the prefix cache or computed. generated_tokens: tokens of answers.
@@ -96,6 +96,7 @@ class EngineStats:
     compiles_after_warmup: int = _stat(sum)
     warmup_seconds: float = _stat(max)
     executables: int = _stat(sum)
+    programs_to_come: int = _stat(sum)
     pages_used: int = _stat(sum)
     pages_total: int = _stat(sum)
     running: int = _stat(sum)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import jax
@@ -9,6 +11,7 @@ import jax
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 _backend_compiles = 0
 _warmup_compiles = 0
+_thread = threading.local()
 
 
 def backend_compiles() -> int:
@@ -22,19 +25,25 @@ def unplanned_compiles() -> int:
 
 
 @contextmanager
-def planned():
-    """Count XLA compilations inside the ``with`` block as part of an engine's warm-up."""
-    global _warmup_compiles
-    before = _backend_compiles
+def planned() -> Iterator[None]:
+    """Count XLA compilations of this thread inside the ``with`` block as part of an engine's warm-up."""
+    before, _thread.planned = is_planned(), True
     try:
         yield
     finally:
-        _warmup_compiles += _backend_compiles - before
+        _thread.planned = before
+
+
+def is_planned() -> bool:
+    """Return whether this thread's compilations are part of an engine's warm-up at present."""
+    return getattr(_thread, "planned", False)
 
 
 def _count(event: str, duration: float, **_) -> None:
-    global _backend_compiles
-    _backend_compiles += event == _COMPILE_EVENT
+    global _backend_compiles, _warmup_compiles
+    if event == _COMPILE_EVENT:
+        _backend_compiles += 1
+        _warmup_compiles += is_planned()
 
 
 jax.monitoring.register_event_duration_secs_listener(_count)

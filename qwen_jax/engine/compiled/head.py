@@ -5,7 +5,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from qwen_jax.engine.compiled.sampler import Sampled, SamplingRows, count_prompt, sample, top_logprobs
+from qwen_jax.engine.compiled.sampler import (
+    Sampled,
+    SamplingRows,
+    clear_counts,
+    count_prompt,
+    sample,
+    top_logprobs,
+)
 from qwen_jax.engine.compiled.state import PromptScores, StepBatch
 from qwen_jax.model import Qwen2
 
@@ -54,6 +61,27 @@ def score_prompt(model: Qwen2, hidden, targets, vocab_limit) -> PromptScores:
         return jnp.zeros_like(x).at[order].set(x, unique_indices=True).reshape(*targets.shape, *x.shape[1:])
 
     return PromptScores(*map(in_place, jax.lax.map(score_block, order.reshape(-1, block_size))))
+
+
+def count_prefill(counts, batch: StepBatch):
+    """Add a prefill's tokens to the token counts, and those that rows in their first step reuse."""
+    counts = count_reused(clear_counts(counts, batch.slots, batch.first), batch)
+    positions = batch.start[:, None] + jnp.arange(batch.tokens.shape[1])
+    return count_prompt(counts, batch.slots, batch.tokens, positions < batch.length[:, None],
+                        positions >= batch.prompt_length[:, None])
+
+
+def last_hidden(hidden, batch: StepBatch):
+    """Return the hidden state ``[R, D]`` of each row's last token in a prefill, out of ``hidden[R, T, D]``."""
+    last_index = jnp.maximum(batch.length - batch.start - 1, 0)
+    return jnp.take_along_axis(hidden, last_index[:, None, None], axis=1)[:, 0]
+
+
+def pooled(hidden, last, batch: StepBatch):
+    """Return the sum and the last of each row's hidden states in a prefill, f32[R, 2, D]; ``last[R, D]`` are those."""
+    known = batch.start[:, None] + jnp.arange(hidden.shape[1]) < batch.length[:, None]
+    total = jnp.sum(jnp.where(known[:, :, None], hidden, 0), axis=1, dtype=jnp.float32)
+    return jnp.stack([total, last.astype(jnp.float32)], axis=1)
 
 
 def count_reused(counts, batch: StepBatch):

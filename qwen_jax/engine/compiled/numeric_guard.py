@@ -6,10 +6,11 @@ from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from qwen_kernels.attention import EightBitPages
 
 from qwen_jax.model import Qwen2, params_of
-from qwen_jax.quantization import FP8Tensor
+from qwen_jax.quantization import FP8Tensor, widened
 
 
 class Guard:
@@ -59,6 +60,12 @@ def damaged_weights(model: Qwen2) -> jax.Array:
             layers.append(jnp.where(fine, layers[0], layer + 1))
     first = jnp.min(jnp.stack(layers))
     return jnp.where(first == layers[0], 0, first)
+
+
+def in_16_bits(model: Qwen2) -> Qwen2:
+    """Return the network with its 8-bit weights widened, so that products do not round their inputs to 8 bits."""
+    graph, params = nnx.split(model)
+    return nnx.merge(graph, widened(params))
 
 
 def earlier_trip(trips: jax.Array, others: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ def check_drafts(models: Models, state: EngineState, batch: StepBatch) -> tuple[
     ``batch.tokens`` has the last token of each row and the drafts after it, -1 for drafts that the draft model makes.
     """
     if models.draft is not None:
-        state, drawn = _draw_drafts(models, state, batch)
+        state, drawn = draw_drafts(models, state, batch)
         batch = batch._replace(tokens=jnp.where(batch.tokens < 0, drawn, batch.tokens))
     state, layers = forward(models, state, batch)
     return accept_drafts(models, state, batch, layers)
@@ -51,7 +51,7 @@ def draft_forward(models: Models, state: EngineState, batch: StepBatch) -> tuple
     return state._replace(draft_k_pages=own.k_pages, draft_v_pages=own.v_pages), layers.hidden
 
 
-def _draw_drafts(models: Models, state: EngineState, batch: StepBatch) -> tuple[EngineState, jax.Array]:
+def draw_drafts(models: Models, state: EngineState, batch: StepBatch) -> tuple[EngineState, jax.Array]:
     """Guess the next tokens of each row with the draft model; return i32[R, T], its last token and the guesses.
 
     The draft model samples with the same options and random numbers as the target will, so that where the two agree

@@ -117,13 +117,20 @@ def new_state(config: ModelConfig, num_pages: int, slots: int, dtype, draft: Mod
         token_counts=jnp.zeros((slots + 1, config.vocab_size), jnp.int32))
 
 
-def decode_batch(batch: StepBatch, tokens, index, padding_slot: int) -> StepBatch:
-    """Return the batch from which a decode step samples token ``index`` of each row, after the token ``tokens`` i32[R].
+def at_token(batch: StepBatch, index) -> StepBatch:
+    """Return the positions from which a decode step samples token ``index`` of each row.
 
     Rows that have sampled all their tokens become padding rows.
     """
     active = index < batch.counts
-    return batch._replace(
-        tokens=tokens[:, None], start=jnp.where(active, batch.start + index, 0),
-        length=jnp.where(active, batch.start + index + 1, 0), slots=jnp.where(active, batch.slots, padding_slot),
-        samples=active, sampling=batch.sampling._replace(step=batch.sampling.step + index))
+    return batch._replace(start=jnp.where(active, batch.start + index, 0),
+                          length=jnp.where(active, batch.start + index + 1, 0))
+
+
+def decode_batch(batch: StepBatch, tokens, index, padding_slot: int) -> StepBatch:
+    """Return the batch from which a decode step samples token ``index`` of each row, after the token ``tokens`` i32[R].
+    """
+    active = index < batch.counts
+    return at_token(batch, index)._replace(
+        tokens=tokens[:, None], slots=jnp.where(active, batch.slots, padding_slot), samples=active,
+        sampling=batch.sampling._replace(step=batch.sampling.step + index))

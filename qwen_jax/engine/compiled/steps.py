@@ -1,4 +1,6 @@
-"""The functions that get compiled: one prefill or decode step from tokens to sampled tokens. Pure JAX.
+"""Whole steps, each compiled as one program: a prefill or decode step from tokens to sampled tokens. Pure JAX.
+
+Models of few layers run them; the steps of others are composed of `pieces`.
 
 A decode step generates several tokens one after another, or checks drafts: it samples after every draft as if the
 drafts before it were the answer, and its tokens count as far as they agree with the drafts. Each token is drawn with
@@ -18,14 +20,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qwen_jax.engine.compiled.forward import combine_devices, forward
-from qwen_jax.engine.compiled.head import count_reused, sample_rows, score_prompt
-from qwen_jax.engine.compiled.numeric_guard import earlier_trip
-from qwen_jax.engine.compiled.sampler import Sampled, clear_counts, count_output, count_prompt
-from qwen_jax.engine.compiled.speculative_steps import accept_drafts, check_drafts, draft_forward
+from qwen_jax.engine.compiled.head import count_prefill, last_hidden, pooled, sample_rows, score_prompt
+from qwen_jax.engine.compiled.numeric_guard import in_16_bits
+from qwen_jax.engine.compiled.sampler import Sampled, count_output
+from qwen_jax.engine.compiled.speculative_steps import check_drafts, draft_forward
 from qwen_jax.engine.compiled.state import EngineState, LayerOutput, Models, StepBatch, StepOutput, decode_batch
 from qwen_jax.engine.scheduling.buckets import EIGHT_BIT, Bucket
 from qwen_jax.engine.scheduling.schedule_policy import SPARSE
-from qwen_jax.quantization import widened
 
 
 def run_bucket(models: Models, bucket: Bucket, state: EngineState, batch: StepBatch
@@ -38,49 +39,13 @@ def run_bucket(models: Models, bucket: Bucket, state: EngineState, batch: StepBa
     return _with_own_pages(bucket, models, state, partial(_run, bucket, batch))
 
 
-def run_stage(models: Models, bucket: Bucket, state: EngineState, batch: StepBatch, entering: LayerOutput | None, *,
-              token_index: jax.Array, first_layer: int) -> tuple[EngineState, LayerOutput | StepOutput]:
-    """Run one micro-batch in one stage of a pipeline; the last stage returns the output of the step.
-
-    Args:
-      entering: output of the stage before; None in the first stage.
-      token_index: i32, in a decode step the number of tokens that each row has sampled before (an output is of one
-        token).
-      first_layer: number of this stage's first layer in the whole model.
-    """
-    if bucket.phase == "decode" and bucket.tokens == 1:
-        padding_slot = len(state.token_counts) - 1
-        batch = decode_batch(batch, batch.tokens[:, 0], token_index, padding_slot)
-
-    def run(models: Models, state: EngineState):
-        state, layers = forward(models, state, batch, entering and entering.hidden)
-        layers = combine_devices(models, batch, layers)
-        trips = jnp.where(layers.trips > 0, layers.trips + first_layer, 0)
-        layers = layers._replace(trips=trips)
-        if entering is not None:
-            layers = layers._replace(page_counts=entering.page_counts + layers.page_counts,
-                                     trips=earlier_trip(entering.trips, layers.trips))
-        if models.target.norm is None:
-            return state, layers
-        if bucket.phase == "prefill":
-            return _finish_prefill(models, state, batch, layers)
-        if bucket.tokens > 1:
-            return accept_drafts(models, state, batch, layers)
-        state, sampled = _sample_token(models, state, batch, layers.hidden)
-        return state, StepOutput(jax.tree.map(lambda x: x[:, None], sampled), batch.counts, None,
-                                 page_counts=layers.page_counts, trips=layers.trips)
-
-    return _with_own_pages(bucket, models, state, run)
-
-
 def _with_own_pages(bucket: Bucket, models: Models, state: EngineState, run: Callable) -> tuple[EngineState, Any]:
     """Call ``run(models, state)`` with what the bucket uses: 8-bit or 16-bit pages, full or sparse attention."""
     if bucket.schedule != SPARSE:
         models = models._replace(sparsity=None)
     if not state.wide_k_pages or bucket.precision == EIGHT_BIT:
         return run(models, state)
-    graph, params = nnx.split(models.target)
-    models = models._replace(target=nnx.merge(graph, widened(params)), draft=None, page_formats=())
+    models = models._replace(target=in_16_bits(models.target), draft=None, page_formats=())
     after, output = run(models, state._replace(k_pages=state.wide_k_pages, v_pages=state.wide_v_pages))
     return after._replace(k_pages=state.k_pages, v_pages=state.v_pages, wide_k_pages=after.k_pages,
                           wide_v_pages=after.v_pages), output
@@ -139,21 +104,15 @@ def _prefill(models: Models, state: EngineState, batch: StepBatch) -> tuple[Engi
 def _finish_prefill(models: Models, state: EngineState, batch: StepBatch, layers: LayerOutput
                     ) -> tuple[EngineState, StepOutput]:
     """Complete a prefill: compute log-probabilities of the prompt, sample the next token, pool the hidden states."""
-    hidden = layers.hidden
-    positions = batch.start[:, None] + jnp.arange(batch.tokens.shape[1])
-    counts = count_reused(clear_counts(state.token_counts, batch.slots, batch.first), batch)
-    known = positions < batch.length[:, None]
-    counts = count_prompt(counts, batch.slots, batch.tokens, known, positions >= batch.prompt_length[:, None])
-    scores = score_prompt(models.target, hidden, batch.targets, models.vocab_limit)
-    total = jnp.sum(jnp.where(known[:, :, None], hidden, 0), axis=1, dtype=jnp.float32)
-    last_index = jnp.maximum(batch.length - batch.start - 1, 0)
-    last = jnp.take_along_axis(hidden, last_index[:, None, None], axis=1)[:, 0]
+    counts = count_prefill(state.token_counts, batch)
+    scores = score_prompt(models.target, layers.hidden, batch.targets, models.vocab_limit)
+    last = last_hidden(layers.hidden, batch)
     sampled = sample_rows(models.target, last, batch.sampling, batch.slots, allowed=batch.allowed, counts=counts,
                           vocab_limit=models.vocab_limit)
     counts = count_output(counts, batch.slots, sampled.tokens, batch.samples)
     return state._replace(token_counts=counts), StepOutput(
         sampled=jax.tree.map(lambda x: x[:, None], sampled), counts=batch.samples.astype(jnp.int32), prompt=scores,
-        page_counts=layers.page_counts, trips=layers.trips, pooled=jnp.stack([total, last.astype(jnp.float32)], axis=1))
+        page_counts=layers.page_counts, trips=layers.trips, pooled=pooled(layers.hidden, last, batch))
 
 
 # --- decode

@@ -44,6 +44,8 @@ class EngineConfig:
       prefix_cache: keep computed pages for prompts that begin alike (same weights, adapter and attention).
       max_adapters: LoRA adapters that may be loaded at once. max_adapter_rank: their largest rank.
       cache_dir: folder of compiled programs; None keeps none, ... is the default folder.
+      layers_per_program: most layers of the model that one program runs; by default about 8. A model of no more layers
+        runs every step as one program, others as a sequence of programs that equal layers share (docs/performance.md).
       speculation: None; "ngram" to guess tokens from repetitions in the text; or a draft model of the same vocabulary
         (a module, or in `Engine.from_pretrained` also a folder or hub id). Answers stay the same. It switches itself
         off where it does not pay.
@@ -53,7 +55,10 @@ class EngineConfig:
       batch_invariant: a request's tokens do not depend on the other requests, to the last bit (docs/engine.md).
       calibrated: which parts may be 8-bit, and ranges of keys and values, as `qwen-jax calibrate --fp8` finds them.
       load_policy: two plans between which the engine switches by load; one is the plan of the sizes above.
-      warmup: compile and run every bucket when the engine is made; else call `Engine.warmup` before the first request.
+      warmup: what is compiled when the engine is made. "fast": the few programs with which any request can be
+        answered; the others are compiled in the background, and taken up between two steps. "full" or True: all.
+        False: nothing; call `Engine.warmup` before the first request. The environment variable QWEN_JAX_WARMUP=full
+        makes "fast" mean "full".
       progress: show progress bars on stderr.
     """
 
@@ -74,6 +79,7 @@ class EngineConfig:
     max_adapters: int = 0
     max_adapter_rank: int = 16
     cache_dir: str | Path | None | type(...) = ...
+    layers_per_program: int | None = None
     speculation: Any = None
     draft_tokens: int | None = None
     strict_compiles: bool = False
@@ -81,7 +87,7 @@ class EngineConfig:
     batch_invariant: bool = False
     calibrated: Calibrated | None = None
     load_policy: LoadPolicy | None = None
-    warmup: bool = True
+    warmup: bool | str = "fast"
     progress: bool = True
 
     @classmethod

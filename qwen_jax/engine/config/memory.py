@@ -127,12 +127,14 @@ def free_memory() -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def free_per_device(plan: ParallelPlan, beside: int | None = None) -> int:
+def free_per_device(plan: ParallelPlan, to_load: int = 0, only: bool = False) -> int:
     """Return the bytes of memory that are free on each device of a plan. The devices of a CPU share its memory.
 
-    beside: bytes of weights that are yet to be loaded, and the only content of the devices then; None once they are.
+    to_load: bytes of weights that are yet to be loaded onto each device. only: whether these will then be all that the
+    devices hold.
     """
     stats = jax.local_devices()[0].memory_stats()
-    if beside is not None and stats and "bytes_limit" in stats:
-        return stats["bytes_limit"] - beside
-    return free_memory() // (plan.devices if platform() == "cpu" else 1)
+    if only and stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - to_load
+    free = free_memory() // (plan.devices if platform() == "cpu" else 1)
+    return max(0, free - to_load)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -59,9 +60,8 @@ class ResolvedConfig:
       dtype: element type of weights and 16-bit pages. precision: which parts are 8-bit. ranges: of keys and values.
       table, limits, policy: buckets, shapes and schedule thresholds of every replica. tuned: their file, if any.
       sparsity: settings of every layer's sparse attention.
-      vocab_limit: number of token ids that exist.
       kv_cache_bytes: memory of each device for KV pages; None for a share of what is free.
-      cache_dir: folder of compiled programs, if any.
+      cache_dir: folder of compiled programs, if any. layers_per_program: most layers that one of them runs.
     """
 
     model: ModelConfig
@@ -71,7 +71,6 @@ class ResolvedConfig:
     limits: Limits
     policy: SchedulePolicy
     sparsity: tuple[Sparsity | None, ...]
-    vocab_limit: int
     ranges: tuple[Ranges, ...] | None = None
     tuned: Tuned | None = None
     kv_cache_bytes: int | None = None
@@ -80,16 +79,18 @@ class ResolvedConfig:
     draft: ModelConfig | None = None
     cache_dir: Path | None = None
     strict_compiles: bool = False
+    layers_per_program: int | None = None
 
 
-def resolve(options: EngineConfig, model: ModelConfig, dtype: Any, vocab_limit: int, draft: ModelConfig | None
-            ) -> ResolvedConfig:
+def resolve(options: EngineConfig, model: ModelConfig, dtype: Any, draft: ModelConfig | None) -> ResolvedConfig:
     """Fill in every default of ``options`` for a model. Raises UserError for options that do not go together.
 
     Args:
-      dtype: element type that the engine computes in. vocab_limit: number of token ids that exist.
+      dtype: element type that the engine computes in.
       draft: configuration of the draft model, if ``options.speculation`` is one.
     """
+    if options.layers_per_program is not None:
+        check_positive(layers_per_program=options.layers_per_program)
     if options.adapt and (options.dp_size != 1 or options.load_policy is not None):
         raise UserError("adapt=True is for one replica: give neither dp_size nor load_policy with it")
     untouched = options.limits is None and options.policy is DEFAULT_POLICY and not options.batch_invariant
@@ -108,9 +109,21 @@ def resolve(options: EngineConfig, model: ModelConfig, dtype: Any, vocab_limit: 
         model=model, dtype=dtype, precision=precision, ranges=options.calibrated and options.calibrated.ranges,
         table=bucket_table(limits, policy, "f32" if dtype == np.float32 else "bf16", precision.eight_bit),
         limits=limits, policy=policy, tuned=measured, sparsity=sparsity_of(options.sparsity, model),
-        vocab_limit=vocab_limit, kv_cache_bytes=options.kv_cache_bytes, prefix_cache=options.prefix_cache,
+        kv_cache_bytes=options.kv_cache_bytes, prefix_cache=options.prefix_cache,
         batch_invariant=options.batch_invariant, draft=draft, cache_dir=Path(cache_dir) if cache_dir else None,
-        strict_compiles=options.strict_compiles)
+        strict_compiles=options.strict_compiles, layers_per_program=options.layers_per_program)
+
+
+def warmup_mode(options: EngineConfig, processes: bool) -> str | None:
+    """Return how an engine warms up when it is made: "fast", "full" or None for not at all.
+
+    processes: whether it has several processes, which compile everything before the first step.
+    """
+    mode = {True: "full", False: None}.get(options.warmup, options.warmup)
+    if mode not in ("fast", "full", None):
+        raise UserError(f"warmup must be 'fast', 'full', True or False, not {options.warmup!r}")
+    forced = processes or options.load_policy is not None or os.environ.get("QWEN_JAX_WARMUP") == "full"
+    return "full" if mode == "fast" and forced else mode
 
 
 def _limits(options: EngineConfig, model: ModelConfig, policy: SchedulePolicy, grid: Grid | None) -> Limits:
@@ -278,18 +291,18 @@ def sparsity_of(option: Any, config: ModelConfig) -> tuple[Sparsity | None, ...]
     return per_layer
 
 
-def draft_of(speculation: Any, config: ModelConfig, vocab_limit: int, dtype: Any) -> Qwen2 | None:
-    """Return the draft model in ``dtype``; None when guesses come from the text, or without speculation.
+def draft_of(speculation: Any, dtype: Any) -> Qwen2 | None:
+    """Return the draft model in ``dtype``; None when guesses come from the text, or without speculation."""
+    return None if speculation is None or isinstance(speculation, str) else as_module(speculation, dtype)[0]
 
-    Raises UserError for a draft model with another vocabulary.
-    """
-    if speculation is None or isinstance(speculation, str):
-        return None
-    draft, _ = as_module(speculation, dtype)
-    if min(draft.config.vocab_size, config.vocab_size) < vocab_limit:
-        raise UserError(f"the draft model has {draft.config.vocab_size} token ids and the model uses {vocab_limit}: "
-                        "take one with the same vocabulary")
-    return draft
+
+def vocab_limit_of(tokenizer: Any, model: ModelConfig, draft: ModelConfig | None) -> int:
+    """Return the number of token ids that exist. Raises UserError for a draft model that has not all of them."""
+    limit = min(len(tokenizer), model.vocab_size) if tokenizer else model.vocab_size
+    if draft and draft.vocab_size < limit:
+        raise UserError(f"the draft model has {draft.vocab_size} token ids and the model uses {limit}: take one with "
+                        "the same vocabulary")
+    return limit
 
 
 def differences(config: ModelConfig, other: ModelConfig) -> list[str]:

@@ -21,6 +21,7 @@ from qwen_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
 POLL_SECONDS = 1e-4  # between looks at which of several replicas is done
+WAIT_SECONDS = 0.01  # between looks for work where no request can run
 DISPATCH_SECONDS = 0.05  # a decode step generates as many tokens per row as fit into this: it delays new requests
 
 
@@ -118,7 +119,10 @@ class EngineCore:
             replica = _first_done([replica for replica in self.replicas if replica.running])
             if replica:
                 self._commit(replica, self._wait(replica))
-        return replica is not None or any(delivered)
+        worked = replica is not None or any(delivered)
+        if not worked and self._requests:  # they wait for a program that is still being compiled
+            time.sleep(WAIT_SECONDS)
+        return worked
 
     def settle(self) -> None:
         """Wait for the running steps of all replicas, and give the results to their requests."""
@@ -326,10 +330,11 @@ class EngineCore:
 
     def _assign_version(self, request: Request, version: int) -> None:
         """Set the version of the weights that a request runs with, and the key by which it shares cached pages."""
-        sequence = request.sequence
+        sequence, scheduler = request.sequence, self.replicas[0].scheduler
         sequence.version = version
+        scheduler.settle_attention(sequence)
         adapter = self.adapters.identity(request.adapter_slot) if request.adapter_name is not None else 0
-        sequence.salt = repr((version, adapter, self.replicas[0].scheduler.attention(sequence))).encode()
+        sequence.salt = repr((version, adapter, scheduler.attention(sequence))).encode()
 
 
 def _first_done(replicas: list[Replica]) -> Replica | None:

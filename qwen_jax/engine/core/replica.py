@@ -9,6 +9,7 @@ from math import prod
 from typing import Any
 
 import jax
+import numpy as np
 
 from qwen_jax.engine.compiled.state import StepOutput
 from qwen_jax.engine.config import memory
@@ -16,7 +17,6 @@ from qwen_jax.engine.config.resolve import ResolvedConfig
 from qwen_jax.engine.multihost.channel import Leader
 from qwen_jax.engine.multihost.leader import LeaderRunner
 from qwen_jax.engine.runner.model_runner import Runner
-from qwen_jax.engine.runner.pipeline_runner import PipelineRunner
 from qwen_jax.engine.runner.stage import ShardedWeights, Sizes
 from qwen_jax.engine.scheduling.page_pool import PagePool
 from qwen_jax.engine.scheduling.schedule_policy import SPARSE
@@ -86,7 +86,7 @@ class Deployment:
 
     Attributes:
       sharding: how the plan distributes the weights. draft_sharding: the same for the draft model, if there is one.
-      replicas: empty until `build`.
+      replicas: empty until `build`. pages: KV pages of each, and 16-bit pages beside 8-bit ones.
     """
 
     plan: ParallelPlan
@@ -94,6 +94,7 @@ class Deployment:
     sharding: WeightSharding = field(init=False)
     draft_sharding: WeightSharding | None = field(init=False, default=None)
     replicas: list[Replica] = field(init=False, default_factory=list)
+    pages: tuple[int, int] = field(init=False, default=(0, 0))
 
     def __post_init__(self) -> None:
         config, plan = self.config, self.plan
@@ -106,20 +107,36 @@ class Deployment:
             self.draft_sharding = WeightSharding(config.draft, config.dtype, shards_of(draft_plan),
                                                  default_precision(config.draft, False, None))
 
+    @classmethod
+    def for_shapes(cls, config: ResolvedConfig, plan: ParallelPlan, pages: tuple[int, int], adapters: tuple[int, int]
+                   ) -> Deployment:
+        """Make a deployment that has shapes in place of weights, to compile the programs of another like it.
+
+        pages: as in the attributes. adapters: number of LoRA adapters and their largest rank.
+        """
+        deployment = cls(plan, config)
+        weights = VersionedWeights(config.model, deployment.sharding)
+        draft = config.draft and VersionedWeights(config.draft, deployment.draft_sharding)
+        table = AdapterTable(config.model, deployment.sharding.shards, *adapters, config.dtype)
+        deployment.build(weights, draft, table, pages=pages)
+        return deployment
+
     def build(self, weights: VersionedWeights, draft: VersionedWeights | None, adapters: AdapterTable, *,
-              free_bytes: int, arrivals: Iterator[int], leader: Leader | None = None) -> None:
+              free_bytes: int = 0, pages: tuple[int, int] | None = None, arrivals: Iterator[int] | None = None,
+              leader: Leader | None = None) -> None:
         """Make the replicas, each with a scheduler and a runner, without compiling or allocating anything yet.
 
         Args:
-          free_bytes: memory of each device that the weights leave free.
+          free_bytes: memory of each device that the weights leave free, from which the number of pages follows.
+          pages: that number, if it is known already.
           arrivals: ascending numbers, shared by the schedulers of all replicas.
           leader: connection to the other processes, where there are some and this is the first.
         """
         config, stages = self.config, len(self.plan.stages)
-        pages, wide_pages = self._pages(free_bytes)
-        sizes = Sizes(pages, config.limits.max_batch_size, config.vocab_limit, config.sparsity, wide_pages)
+        self.pages = pages, wide_pages = pages or self._pages(free_bytes)
+        sizes = Sizes(pages, config.limits.max_batch_size, config.sparsity, wide_pages, config.layers_per_program)
         dense_tail = max((layer.dense_tail for layer in config.sparsity if layer), default=0)
-        kind = partial(LeaderRunner, leader) if leader else Runner if stages == 1 else PipelineRunner
+        kind = partial(LeaderRunner, leader) if leader else Runner
         for index in range(self.plan.data):
             runner = kind(table=config.table, sizes=sizes, weights=ShardedWeights(weights, self.sharding),
                           shards=range(index * stages, (index + 1) * stages), adapters=adapters,
@@ -128,8 +145,14 @@ class Deployment:
             scheduler = Scheduler(config.table, config.limits, PagePool(pages), policy=config.policy,
                                   prefix_cache=config.prefix_cache, invariant=config.batch_invariant,
                                   dense_tail=dense_tail, wide_pool=PagePool(wide_pages) if wide_pages else None,
-                                  arrivals=arrivals)
+                                  arrivals=arrivals, available=runner.programs.available)
             self.replicas.append(Replica(scheduler, runner))
+
+    def limit_vocab(self, limit: int) -> None:
+        """Let the replicas sample no token ids from ``limit`` on: they do not exist."""
+        for runner in self.runners:
+            for stage in runner.stages:
+                stage.vocab_limit = np.int32(limit)
 
     def _pages(self, free_bytes: int) -> tuple[int, int]:
         """Return the number of KV pages that a replica gets, and the number of 16-bit pages beside 8-bit ones."""

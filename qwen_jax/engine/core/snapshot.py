@@ -22,6 +22,7 @@ def engine_stats(core: EngineCore, deployment: Deployment, prepared: Iterable[De
         compiles_after_warmup=runners[0].compiles_after_warmup,
         warmup_seconds=sum(runner.warmup_seconds for runner in runners),
         executables=sum(len(runner.executables.programs) for runner in runners),
+        programs_to_come=sum(len(runner.programs.missing) for runner in runners),
         pages_used=sum(scheduler.pool.capacity - scheduler.pool.num_free for scheduler in schedulers),
         pages_total=sum(scheduler.pool.capacity for scheduler in current),
         running=sum(len(scheduler.running) for scheduler in schedulers),
@@ -51,9 +52,10 @@ def _bucket_stats(core: EngineCore, deployment: Deployment) -> tuple[BucketStats
     runner = deployment.runners[0]
     rows = []
     for bucket, usage in core.counters.usage.items() if runner.ready else ():
-        programs = runner.programs(bucket)
+        programs = runner.programs.of(bucket)
         rows.append(BucketStats(
             str(bucket), usage.steps, usage.rows, usage.tokens, usage.seconds,
-            prepare_seconds=runner.prepare_seconds[bucket], from_disk=all(program.from_disk for program in programs),
-            temp_bytes=max(program.temp_bytes for program in programs)))
+            prepare_seconds=runner.programs.seconds.get(bucket, 0.0),
+            from_disk=all(program.from_disk for program in programs),
+            temp_bytes=max((program.temp_bytes for program in programs), default=0)))
     return tuple(rows)

@@ -36,11 +36,11 @@ class LeaderRunner(Runner):
         super().__init__(*arguments, **options)
         self._leader = leader
 
-    def warmup(self, progress: bool) -> None:
+    def warmup(self, progress: bool, everything: bool = True) -> None:
         began = time.perf_counter()
         self.compile(progress)  # before the first step: compiling may take the others longer than a step may wait
         self._leader.agree("compiled", True)
-        super().warmup(progress)
+        super().warmup(progress, everything)
         self._leader.tell("warm")
         self.warmup_seconds = time.perf_counter() - began
 

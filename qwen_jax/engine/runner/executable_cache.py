@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import jax
 import jaxlib
@@ -24,11 +25,14 @@ from jax.experimental import serialize_executable
 from qwen_kernels.attention import xla
 
 from qwen_jax.atomic import replace_file
+from qwen_jax.engine.compiled.compile_counter import planned
 
 log = logging.getLogger(__name__)
 # Everything whose code or constants reach a traced program: whole folders, so that a new file cannot be forgotten.
 TRACED = ("config.py", "engine/api", "engine/compiled", "engine/runner", "engine/scheduling", "engine/weights", "model",
           "parallel", "quantization")
+ENVIRONMENT_FILE = "environment.json"  # what the programs of a folder depend on
+Key = tuple[Hashable, int]  # of a program: a bucket or a piece of its step, and the number of the stage that it runs in
 _tiles_lock = threading.Lock()  # programs are lowered on several threads, and tiles are globals of the kernel's module
 
 
@@ -65,12 +69,14 @@ class Executables:
         self._lower, self._devices = lower, devices
         self._identity = identity
         self._cache_dir = cache_dir if cache_dir and _is_private(cache_dir) else None
+        if self._cache_dir and (foreign := foreign_programs(self._cache_dir)):
+            log.warning("%s", foreign)
         self.programs: dict[Hashable, Program] = {}
 
-    def prepare(self, keys: Iterable[Hashable]) -> Iterable[tuple[Hashable, Program]]:
+    def prepare(self, keys: Iterable[Key]) -> Iterable[tuple[Key, Program]]:
         """Compile or load the program of every key that has none yet, and yield it with its key.
 
-        Several compile at a time, because XLA compiles a program on a single core.
+        Several compile at a time, because XLA compiles a program on few cores. All compilations are planned.
         """
         missing = [key for key in keys if key not in self.programs]
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
@@ -82,28 +88,43 @@ class Executables:
             finally:
                 threads.shutdown(cancel_futures=True)
 
-    def _load_or_compile(self, key: Hashable) -> Program:
+    def load(self, key: Key) -> bool:
+        """Load a program from disk, and return whether it was there."""
         began = time.perf_counter()
         path = self._path(key)
         compiled = _read(path, self._devices(key)) if path else None
-        from_disk = compiled is not None
-        if compiled is None:
-            compiled = self._lower(key).compile()
-            if path:
-                _write(path, compiled)
-        memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
-        return Program(compiled, time.perf_counter() - began, from_disk,
-                       temp_bytes=getattr(memory, "temp_size_in_bytes", 0), flops=cost.get("flops", 0.0),
-                       bytes_accessed=cost.get("bytes accessed", 0.0))
+        if compiled is not None:
+            self.programs[key] = _program(compiled, began, from_disk=True)
+        return compiled is not None
 
-    def _path(self, key: Hashable) -> Path | None:
-        """Return the file of a key's program, named by a hash of what it depends on; None without a cache folder."""
+    def take(self, key: Key, payload: bytes, seconds: float) -> None:
+        """Load a program that another process has compiled (`serialized`) in ``seconds``, and keep it on disk."""
+        compiled = _loaded(payload, self._devices(key))
+        if path := self._path(key):
+            _write(path, payload)
+        self.programs[key] = _program(compiled, time.perf_counter() - seconds, from_disk=False)
+
+    def _load_or_compile(self, key: Key) -> Program:
+        if self.load(key):
+            return self.programs[key]
+        began = time.perf_counter()
+        with planned():
+            compiled = self._lower(key).compile()
+        if path := self._path(key):
+            _write(path, compiled)
+        return _program(compiled, began, from_disk=False)
+
+    def _path(self, key: Key) -> Path | None:
+        """Return the file of a key's program, named by a hash of what it depends on; None without a cache folder.
+
+        The programs of one `environment` are in one folder.
+        """
         if self._cache_dir is None:
             return None
         ids = [device.id for device in self._devices(key)]
         process = [jax.process_index(), jax.process_count()]
-        text = json.dumps([_environment(), self._identity, repr(key), ids, process], sort_keys=True)
-        return self._cache_dir / f"{hashlib.sha256(text.encode()).hexdigest()}.exe"
+        text = json.dumps([self._identity, repr(key), ids, process], sort_keys=True)
+        return self._cache_dir / _digest(environment()) / f"{hashlib.sha256(text.encode()).hexdigest()}.exe"
 
 
 @contextmanager
@@ -151,7 +172,7 @@ def _read(path: Path, devices: Sequence[jax.Device]):
         digest, payload = path.read_bytes().split(b"\n", 1)
         if hashlib.sha256(payload).hexdigest().encode() != digest:
             raise ValueError("its checksum does not match")
-        return serialize_executable.deserialize_and_load(*pickle.loads(payload), execution_devices=devices)
+        return _loaded(payload, devices)
     except FileNotFoundError:
         return None
     except Exception as error:  # a damaged or foreign file may raise anything, and compiling again is right
@@ -159,18 +180,75 @@ def _read(path: Path, devices: Sequence[jax.Device]):
         return None
 
 
-def _write(path: Path, compiled) -> None:
+def serialized(compiled: jax.stages.Compiled) -> bytes:
+    """Return a compiled program as bytes, for processes with the same `environment`."""
+    return pickle.dumps(serialize_executable.serialize(compiled))
+
+
+def _loaded(payload: bytes, devices: Sequence[jax.Device]) -> jax.stages.Compiled:
+    """Load a program from bytes that `serialized` returned. This runs its code: they must be from this user."""
+    return serialize_executable.deserialize_and_load(*pickle.loads(payload), execution_devices=devices)
+
+
+def _program(compiled: jax.stages.Compiled, began: float, from_disk: bool) -> Program:
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    return Program(compiled, time.perf_counter() - began, from_disk,
+                   temp_bytes=getattr(memory, "temp_size_in_bytes", 0), flops=cost.get("flops", 0.0),
+                   bytes_accessed=cost.get("bytes accessed", 0.0))
+
+
+_write_failed = False  # which is said once
+
+
+def _write(path: Path, program: jax.stages.Compiled | bytes) -> None:
     """Write a compiled program to a file, atomically, readable by its owner alone: loading a program runs its code."""
+    global _write_failed
     try:
-        payload = pickle.dumps(serialize_executable.serialize(compiled))
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        payload = program if isinstance(program, bytes) else serialized(program)
+        for folder in (path.parent.parent, path.parent):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not (about := path.with_name(ENVIRONMENT_FILE)).exists():
+            replace_file(about, json.dumps(environment()).encode(), private=True)
         replace_file(path, hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload, private=True)
     except Exception as error:  # a full disk or a backend that cannot serialise must not stop the engine
-        log.warning("could not keep an executable on disk (%s); the next start compiles again", error)
+        if not _write_failed:
+            log.warning("could not keep an executable on disk (%s); the next start compiles again", error)
+        _write_failed = True
+
+
+def foreign_programs(folder: Path) -> str | None:
+    """Return a sentence about a folder that has programs, but none for this process's `environment`; else None.
+
+    It says in what the environment for which they were compiled differs.
+    """
+    try:
+        files = sorted(folder.glob(f"*/{ENVIRONMENT_FILE}"), key=lambda file: file.stat().st_mtime)
+        if not files or any(file.parent.name == _digest(environment()) for file in files):
+            return None
+        other = json.loads(files[-1].read_text())
+    except (OSError, ValueError):
+        return None
+    here = environment()
+    differing = [name for name in here if name != "machine" and other.get(name) != here[name]]
+    if other.get("machine") != here["machine"]:
+        differing.insert(0, f"processor ({_instruction_set(other.get('machine'))}; this machine has "
+                            f"{_instruction_set(here['machine'])})")
+    return f"the programs in {folder} are compiled anew, for they were made for another {', '.join(differing)}"
+
+
+def _instruction_set(machine: Any) -> str:
+    """Return the name of the widest vector instructions that a machine of `environment` has."""
+    architecture, flags = machine if isinstance(machine, list) and len(machine) == 2 else ("", "")
+    names = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 with bf16", "avx512f": "AVX-512", "avx2": "AVX2", "sve": "SVE"}
+    return next((shown for flag, shown in names.items() if flag in str(flags).split()), str(architecture) or "unknown")
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @cache
-def _environment() -> dict[str, object]:
+def environment() -> dict[str, object]:
     """Return what a serialised program silently depends on: versions, devices, instruction set, flags, our own code."""
     devices = jax.devices()
     return {

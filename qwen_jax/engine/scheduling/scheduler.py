@@ -15,7 +15,7 @@ once.
 import bisect
 import heapq
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from qwen_jax.engine.scheduling.page_pool import PAGE, PagePool, pages_for
 from qwen_jax.engine.scheduling.schedule_policy import (
     DEFAULT_POLICY,
     FULL,
+    RECOMPUTE,
     SPARSE,
     SchedulePolicy,
     attention_of,
@@ -67,6 +68,7 @@ class Scheduler:
         are not shared, and neither are the pages of answers.
       wide_pool: 16-bit pages for sequences that fell back from 8-bit steps (`fall_back`); None where all are 16-bit.
       arrivals: numbers in ascending order, shared by the schedulers of several replicas.
+      available: the buckets of the table that can run at present, which may become more; None for all.
 
     Attributes:
       waiting, running: the unfinished sequences, by rank.
@@ -77,7 +79,8 @@ class Scheduler:
 
     def __init__(self, table: tuple[Bucket, ...], limits: Limits, pool: PagePool,
                  policy: SchedulePolicy = DEFAULT_POLICY, *, prefix_cache: bool = True, invariant: bool = False,
-                 dense_tail: int = 0, wide_pool: PagePool | None = None, arrivals: Iterator[int] | None = None):
+                 dense_tail: int = 0, wide_pool: PagePool | None = None, arrivals: Iterator[int] | None = None,
+                 available: Collection[Bucket] | None = None):
         self.limits, self.pool, self.policy, self.prefix_cache = limits, pool, policy, prefix_cache
         self.invariant, self.dense_tail, self.wide_pool = invariant, dense_tail, wide_pool
         self.prefix_queries = self.prefix_hits = 0
@@ -89,7 +92,9 @@ class Scheduler:
         self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap
         self._free_slots = list(range(limits.max_batch_size))  # a heap: low slots first
         self._computing: dict[bytes, Sequence] = {}  # keys of pages that running sequences have yet to prefill
-        self._table = table
+        self._table, self._available = table, table if available is None else available
+        self._known = 0  # number of available buckets that `_buckets_of` was made of
+        self._buckets_of: dict[tuple[str, str, bool], tuple[Bucket, ...]] = {}
         self._chunk = max(bucket.tokens for bucket in table)
         self._arrivals = itertools.count() if arrivals is None else arrivals
         self._steps = self._prefills = 0
@@ -157,6 +162,12 @@ class Scheduler:
             seq.arrival = next(self._arrivals)
         self._register(seq)
         bisect.insort(self.waiting, seq, key=rank)
+
+    def settle_attention(self, seq: Sequence) -> None:
+        """Let a new long sequence be computed in full attention if the programs of sparse attention are not there yet.
+        """
+        if seq.schedule is None and len(seq.prompt) > self.policy.sparse_above_tokens:
+            seq.dense = not all(self._buckets(phase, SPARSE, False) for phase in ("prefill", "decode"))
 
     def adopt(self, seq: Sequence, pages: list[int]) -> None:
         """Take over a running sequence of another scheduler, in `pages` of this one's pool.
@@ -282,13 +293,14 @@ class Scheduler:
         Others of its group (same attention, weights and precision) join it as far as that pays off.
         """
         line = [_PrefillCandidate(seq, []) for seq in self.running if seq.in_prefill] + self._admissible()
+        line = [item for item in line if self._buckets("prefill", self.attention(item.seq), item.seq.wide)]
         if not line:
             return None
         by_rank = self._prefills % RANK_EVERY == RANK_EVERY - 1
         line.sort(key=lambda item: (item.seq.priority, 0 if by_rank else item.remaining, item.seq.arrival))
         first = line[0].seq
         line = [item for item in line if self._group(item.seq) == self._group(first)]
-        schedule = FULL if first.wide else dynamic_schedule(len(line), len(first.prompt), self.policy)
+        schedule = self._schedule(first, len(line))
         bucket = pick_prefill(self._buckets("prefill", schedule, first.wide), [item.remaining for item in line],
                               self.limits.step_overhead_tokens)
         chosen = line[:bucket.rows]
@@ -351,7 +363,7 @@ class Scheduler:
         seq.num_kept = len(kept)
         seq.num_computed = seq.num_reused = len(kept) * PAGE
         if seq.schedule is None:
-            seq.schedule = dynamic_schedule(batch_size, len(seq.prompt), self.policy)
+            seq.schedule = self._schedule(seq, batch_size)
         keys = self._reusable_keys(seq)
         self.prefix_queries += len(keys)
         self.prefix_hits += len(kept)
@@ -409,7 +421,10 @@ class Scheduler:
             groups.setdefault(self._group(seq), []).append(seq)
         for (attention, _, wide), members in groups.items():
             buckets = sorted(self._buckets("decode", attention, wide), key=attrgetter("rows", "tokens"))
-            chosen = members[:min(max_rows, buckets[-1].rows)]
+            most = max((bucket.rows for bucket in buckets if bucket.tokens == 1), default=0)
+            chosen = members[:min(max_rows, most)]
+            if not chosen:
+                continue
             chosen.sort(key=rank)  # a row can then only preempt rows that are not planned yet
             drafts = self._drafts(chosen, buckets, propose) if propose else {}
             steps = min(steps, *(seq.burst for seq in chosen))  # a row that samples one token would wait for the others
@@ -459,7 +474,14 @@ class Scheduler:
 
     def attention(self, seq: Sequence) -> str:
         """Return the attention, full or sparse, that computes a sequence all its life (`FULL` or `SPARSE`)."""
-        return attention_of(seq.schedule or dynamic_schedule(1, len(seq.prompt), self.policy))
+        return attention_of(seq.schedule or self._schedule(seq, 1))
+
+    def _schedule(self, seq: Sequence, batch_size: int) -> str:
+        """Return the schedule of a sequence in a prefill of ``batch_size`` sequences."""
+        if seq.wide:
+            return FULL
+        schedule = dynamic_schedule(batch_size, 1 if seq.dense else len(seq.prompt), self.policy)
+        return FULL if schedule == RECOMPUTE and not self._buckets("prefill", RECOMPUTE, False) else schedule
 
     def _register(self, seq: Sequence) -> None:
         self._sequences[seq.request_id] = seq
@@ -499,7 +521,14 @@ class Scheduler:
         return self.wide_pool if seq.wide else self.pool
 
     def _buckets(self, phase: str, schedule: str, wide: bool) -> tuple[Bucket, ...]:
-        """Return the buckets of a phase and a schedule; with `wide`, those of an 8-bit engine's 16-bit fallback."""
-        usual = self._table[0].precision
-        return tuple(bucket for bucket in self._table
-                     if (bucket.phase, bucket.schedule) == (phase, schedule) and (bucket.precision != usual) == wide)
+        """Return the buckets of a phase and a schedule that can run; with `wide`, those of the 16-bit fallback."""
+        if len(self._available) != self._known:
+            self._known = len(self._available)
+            self._buckets_of.clear()
+        key = phase, schedule, wide
+        if key not in self._buckets_of:
+            usual = self._table[0].precision
+            self._buckets_of[key] = tuple(
+                bucket for bucket in self._table if (bucket.phase, bucket.schedule) == (phase, schedule)
+                and (bucket.precision != usual) == wide and bucket in self._available)
+        return self._buckets_of[key]

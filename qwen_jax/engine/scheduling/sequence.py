@@ -39,6 +39,7 @@ class Sequence:
     output: list[int] = field(default_factory=list)  # token ids sampled so far
     arrival: int = -1  # number given by `Scheduler.add`, ascending
     schedule: str | None = None  # chosen at the first admission and changed only by `Scheduler.fall_back`
+    dense: bool = False  # whether it is in full attention although it is long (`Scheduler.settle_attention`)
     wide: bool = False  # whether it is computed in 16 bits because 8-bit steps failed for it
     pages: list[int] = field(default_factory=list)  # position p lives in pages[p // PAGE] at offset p % PAGE
     slot: int | None = None  # row of the token counts on the device while running, 0 .. max_batch_size - 1

@@ -105,9 +105,29 @@ class ModelShard:
 
     def build(self, params: Mapping[str, Any]) -> Qwen2:
         """Return the network of one device around parameters that have the shard's own names."""
+        return build(self._tied_config, params, partition=self.partition, first=self.first, last=self.last)
+
+    def build_block(self, params: Mapping[str, Any], start: int, end: int) -> Qwen2:
+        """Return the network of the shard's layers ``[start:end]`` on one device, around the shard's parameters."""
+        own = {f"layers.{index - start}.{rest}": value for path, value in params.items() if path.startswith("layers.")
+               for _, index, rest in [path.split(".", 2)] for index in [int(index)] if start <= index < end}
+        return build(replace(self.device_config, num_layers=end - start), own, partition=self.partition, first=False,
+                     last=False)
+
+    def build_ends(self, params: Mapping[str, Any]) -> Qwen2:
+        """Return the network of one device without its layers: the embedding, the norm and the head that it has.
+
+        Its config has the number of layers of the whole model.
+        """
+        own = {path: value for path, value in params.items() if not path.startswith("layers.")}
+        return build(replace(self._tied_config, num_layers=self.layout.config.num_layers), own,
+                     partition=self.partition, first=self.first, last=self.last, layers=False)
+
+    @property
+    def _tied_config(self) -> ModelConfig:
+        """Config of one device's network, in which the head is tied only where the embedding is on the same devices."""
         tied = self.device_config.tie_word_embeddings and self.first
-        config = replace(self.device_config, tie_word_embeddings=tied) if self.last else self.device_config
-        return build(config, params, self.partition, self.first, self.last)
+        return replace(self.device_config, tie_word_embeddings=tied) if self.last else self.device_config
 
     def precision(self, precision: Precision) -> Precision:
         """Return the precision (which parameters and pages are 8-bit) of this shard's layers, out of the model's."""

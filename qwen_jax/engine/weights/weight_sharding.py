@@ -14,6 +14,7 @@ from flax import nnx
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine.weights.model_shard import ModelShard, shards_with
+from qwen_jax.engine.weights.network_part import NetworkPart, network_part
 from qwen_jax.errors import UserError
 from qwen_jax.model import abstract, params_of
 from qwen_jax.parallel.layout import contract, expand, expanded_shape
@@ -85,6 +86,36 @@ class WeightSharding:
         """Copy a placed parameter to every shard that has it, in place of the parameter that ``params`` had there."""
         for index, name in shards_with(self.shards, path):
             params[index][name] = self.shards[index].put(value, self.specs[path].axes)
+
+    def whole(self, index: int) -> NetworkPart:
+        """Return the whole network of a shard, given by its number."""
+        return NetworkPart(self.graphs[index], self.treedefs[index], tuple(range(len(self.shapes[index]))))
+
+    def block(self, index: int, start: int, end: int) -> NetworkPart:
+        """Return the layers ``[start:end]`` of a shard, counted from the shard's first, as a part of its network."""
+        params, scales = self._parts_of_shapes(index)
+        return network_part(self.shards[index].build_block(params, start, end), tuple(scales[start:end]),
+                            self.shapes[index])
+
+    def ends(self, index: int) -> NetworkPart:
+        """Return what a shard has beside its layers, embedding, norm and head, as a part of its network."""
+        params, _ = self._parts_of_shapes(index)
+        return network_part(self.shards[index].build_ends(params), (), self.shapes[index])
+
+    def layer_kinds(self, index: int) -> list[str]:
+        """Return for each layer of a shard a text that is the same for layers of equal shapes and element types."""
+        params, scales = self._parts_of_shapes(index)
+        kinds = [[repr(scale is None)] for scale in scales]
+        for path, value in params.items():
+            if path.startswith("layers."):
+                _, layer, rest = path.split(".", 2)
+                kinds[int(layer)].append(f"{rest} {[(x.shape, x.dtype) for x in jax.tree.leaves(value)]}")
+        return ["; ".join(sorted(kind)) for kind in kinds]
+
+    def _parts_of_shapes(self, index: int) -> tuple[dict[str, Any], Any]:
+        """Return the shapes of a shard's parameters by name, and those of the scales of its layers' 8-bit pages."""
+        state, scales = jax.tree.unflatten(self.treedefs[index], self.shapes[index])
+        return params_of(nnx.merge(self.graphs[index], state)), scales
 
     def leaves(self, params: Sequence[Mapping[str, Any]]) -> ShardedLeaves:
         """Return the flat tuple of arrays of every shard, as its programs take them, from the shards' parameters.

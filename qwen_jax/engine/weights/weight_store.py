@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from qwen_jax.config import ModelConfig
 from qwen_jax.engine.compiled.compile_counter import planned
 from qwen_jax.engine.config import memory
 from qwen_jax.engine.config.resolve import differences
@@ -28,9 +29,7 @@ class VersionedWeights:
     parameters, 8-bit or not, and the scales of 8-bit pages. Programs take it as an argument, so another version
     compiles nothing.
 
-    Args:
-      source: version 0: a module, or a checkpoint, of which every device reads its shard. A module's arrays (or the
-        shapes that it has instead) are used as they are where a single device holds the whole model.
+    There is none before `read_first`.
 
     Attributes:
       config: config of the model.
@@ -40,16 +39,25 @@ class VersionedWeights:
       leaves_of: arrays of every loaded version, by its number.
     """
 
-    def __init__(self, source: Qwen2 | Source, sharding: WeightSharding) -> None:
-        self.config, self.sharding = source.config, sharding
+    def __init__(self, config: ModelConfig, sharding: WeightSharding) -> None:
+        self.config, self.sharding = config, sharding
         self.current, self.previous = 0, None
         self._candidate: int | None = None
         self._count = 1
+        self.leaves_of: dict[int, ShardedLeaves] = {}
+
+    def read_first(self, source: Qwen2 | Source) -> None:
+        """Load version 0: from a module, or from a checkpoint, of which every device reads its shard.
+
+        A module's arrays (or the shapes that it has instead) are used as they are where a single device holds the whole
+        model.
+        """
+        sharding = self.sharding
         if isinstance(source, Qwen2):
             placed = ((path, sharding.place(path, value)) for path, value in params_of(source).items())
         else:
             placed = self._read(source)
-        self.leaves_of: dict[int, ShardedLeaves] = {0: sharding.leaves(sharding.by_shard(placed))}
+        self.leaves_of[0] = sharding.leaves(sharding.by_shard(placed))
 
     @property
     def versions(self) -> list[int]:

@@ -70,6 +70,8 @@ _STATS_METRICS = (
                  "layer"),
     _StatsMetric(_GAUGE, "compiles_after_warmup", "XLA compilations since the warm-up: there should be none.",
                  lambda s: s.compiles_after_warmup),
+    _StatsMetric(_GAUGE, "programs_to_come", "Programs that are still being compiled or loaded in the background.",
+                 lambda s: s.programs_to_come),
     _StatsMetric(_GAUGE, "weight_version", "Version of the weights that new requests run with.",
                  lambda s: s.weight_version),
     _StatsMetric(_COUNTER, "steps", "Steps, by bucket.", lambda s: {b.bucket: b.steps for b in s.buckets}, "bucket"),

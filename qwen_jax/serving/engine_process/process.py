@@ -31,6 +31,7 @@ from qwen_jax.serving.ipc.messages import (
     Ready,
     Refused,
     Result,
+    Step,
     Submit,
     ToEngine,
     Withdraw,
@@ -65,6 +66,7 @@ class Worker:
         """Run the engine until the HTTP process closes the connection. Raises the error that ends the engine before."""
         engine = self._engine
         self._outbox.send(Ready(engine.limits.max_seq_len, engine.config.hidden_size, time.monotonic()))
+        self._engine.when_program_arrives(lambda: self._outbox.send(Step([], self._gauges())))
         threading.Thread(target=self._read, name="read", daemon=True).start()
         self._thread.run()
         if not isinstance(self._thread.failure, EngineDead):
@@ -117,13 +119,16 @@ class Worker:
 
     def _send_step(self) -> None:
         self._steps += 1
+        self._outbox.send_step(self._gauges())
+
+    def _gauges(self) -> Gauges:
         schedulers = [replica.scheduler for replica in self._engine.core.replicas]
         pools = [scheduler.pool for scheduler in schedulers]
-        self._outbox.send_step(Gauges(
+        return Gauges(
             steps=self._steps, running=sum(len(scheduler.running) for scheduler in schedulers),
             waiting=sum(len(scheduler.waiting) for scheduler in schedulers),
             pages_used=sum(pool.capacity - pool.num_free for pool in pools),
-            pages_total=sum(pool.capacity for pool in pools)))
+            pages_total=sum(pool.capacity for pool in pools), programs_to_come=self._engine.programs_to_come)
 
 
 def main() -> None:

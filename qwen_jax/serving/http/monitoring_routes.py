@@ -32,9 +32,12 @@ def monitoring_routes(service: Service, metrics: HttpMetrics) -> APIRouter:
 
     @routes.get("/ready")
     async def ready() -> Any:
-        """Readiness probe: 200, or 503 when the engine has stopped, hangs or loads, or the server is shutting down."""
+        """Readiness probe: 200, or 503 when the engine has stopped, hangs or loads, or the server is shutting down.
+
+        Also tells how many programs the engine still lacks: until they are there it answers, in smaller steps.
+        """
         service.check_ready()
-        return {"status": "ready"}
+        return {"status": "ready", "programs_to_come": service.link.gauges.programs_to_come}
 
     @routes.get("/stats")
     async def stats() -> Any:

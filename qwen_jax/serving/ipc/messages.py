@@ -133,12 +133,13 @@ class Piece(msgspec.Struct, array_like=True):
 
 
 class Gauges(msgspec.Struct, array_like=True, frozen=True):
-    """Load of an engine after a step: its requests and its use of the KV cache.
+    """Load of an engine after a step: its requests, its use of the KV cache, and programs that it lacks.
 
     Attributes:
       steps: number of steps so far.
       running, waiting: numbers of requests that hold pages of the KV cache, and of requests in the queue.
       pages_used, pages_total: numbers of pages of the KV cache that requests hold, and of all pages.
+      programs_to_come: number of programs that are still being compiled or loaded.
     """
 
     steps: int = 0
@@ -146,6 +147,7 @@ class Gauges(msgspec.Struct, array_like=True, frozen=True):
     waiting: int = 0
     pages_used: int = 0
     pages_total: int = 0
+    programs_to_come: int = 0
 
     @classmethod
     def total(cls, gauges: Iterable[Gauges]) -> Gauges:

@@ -20,9 +20,9 @@ from qwen_jax.engine.runner.executable_cache import TRACED, Executables
 
 @pytest.fixture(autouse=True)
 def environment_is_read_anew():
-    executable_cache._environment.cache_clear()
+    executable_cache.environment.cache_clear()
     yield
-    executable_cache._environment.cache_clear()
+    executable_cache.environment.cache_clear()
 
 
 def table(folder, identity="one"):
@@ -43,8 +43,9 @@ def test_folder_and_files_are_their_owners_alone(tmp_path):
     finally:
         os.umask(before)
     folder = tmp_path / "cache" / "executables"
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert [stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()] == [0o600]
+    inner, = folder.iterdir()
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (folder, inner)] == [0o700] * 2
+    assert [stat.S_IMODE(path.stat().st_mode) for path in inner.iterdir()] == [0o600] * 2
 
 
 def test_a_program_is_found_again_under_the_same_configuration_only(tmp_path):
@@ -58,7 +59,7 @@ def test_a_program_is_found_again_under_the_same_configuration_only(tmp_path):
 def test_the_name_depends_on_flags(tmp_path, monkeypatch, name, value):
     before = table(tmp_path)._path("key")
     monkeypatch.setenv(name, value)
-    executable_cache._environment.cache_clear()
+    executable_cache.environment.cache_clear()
     assert table(tmp_path)._path("key") != before
 
 
@@ -66,7 +67,7 @@ def test_the_name_depends_on_flags(tmp_path, monkeypatch, name, value):
 def test_the_name_depends_on_instruction_set_and_code(tmp_path, monkeypatch, what):
     before = table(tmp_path)._path("key")
     monkeypatch.setattr(executable_cache, what, lambda *_: "another")
-    executable_cache._environment.cache_clear()
+    executable_cache.environment.cache_clear()
     assert table(tmp_path)._path("key") != before
 
 
@@ -115,7 +116,7 @@ def test_all_that_steps_import_is_in_the_digest():
 
 def test_a_damaged_file_is_compiled_again(tmp_path, caplog):
     prepare(tmp_path)
-    path, = tmp_path.iterdir()
+    path, = tmp_path.glob("*/*.exe")
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert not prepare(tmp_path).from_disk
@@ -130,3 +131,21 @@ def test_a_folder_that_others_can_write_to_is_not_used(tmp_path, mode, caplog):
     folder.chmod(mode)
     assert not prepare(folder).from_disk and not prepare(folder).from_disk
     assert not list(folder.iterdir()) and "chmod 700" in caplog.text
+
+
+def test_programs_of_another_processor_or_version_are_named(tmp_path, monkeypatch, caplog):
+    """A folder that was filled elsewhere: what differs is said, and the programs are compiled anew."""
+    folder = tmp_path / "programs"
+    with monkeypatch.context() as patch:
+        patch.setattr(executable_cache, "_cpu_flags", lambda: "flags : fpu avx2 avx512f")
+        patch.setattr(executable_cache.jax, "__version__", "0.9.0")
+        prepare(folder)
+    executable_cache.environment.cache_clear()
+    monkeypatch.setattr(executable_cache, "_cpu_flags", lambda: "flags : fpu avx2")
+    table(folder)
+    said, = [record.message for record in caplog.records]
+    assert said.endswith("for they were made for another processor (AVX-512; this machine has AVX2), "
+                         "jax")
+    assert not prepare(folder).from_disk
+    caplog.clear()
+    assert prepare(folder).from_disk and not caplog.records

@@ -45,7 +45,7 @@ def collectives(lowered) -> Counter:
 
 def program(engine, phase):
     bucket = next(bucket for bucket in engine.runner.table if bucket.phase == phase)
-    return engine.runner._lower((bucket, 0))
+    return engine.runner.steps.lower((bucket, 0))
 
 
 @pytest.mark.parametrize("size, tensor", [("7b", 4), ("0.5b", 3)])
@@ -176,8 +176,7 @@ def deployment(config, tensor, dtype="bfloat16") -> Deployment:
     from qwen_jax.engine.scheduling.schedule_policy import DEFAULT_POLICY
 
     resolved = ResolvedConfig(config, dtype, precision_of(config, False, None), bucket_table(LIMITS), LIMITS,
-                              policy=DEFAULT_POLICY, sparsity=(Sparsity(),) * config.num_layers,
-                              vocab_limit=config.vocab_size)
+                              policy=DEFAULT_POLICY, sparsity=(Sparsity(),) * config.num_layers)
     return Deployment(make_plan(config, tensor=tensor), resolved)
 
 

@@ -1,11 +1,13 @@
 """Plans, refusals and freed pages of the scheduler, case by case."""
 
+import random
 from dataclasses import replace
 
 import pytest
-from scheduler_bench import LIMITS, Bench, alone
+from scheduler_bench import LIMITS, POLICY, Bench, alone
 
-from qwen_jax.engine.scheduling.buckets import default_limits
+from qwen_jax.engine.runner.program_table import by_usefulness
+from qwen_jax.engine.scheduling.buckets import bucket_table, default_limits
 from qwen_jax.engine.scheduling.schedule_policy import FULL, RECOMPUTE, SPARSE, SchedulePolicy
 from qwen_jax.engine.scheduling.scheduler import RANK_EVERY
 from qwen_jax.engine.scheduling.sequence import Sequence, State
@@ -23,6 +25,30 @@ def test_one_request_prefills_in_chunks_and_then_decodes():
         ("decode/full_attention 2x1", 150, 1, True), ("decode/full_attention 2x1", 151, 1, True)]
     assert seq.finish_reason == "length" and seq.output == alone(seq.prompt, 3)
     assert bench.step() is None
+
+
+def test_steps_take_the_programs_that_are_there_and_the_others_as_they_come():
+    """Whatever the order of arrival after the smallest; a long sequence that came before sparse attention stays full.
+    """
+    table = bucket_table(LIMITS, POLICY)
+    order = by_usefulness(table)
+    assert [str(bucket) for bucket in order[:2]] == ["prefill/full_attention 1x64", "decode/full_attention 2x1"]
+    assert set(order) == set(table) and order[-1].schedule == SPARSE
+    for seed in range(5):
+        rest = order[2:]
+        random.Random(seed).shuffle(rest)
+        available = set(order[:2])
+        bench = Bench(capacity=40, available=available)
+        early = bench.add(200)
+        for length in (60, 64, 100, 3, 160):
+            bench.add(length)
+        while rest:
+            for _ in range(2):
+                bench.step()
+            available.add(rest.pop())
+        late = [bench.add(length) for length in (200, 30, 40, 50)]
+        bench.drain()
+        assert early.schedule in (FULL, RECOMPUTE) and late[0].schedule == SPARSE
 
 
 def test_a_one_token_prompt_is_prefilled_not_decoded():
