@@ -61,7 +61,7 @@ def main() -> None:
 def compiled(model: Any, block: int, args: argparse.Namespace) -> tuple[Engine, float]:
     """Return an engine whose programs have ``block`` layers, and the CPU seconds that they took to compile."""
     drafts = {"draft_tokens": 4} if args.drafts else {}
-    limits = Limits(8, 1024, ((1, 64), (1, 256)), (), (2, 8), 1, **drafts)
+    limits = Limits(8, 1024, prefill_shapes=((1, 64), (1, 256)), recompute_shapes=(), decode_rows=(2, 8), **drafts)
     options = {"policy": SchedulePolicy(sparse_above_tokens=256)} if args.sparse else {}
     if args.drafts:
         options["speculation"] = "ngram"

@@ -115,14 +115,16 @@ def serve(model: str, rounds: int) -> None:
                                       env={**os.environ, "QWEN_JAX_CACHE": cache}, stdout=subprocess.DEVNULL,
                                       stderr=subprocess.DEVNULL)
             try:
-                while not stream(port, 1):
+                while not stream(model, port, 1):
+                    if server.poll() is not None or time.perf_counter() - began > 600:
+                        raise SystemExit("the server does not answer")
                     time.sleep(0.1)
                 first, busy = time.perf_counter() - began, []
                 while programs_to_come(port):
-                    busy += stream(port, 32)[1:]
+                    busy += stream(model, port, 32)[1:]
                 whole, quiet = time.perf_counter() - began, []
                 for _ in range(max(4, len(busy) // 32)):
-                    quiet += stream(port, 32)[1:]
+                    quiet += stream(model, port, 32)[1:]
             finally:
                 server.terminate()
                 server.wait()
@@ -132,9 +134,9 @@ def serve(model: str, rounds: int) -> None:
                   f"{ratio:.2f} x", flush=True)
 
 
-def stream(port: int, tokens: int) -> list[float]:
+def stream(model: str, port: int, tokens: int) -> list[float]:
     """Return the seconds between the parts of a streamed answer; nothing when there is no server yet."""
-    body = {"model": "any", "prompt": PROMPT, "max_tokens": tokens, "temperature": 0, "stream": True,
+    body = {"model": model, "prompt": PROMPT, "max_tokens": tokens, "temperature": 0, "stream": True,
             "ignore_eos": True}
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     try:

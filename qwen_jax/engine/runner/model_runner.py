@@ -83,19 +83,18 @@ class Runner:
     # --- before steps
 
     def warmup(self, progress: bool, everything: bool = True) -> None:
-        """Compile (or load from disk) the programs and run each once. Nothing compiles in a request's way afterwards.
+        """Compile (or load from disk) the programs. Nothing compiles in a request's way afterwards.
 
-        A program that was just compiled runs on one full row. One from disk has done so before.
-
-        everything: prepare all programs; else only the few with which any request can be answered.
+        everything: prepare all programs, and run those that were just compiled once on a full row; else prepare only
+          the few with which any request can be answered, and run none.
         """
         began = time.perf_counter()
         with planned():
             for stage in self.stages:
                 stage.allocate()
             for bucket in self.programs.prepare(None if everything else self.programs.smallest, progress, "warm-up"):
-                keys = self.steps.keys(bucket)
-                if any(key not in self._ran and not self.executables.programs[key].from_disk for key in keys):
+                keys = [key for key in self.steps.keys(bucket) if key not in self._ran] if everything else []
+                if not all(self.executables.programs[key].from_disk for key in keys):
                     dry_run = dry_run_batch(bucket, self.sizes.slots, self._vocab_size)
                     self.finish(self.start(bucket, dry_run, self.weights.current))
                 self._ran.update(keys)
