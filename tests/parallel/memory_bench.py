@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from math import prod
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from qwen_jax import Engine
 from qwen_jax.config import PRESETS
-from qwen_jax.engine.scheduling.buckets import Limits
+from qwen_jax.engine.scheduling.buckets import Bucket, Limits
 from qwen_jax.model import empty
 from qwen_jax.parallel.hardware import HARDWARE
 from qwen_jax.parallel.planner import memory_of
@@ -55,7 +57,16 @@ def compare(case: Case, dtype: str = "float32") -> Iterator[Compared]:
             if case.stages > 1:  # one micro-batch
                 rows = -(-rows // case.stages)
             predicted = sum(memory_of(work, stage, case.rows, SEQ_LEN, (rows, bucket.tokens)).values())
-            found = engine.runner.steps.lower((bucket, stage)).compile().memory_analysis()
-            compiled = (found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-                        + found.temp_size_in_bytes)
-            yield Compared(str(bucket), stage, predicted, compiled)
+            yield Compared(str(bucket), stage, predicted, compiled_bytes(engine, bucket, stage))
+
+
+def compiled_bytes(engine: Engine, bucket: Bucket, stage: int) -> int:
+    """Return the bytes on a device of a stage: its weights and state, and what the largest program takes beside them.
+    """
+    on, largest = engine.runner.stages[stage], 0
+    for key in engine.runner.steps.keys(bucket):
+        if key[1] == stage:
+            found = engine.runner.steps.lower(key).compile().memory_analysis()
+            largest = max(largest, found.output_size_in_bytes - found.alias_size_in_bytes + found.temp_size_in_bytes)
+    return largest + sum(prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+                         for leaf in jax.tree.leaves((on.shapes, on.shapes_of_weights)))

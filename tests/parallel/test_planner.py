@@ -46,7 +46,7 @@ def test_weights_take_as_many_bytes_as_the_engine_would_allocate(size, sizes, fp
     plan, precision = make_plan(config, *sizes), default_precision(config, fp8, None, tables=fp8)
     limits = Limits(1, 128, ((1, 64),), (), (2,), 1)
     deployment = Deployment(plan, ResolvedConfig(config, "bfloat16", precision, bucket_table(limits), limits,
-                                                 policy=DEFAULT_POLICY, sparsity=(), vocab_limit=config.vocab_size))
+                                                 policy=DEFAULT_POLICY, sparsity=()))
     work = CostModel(config, plan, hardware("h100"), precision)
     assert max(work.weight_bytes(stage) for stage in range(len(plan.stages))) == deployment.bytes_per_device
 

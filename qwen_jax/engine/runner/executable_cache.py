@@ -33,6 +33,7 @@ TRACED = ("config.py", "engine/api", "engine/compiled", "engine/runner", "engine
           "parallel", "quantization")
 ENVIRONMENT_FILE = "environment.json"  # what the programs of a folder depend on
 Key = tuple[Hashable, int]  # of a program: a bucket or a piece of its step, and the number of the stage that it runs in
+_loading_lock = threading.Lock()
 _tiles_lock = threading.Lock()  # programs are lowered on several threads, and tiles are globals of the kernel's module
 
 
@@ -173,7 +174,7 @@ def _read(path: Path, devices: Sequence[jax.Device]):
         if hashlib.sha256(payload).hexdigest().encode() != digest:
             raise ValueError("its checksum does not match")
         return _loaded(payload, devices)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except Exception as error:  # a damaged or foreign file may raise anything, and compiling again is right
         log.warning("cached executable %s is not usable (%s): compiling again", path.name, error)
@@ -186,8 +187,12 @@ def serialized(compiled: jax.stages.Compiled) -> bytes:
 
 
 def _loaded(payload: bytes, devices: Sequence[jax.Device]) -> jax.stages.Compiled:
-    """Load a program from bytes that `serialized` returned. This runs its code: they must be from this user."""
-    return serialize_executable.deserialize_and_load(*pickle.loads(payload), execution_devices=devices)
+    """Load a program from bytes that `serialized` returned. This runs its code: they must be from this user.
+
+    One at a time: jaxlib 0.10.2 has crashed when two threads loaded programs.
+    """
+    with _loading_lock:
+        return serialize_executable.deserialize_and_load(*pickle.loads(payload), execution_devices=devices)
 
 
 def _program(compiled: jax.stages.Compiled, began: float, from_disk: bool) -> Program:

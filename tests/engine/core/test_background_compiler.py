@@ -31,7 +31,7 @@ def whole():
     return engine_of("0.5b", **OPTIONS, warmup="full")
 
 
-def until(condition, seconds=60):
+def until(condition, seconds=180):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it takes too long"
