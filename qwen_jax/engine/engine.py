@@ -250,7 +250,7 @@ class Engine:
             return
         for runner in self.deployment.runners:
             runner.warmup(self._options.progress, everything)
-        if not everything and any(runner.programs.missing for runner in self.deployment.runners):
+        if not everything and self.programs_to_come:
             job = compile_job(self._resolved, self.plan, self.deployment.pages, self.adapters.identity_of_shapes)
             self._compiler = BackgroundCompiler(self.deployment.runners, job)
             weakref.finalize(self, self._compiler.stop)
@@ -261,7 +261,7 @@ class Engine:
     @property
     def programs_to_come(self) -> int:
         """Number of programs that are still being compiled or loaded in the background."""
-        return sum(len(runner.programs.missing) for runner in self.deployment.runners)
+        return self.deployment.programs_to_come
 
     def when_program_arrives(self, call: Callable[[], None]) -> None:
         """Have a function called, on a thread of its own, now and whenever a program has arrived in the background."""

@@ -148,6 +148,11 @@ class Deployment:
                                   arrivals=arrivals, available=runner.programs.available)
             self.replicas.append(Replica(scheduler, runner))
 
+    @property
+    def programs_to_come(self) -> int:
+        """Number of the replicas' programs that are still being compiled or loaded."""
+        return sum(len(runner.programs.missing) for runner in self.runners)
+
     def limit_vocab(self, limit: int) -> None:
         """Let the replicas sample no token ids from ``limit`` on: they do not exist."""
         for runner in self.runners:

@@ -22,7 +22,7 @@ def engine_stats(core: EngineCore, deployment: Deployment, prepared: Iterable[De
         compiles_after_warmup=runners[0].compiles_after_warmup,
         warmup_seconds=sum(runner.warmup_seconds for runner in runners),
         executables=sum(len(runner.executables.programs) for runner in runners),
-        programs_to_come=sum(len(runner.programs.missing) for runner in runners),
+        programs_to_come=deployment.programs_to_come,
         pages_used=sum(scheduler.pool.capacity - scheduler.pool.num_free for scheduler in schedulers),
         pages_total=sum(scheduler.pool.capacity for scheduler in current),
         running=sum(len(scheduler.running) for scheduler in schedulers),

@@ -48,7 +48,7 @@ class ProgramTable:
     @property
     def missing(self) -> list[Key]:
         """Keys of the programs that are not there yet, the most useful first."""
-        return [key for bucket in self._table for key in self._keys[bucket]
+        return [key for bucket in self._table if bucket not in self.available for key in self._keys[bucket]
                 if self._first[key] is bucket and key not in self._executables.programs]
 
     def prepare(self, buckets: Iterable[Bucket] | None = None, progress: bool = False, label: str = ""

@@ -50,6 +50,7 @@ class WeightSharding:
                                for path, spec in self.specs.items())
         self._expected = {path: (value.shape, value.dtype) for path, value in self._from_owners(shapes)}
         self.graphs, self.treedefs, self.shapes = [], [], []
+        self._named_shapes: dict[int, tuple[dict[str, Any], Any]] = {}
         for shard, params in zip(self.shards, shapes, strict=True):
             graph, state = nnx.split(shard.build(params))
             leaves, treedef = jax.tree.flatten((state, self._scales(shard, params)))
@@ -114,8 +115,10 @@ class WeightSharding:
 
     def _parts_of_shapes(self, index: int) -> tuple[dict[str, Any], Any]:
         """Return the shapes of a shard's parameters by name, and those of the scales of its layers' 8-bit pages."""
-        state, scales = jax.tree.unflatten(self.treedefs[index], self.shapes[index])
-        return params_of(nnx.merge(self.graphs[index], state)), scales
+        if index not in self._named_shapes:  # every block asks for them
+            state, scales = jax.tree.unflatten(self.treedefs[index], self.shapes[index])
+            self._named_shapes[index] = params_of(nnx.merge(self.graphs[index], state)), scales
+        return self._named_shapes[index]
 
     def leaves(self, params: Sequence[Mapping[str, Any]]) -> ShardedLeaves:
         """Return the flat tuple of arrays of every shard, as its programs take them, from the shards' parameters.
