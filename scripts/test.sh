@@ -5,4 +5,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
 .venv/bin/python -m ruff check .
 .venv/bin/python scripts/lint_prose.py
 .venv/bin/python scripts/lint_calls.py
-exec .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --durations=10 "$@"
+exec .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations=10 "$@"

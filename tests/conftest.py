@@ -2,16 +2,27 @@
 
 import os
 
+from quick_xla import EIGHT_DEVICES, QUICK
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Eight simulated devices, for meshes. Tests wait for compilations more than for anything else, and these take a third
-# less time without LLVM's passes.
-os.environ.setdefault("XLA_FLAGS",
-                      "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8")
+# Eight simulated devices, for meshes. Tests wait for compilations more than for anything else.
+os.environ.setdefault("XLA_FLAGS", f"{QUICK} {EIGHT_DEVICES}")
 
 # A test of the engine is one of all its programs, unless it says otherwise; and there is no second process beside it.
 os.environ.setdefault("QWEN_JAX_WARMUP", "full")
+# Programs of one layer, as models of many layers have them: they compile in less than half the time of whole steps.
+# Servers of tests run whole steps (`serving/live.py`), and test_piecewise_steps.py compares the two.
+os.environ.setdefault("QWEN_JAX_LAYERS_PER_PROGRAM", "1")
 
 import pytest  # noqa: E402
+
+# Files that take longest, in this order: they start first, so that no worker is left alone with one at the end.
+SLOWEST = ()
+
+
+def pytest_collection_modifyitems(items):
+    """Sort the files so that `SLOWEST` come first."""
+    items.sort(key=lambda item: next((i for i, name in enumerate(SLOWEST) if item.nodeid.startswith(name)), 1000))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -110,7 +110,8 @@ def measure(server, rate: float, args: argparse.Namespace, rows: Path) -> dict[s
 
 
 def main() -> int:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "serving"))
+    tests = Path(__file__).resolve().parents[2] / "tests"
+    sys.path[:0] = [str(tests), str(tests / "serving")]
     from live import Live
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

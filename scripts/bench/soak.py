@@ -23,7 +23,8 @@ import aiohttp
 import psutil
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "serving"))
+TESTS = Path(__file__).resolve().parents[2] / "tests"
+sys.path[:0] = [str(TESTS), str(TESTS / "serving")]
 
 from live import Live, free_port  # noqa: E402
 from random_adapter import save_random_adapter  # noqa: E402

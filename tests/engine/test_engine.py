@@ -32,7 +32,9 @@ def hf():
 
 @pytest.fixture(scope="module")
 def engine(hf):
-    return DeepSeekEngine(model=hf, tp_size=1, pp_size=1, fp8_enabled=False, limits=LIMITS, progress=False)
+    """An engine whose steps are programs of the whole model, as those of small models are."""
+    return DeepSeekEngine(model=hf, tp_size=1, pp_size=1, fp8_enabled=False, limits=LIMITS, progress=False,
+                          layers_per_program=2)
 
 
 @pytest.fixture(scope="module")

@@ -46,6 +46,7 @@ class EngineConfig:
       cache_dir: folder of compiled programs; None keeps none, ... is the default folder.
       layers_per_program: most layers of the model that one program runs; by default about 8. A model of no more layers
         runs every step as one program, others as a sequence of programs that equal layers share (docs/performance.md).
+        The environment variable QWEN_JAX_LAYERS_PER_PROGRAM changes the default.
       speculation: None; "ngram" to guess tokens from repetitions in the text; or a draft model of the same vocabulary
         (a module, or in `Engine.from_pretrained` also a folder or hub id). Answers stay the same. It switches itself
         off where it does not pay.

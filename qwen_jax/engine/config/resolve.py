@@ -89,8 +89,6 @@ def resolve(options: EngineConfig, model: ModelConfig, dtype: Any, draft: ModelC
       dtype: element type that the engine computes in.
       draft: configuration of the draft model, if ``options.speculation`` is one.
     """
-    if options.layers_per_program is not None:
-        check_positive(layers_per_program=options.layers_per_program)
     if options.adapt and (options.dp_size != 1 or options.load_policy is not None):
         raise UserError("adapt=True is for one replica: give neither dp_size nor load_policy with it")
     untouched = options.limits is None and options.policy is DEFAULT_POLICY and not options.batch_invariant
@@ -111,7 +109,7 @@ def resolve(options: EngineConfig, model: ModelConfig, dtype: Any, draft: ModelC
         limits=limits, policy=policy, tuned=measured, sparsity=sparsity_of(options.sparsity, model),
         kv_cache_bytes=options.kv_cache_bytes, prefix_cache=options.prefix_cache,
         batch_invariant=options.batch_invariant, draft=draft, cache_dir=Path(cache_dir) if cache_dir else None,
-        strict_compiles=options.strict_compiles, layers_per_program=options.layers_per_program)
+        strict_compiles=options.strict_compiles, layers_per_program=_layers_per_program(options))
 
 
 def warmup_mode(options: EngineConfig, processes: bool) -> str | None:
@@ -124,6 +122,16 @@ def warmup_mode(options: EngineConfig, processes: bool) -> str | None:
         raise UserError(f"warmup must be 'fast', 'full', True or False, not {options.warmup!r}")
     forced = processes or options.load_policy is not None or os.environ.get("QWEN_JAX_WARMUP") == "full"
     return "full" if mode == "fast" and forced else mode
+
+
+def _layers_per_program(options: EngineConfig) -> int | None:
+    """Return the most layers that a program may run, from the option or else the environment; None for neither."""
+    layers = options.layers_per_program
+    if layers is None and (variable := os.environ.get("QWEN_JAX_LAYERS_PER_PROGRAM")):
+        layers = int(variable) if variable.isdecimal() else variable
+    if layers is not None:
+        check_positive(layers_per_program=layers)
+    return layers
 
 
 def _limits(options: EngineConfig, model: ModelConfig, policy: SchedulePolicy, grid: Grid | None) -> Limits:

@@ -26,14 +26,15 @@ from qwen_kernels.attention import xla
 
 from qwen_jax.atomic import replace_file
 from qwen_jax.engine.compiled.compile_counter import planned
+from qwen_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 # Everything whose code or constants reach a traced program: whole folders, so that a new file cannot be forgotten.
 TRACED = ("config.py", "engine/api", "engine/compiled", "engine/runner", "engine/scheduling", "engine/weights", "model",
           "parallel", "quantization")
 ENVIRONMENT_FILE = "environment.json"  # what the programs of a folder depend on
+MAPPINGS = 0.8  # most of the memory mappings that a process may have, before another program is made
 Key = tuple[Hashable, int]  # of a program: a bucket or a piece of its step, and the number of the stage that it runs in
-_loading_lock = threading.Lock()
 _tiles_lock = threading.Lock()  # programs are lowered on several threads, and tiles are globals of the kernel's module
 
 
@@ -108,6 +109,7 @@ class Executables:
     def _load_or_compile(self, key: Key) -> Program:
         if self.load(key):
             return self.programs[key]
+        check_mappings()
         began = time.perf_counter()
         with planned():
             compiled = self._lower(key).compile()
@@ -126,6 +128,23 @@ class Executables:
         process = [jax.process_index(), jax.process_count()]
         text = json.dumps([self._identity, repr(key), ids, process], sort_keys=True)
         return self._cache_dir / _digest(environment()) / f"{hashlib.sha256(text.encode()).hexdigest()}.exe"
+
+
+def check_mappings() -> None:
+    """Raise UserError when the system lets this process have hardly more memory mappings.
+
+    A program on CPUs takes up to some thousands, and XLA ends the process (SIGSEGV) when there are none left.
+    """
+    try:
+        most = int(Path("/proc/sys/vm/max_map_count").read_text())
+        with open("/proc/self/maps", "rb") as maps:
+            used = sum(1 for _ in maps)
+    except (OSError, ValueError):  # other systems have no such limit
+        return
+    if used > MAPPINGS * most:
+        raise UserError(f"this process has {used:,} memory mappings of the {most:,} that the system allows, and each "
+                        "compiled program needs some hundreds: allow more (sysctl -w vm.max_map_count=1048576), have "
+                        "fewer programs (a smaller max_batch_size, speculation=None), or delete other engines first")
 
 
 @contextmanager
@@ -176,6 +195,8 @@ def _read(path: Path, devices: Sequence[jax.Device]):
         return _loaded(payload, devices)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except UserError:
+        raise
     except Exception as error:  # a damaged or foreign file may raise anything, and compiling again is right
         log.warning("cached executable %s is not usable (%s): compiling again", path.name, error)
         return None
@@ -187,12 +208,9 @@ def serialized(compiled: jax.stages.Compiled) -> bytes:
 
 
 def _loaded(payload: bytes, devices: Sequence[jax.Device]) -> jax.stages.Compiled:
-    """Load a program from bytes that `serialized` returned. This runs its code: they must be from this user.
-
-    One at a time: jaxlib 0.10.2 has crashed when two threads loaded programs.
-    """
-    with _loading_lock:
-        return serialize_executable.deserialize_and_load(*pickle.loads(payload), execution_devices=devices)
+    """Load a program from bytes that `serialized` returned. This runs its code: they must be from this user."""
+    check_mappings()
+    return serialize_executable.deserialize_and_load(*pickle.loads(payload), execution_devices=devices)
 
 
 def _program(compiled: jax.stages.Compiled, began: float, from_disk: bool) -> Program:

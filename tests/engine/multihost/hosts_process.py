@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 from parallel_bench import GREEDY, LIMITS, prompts
+from quick_xla import QUICK
 
 from qwen_jax import Engine, SamplingParams, UserError, join
 from qwen_jax.checkpoint import resolve
@@ -55,7 +56,7 @@ def lead(engine: Engine, folder: Path) -> dict:
 
 def main() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=4 {QUICK}"
     part, port, process, folder = sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4])
     join(f"localhost:{port}", 2, process)
     found = {}

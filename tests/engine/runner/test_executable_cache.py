@@ -16,6 +16,7 @@ import qwen_kernels
 import qwen_jax
 from qwen_jax.engine.runner import executable_cache
 from qwen_jax.engine.runner.executable_cache import TRACED, Executables
+from qwen_jax.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +47,16 @@ def test_folder_and_files_are_their_owners_alone(tmp_path):
     inner, = folder.iterdir()
     assert [stat.S_IMODE(path.stat().st_mode) for path in (folder, inner)] == [0o700] * 2
     assert [stat.S_IMODE(path.stat().st_mode) for path in inner.iterdir()] == [0o600] * 2
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_process_with_no_memory_mappings_left_makes_no_program(tmp_path, monkeypatch, on_disk):
+    """XLA would end the process."""
+    if on_disk:
+        prepare(tmp_path)
+    monkeypatch.setattr(executable_cache, "MAPPINGS", 0)
+    with pytest.raises(UserError, match="max_map_count"):
+        prepare(tmp_path)
 
 
 def test_a_program_is_found_again_under_the_same_configuration_only(tmp_path):

@@ -15,13 +15,14 @@ from qwen_jax.engine.weights.network_part import divide
 from qwen_jax.model import init
 
 LIMITS = Limits(4, 512, ((2, 64), (1, 128)), (), (4,), 4)
+WHOLE = 4  # layers of the models here
 LONG = [*prompts(3, 100), np.random.default_rng(1).integers(0, 307, 400).tolist()]
 
 
 def pair(layers: int, size: str = "7b", **options) -> tuple[Engine, Engine]:
     """Engines of whole steps and of programs of so many layers."""
     options = {"limits": LIMITS, "prefix_cache": False, **options}
-    whole, pieces = engine_of(size, **options), engine_of(size, layers_per_program=layers, **options)
+    whole, pieces = (engine_of(size, layers_per_program=most, **options) for most in (WHOLE, layers))
     assert isinstance(pieces.runner.steps, PiecewiseSteps) and not isinstance(whole.runner.steps, PiecewiseSteps)
     return whole, pieces
 
@@ -111,7 +112,7 @@ def test_8_bits_and_the_fallback_to_16():
 
 
 def test_tensor_parallelism_and_stages():
-    whole = engine_of("7b", limits=LIMITS)
+    whole = engine_of("7b", limits=LIMITS, layers_per_program=WHOLE)
     for plan in ({"tp_size": 2}, {"tp_size": 2, "pp_size": 2}):
         pieces = engine_of("7b", limits=LIMITS, layers_per_program=1, **plan)
         check(whole, pieces, most=1e-4)
