@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from qwen_jax.checkpoint.hf_layout import check_shapes
 from qwen_jax.config import PRESETS, GenerationDefaults, ModelConfig
+from qwen_jax.contents import FileSet
 from qwen_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,6 +46,15 @@ class Source(NamedTuple):
     def params(self) -> Path:
         """Folder of a converted checkpoint in which Orbax stores the parameters."""
         return self.path / PARAMS
+
+    @property
+    def files(self) -> FileSet:
+        """The files that decide what the model answers: weights, tokenizer, settings."""
+        names = {"config.json", MANIFEST, *SIDE_FILES}
+        found = [file for file in self.path.iterdir()
+                 if file.name in names or file.name.endswith((".safetensors", ".safetensors.index.json"))]
+        found += [file for file in self.params.rglob("*") if file.is_file()] if self.kind == "orbax" else []
+        return FileSet.of(self.path, found)
 
 
 def resolve(ref: str | Path | Source) -> Source:
