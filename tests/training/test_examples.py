@@ -1,4 +1,5 @@
 """Files of examples to batches: learned tokens, refused lines, and the order of batches."""
+import copy
 import itertools
 import json
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from qwen_jax.checkpoint import load_tokenizer, resolve
 from qwen_jax.errors import UserError
 from qwen_jax.training import examples
-from qwen_jax.training.examples import batch_function, encode_conversation, pack, read_examples
+from qwen_jax.training.examples import batch_function, encode_conversation, pack, read_examples, turn_end
 
 CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hi"},
         {"role": "assistant", "content": "hello"}, {"role": "user", "content": "and?"},
@@ -32,6 +33,16 @@ def test_only_what_the_assistant_says_is_learned(tokenizer):
     assert tokenizer.decode(tokens) == tokenizer.apply_chat_template(CHAT, tokenize=False)
     runs = [[t for t, _ in run] for said, run in itertools.groupby(zip(tokens, learned), lambda x: x[1]) if said]
     assert [tokenizer.decode(run) for run in runs] == ["hello<|im_end|>", "bye now<|im_end|>"]
+
+
+def test_a_turn_ends_as_the_template_ends_it_whatever_the_tokenizer_s_eos_is(tokenizer):
+    """The EOS of a base model is the end of a text, and its template writes a line break after the end of a turn."""
+    base = copy.deepcopy(tokenizer)
+    base.eos_token = "<|endoftext|>"
+    np.testing.assert_array_equal(encode_conversation(CHAT, base).learned, encode_conversation(CHAT, tokenizer).learned)
+    assert turn_end(base) == turn_end(tokenizer) == tokenizer.eos_token_id
+    base.chat_template = "{% for message in messages %}{{ message.role + ':' + message.content + '\n' }}{% endfor %}"
+    assert turn_end(base) is None
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
