@@ -1,7 +1,8 @@
 """Training examples from JSONL files of conversations or texts, packed into batches in an order set by the seed.
 
 A line is ``{"messages": [{"role": ..., "content": ...}, ...]}`` or ``{"text": ...}``. A conversation goes through the
-checkpoint's chat template, and only the assistant's messages are learned; a text is learned whole.
+checkpoint's chat template, and only the assistant's messages are learned; a text is learned whole, with the tokenizer's
+EOS, if it has one, at its end.
 """
 import json
 import sys
@@ -60,7 +61,8 @@ def _encode_line(line: str, tokenizer: Any, length: int) -> list[Encoded]:
     except json.JSONDecodeError as error:
         raise UserError(f"not JSON ({error})") from None
     if isinstance(value, dict) and isinstance(value.get("text"), str) and value["text"]:
-        ids = [*tokenizer.encode(value["text"], add_special_tokens=False), tokenizer.eos_token_id]
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        ids = [*tokenizer.encode(value["text"], add_special_tokens=False), *end]
         return [Encoded(np.array(ids[i:i + length], np.int32), np.ones(len(ids[i:i + length]), bool))
                 for i in range(0, len(ids), length)]
     messages = value.get("messages") if isinstance(value, dict) else None

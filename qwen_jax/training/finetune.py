@@ -67,7 +67,7 @@ def train(recipe: Recipe) -> Path:
     mesh = make_mesh(recipe.devices.data, recipe.devices.tensor) if recipe.devices else None
     teacher = _teacher(recipe, source, tokenizer)
     examples = read_examples(recipe.data, tokenizer, recipe.sequence_length, recipe.on_bad == "skip")
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
     batch_of = batch_function(examples, recipe.batch_size, recipe.sequence_length, recipe.seed, pad)
 
     job = _distillation(recipe, source, teacher, mesh) if recipe.distill else _tuning(recipe, source, lora, mesh)

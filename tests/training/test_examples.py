@@ -63,6 +63,13 @@ def test_conversations_and_texts(tmp_path, tokenizer):
     assert all(example.learned.all() for example in examples[1:]) and not examples[0].learned.all()
 
 
+def test_a_text_of_a_tokenizer_without_an_eos_has_no_end(tmp_path, tokenizer):
+    without = copy.deepcopy(tokenizer)
+    without.eos_token = None
+    example, = read_examples([write(tmp_path / "a.jsonl", {"text": "word"})], without, 64)
+    assert tokenizer.decode(example.tokens) == "word"
+
+
 BAD = [("{", "not JSON"), ([1], 'neither "messages" nor a "text"'), ({"messages": []}, "neither"),
        ({"text": ""}, "neither"),
        ({"messages": [{"role": "boss", "content": "x"}]}, "a message needs a role"),
