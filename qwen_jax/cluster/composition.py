@@ -15,6 +15,7 @@ from qwen_jax.cluster.fraud_routes import BATCH_PATH, SCREEN_PATH, fraud_routes,
 from qwen_jax.cluster.response_cache.cache import ResponseCache
 from qwen_jax.cluster.response_cache.middleware import OPENAI_ROUTES, CachedRoute, CacheMiddleware
 from qwen_jax.cluster.response_cache.redis_store import RedisStore
+from qwen_jax.contents import package_digest
 from qwen_jax.serving.http.service import Service
 from qwen_jax.serving.server import Extend, Extension
 
@@ -43,7 +44,7 @@ def extension(link: CanaryClient, megabytes: float, seconds: float, redis_url: s
         admin, public = (canary_routes(service, link),), (fraud_routes(service, link),) if fraud else ()
         if cache is None:
             return Extension(admin=admin, public=public)
-        middleware = partial(CacheMiddleware, service=service, cache=cache, deciding=deciding,
+        middleware = partial(CacheMiddleware, service=service, cache=cache, http=[package_digest(), deciding],
                              routes=OPENAI_ROUTES | (FRAUD_ROUTES if fraud else {}), adapter_for=link.adapter_for)
         return Extension(inner=middleware, collectors=(CacheMetrics(cache),), admin=admin, public=public)
 

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import msgspec
 
 from qwen_jax.cluster.response_cache.cache import ResponseCache, UncacheableAnswer, cache_key, cacheable
-from qwen_jax.contents import package_digest
 from qwen_jax.errors import UserError
 from qwen_jax.serving.http.service import Service
 from qwen_jax.serving.http.streaming import gone
@@ -58,17 +57,16 @@ class CacheMiddleware:
     ``X-Cache`` tells clients if it is a hit or a miss. Other responses, streams and requests that sample pass through.
 
     Args:
-      deciding: options of the server that may decide what a response says.
+      http: digest of sources, and options, that decide what this process makes of an engine's answer.
       routes: the cached routes by path.
       adapter_for: function that returns the adapter that a user gets for the base model while a trial runs: "" for
         none, None if that cannot be told.
     """
 
-    def __init__(self, app: Any, service: Service, cache: ResponseCache, *, deciding: Any,
+    def __init__(self, app: Any, service: Service, cache: ResponseCache, *, http: Any,
                  routes: Mapping[str, CachedRoute], adapter_for: Callable[[str], str | None]) -> None:
         self._app, self._service, self._cache = app, service, cache
-        self._http = [package_digest(), deciding]
-        self._routes, self._adapter_for = routes, adapter_for
+        self._http, self._routes, self._adapter_for = http, routes, adapter_for
 
     async def __call__(self, scope, receive, send) -> None:
         route = self._routes.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None

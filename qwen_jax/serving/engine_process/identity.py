@@ -48,5 +48,5 @@ class AnswerIdentity:
         # The first checkpoint has the tokenizer and the generation defaults, which stay when the weights are replaced.
         first, current = self._contents.get(0), self._contents.get(self._engine.weights.current)
         known = first is not None and current is not None
-        parts = self._engine.computation, first, current
-        return Computes(digest_of(parts) if known else None, self._engine.adapters.digests)
+        base = digest_of((self._engine.computation, first, current)) if known else None
+        return Computes(base, self._engine.adapters.digests)

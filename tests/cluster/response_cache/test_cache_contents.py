@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
-from qwen_jax.cluster.response_cache import middleware
 from qwen_jax.cluster.response_cache.cache import ResponseCache
 from qwen_jax.cluster.response_cache.middleware import CachedRoute, CacheMiddleware
 from qwen_jax.cluster.routing.load_balancer import LoadBalancer
@@ -23,7 +22,7 @@ class World:
 
     def __init__(self):
         self.computes, self.body, self.path, self.key = Computes("weights", {"one": "1", "two": "2"}), BODY, "/a", b"k"
-        self.promoted, self.deciding, self.sources = "", {"flag": False}, "sources"
+        self.promoted, self.http = "", ["sources", {"flag": False}]
         self.cache, self.answers = ResponseCache(), 0
 
     async def engine(self, scope, receive, send):
@@ -31,13 +30,12 @@ class World:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"x-weight-version", b"0")]})
         await send({"type": "http.response.body", "body": str(self.answers).encode()})
 
-    async def ask(self, monkeypatch) -> str:
-        monkeypatch.setattr(middleware, "package_digest", lambda: self.sources)
+    async def ask(self) -> str:
         link = EngineClient("base", {}, 8)
         link._take(self.computes)
         service = SimpleNamespace(model="base", adapters={"one", "two"}, draining=False, weight_version=0, link=link,
                                   varies=lambda: self.promoted)
-        app = CacheMiddleware(self.engine, service, self.cache, deciding=self.deciding, routes=ROUTES,
+        app = CacheMiddleware(self.engine, service, self.cache, http=self.http, routes=ROUTES,
                               adapter_for=lambda user: "")
         sent, body = [], [{"type": "http.request", "body": json.dumps(self.body).encode()}]
 
@@ -54,7 +52,8 @@ class World:
 
 CHANGES = {
     "weights": {"computes": Computes("others", {"one": "1"})},
-    "sources of the server": {"sources": "others"}, "options of the server": {"deciding": {"flag": True}},
+    "sources of the server": {"http": ["others", {"flag": False}]},
+    "options of the server": {"http": ["sources", {"flag": True}]},
     "kind": {"path": "/b"}, "API key": {"key": b"another"},
     **{f"body: {field}": {"body": {**BODY, field: value}} for field, value in {
         "prompt": "hello ", "max_tokens": 9, "min_tokens": 1, "temperature": 0.0, "top_k": 1, "top_p": 0.5,
@@ -64,38 +63,38 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_change_of_anything_is_a_miss(monkeypatch, change):
+def test_a_change_of_anything_is_a_miss(change):
     world = World()
-    assert [asyncio.run(world.ask(monkeypatch)) for _ in range(2)] == ["miss", "hit"]
+    assert [asyncio.run(world.ask()) for _ in range(2)] == ["miss", "hit"]
     vars(world).update(change)
-    assert [asyncio.run(world.ask(monkeypatch)) for _ in range(2)] == ["miss", "hit"] and world.answers == 2
+    assert [asyncio.run(world.ask()) for _ in range(2)] == ["miss", "hit"] and world.answers == 2
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_another_adapter_under_the_same_name_is_a_miss(monkeypatch, named):
+def test_another_adapter_under_the_same_name_is_a_miss(named):
     """An adapter that a request names, or that answers all requests for the base model."""
     world = World()
     world.body, world.promoted = ({**BODY, "model": "one"}, "") if named else (BODY, "one")
-    assert [asyncio.run(world.ask(monkeypatch)) for _ in range(2)] == ["miss", "hit"]
+    assert [asyncio.run(world.ask()) for _ in range(2)] == ["miss", "hit"]
     world.computes = Computes("weights", {"one": "others", "two": "2"})
-    assert [asyncio.run(world.ask(monkeypatch)) for _ in range(2)] == ["miss", "hit"]
+    assert [asyncio.run(world.ask()) for _ in range(2)] == ["miss", "hit"]
 
 
-def test_nothing_is_kept_while_the_contents_are_not_known(monkeypatch):
+def test_nothing_is_kept_while_the_contents_are_not_known():
     world = World()
     for computes, promoted in ((Computes(None, {}), ""), (Computes("weights", {}), "one")):
         world.computes, world.promoted = computes, promoted
-        assert [asyncio.run(world.ask(monkeypatch)) for _ in range(2)] == ["", ""]
+        assert [asyncio.run(world.ask()) for _ in range(2)] == ["", ""]
 
 
 def test_an_answer_is_not_kept_when_what_computes_it_changes_meanwhile(monkeypatch):
     world, before = World(), EngineClient.computes
     asked = iter(["old", "old", "new", "new"])  # for the key, before the answer, and after it
     monkeypatch.setattr(EngineClient, "computes", lambda *_: next(asked))
-    assert asyncio.run(world.ask(monkeypatch)) == "miss"
+    assert asyncio.run(world.ask()) == "miss"
     monkeypatch.setattr(EngineClient, "computes", before)
     world.computes = Computes("old", {})
-    assert asyncio.run(world.ask(monkeypatch)) == "miss"
+    assert asyncio.run(world.ask()) == "miss"
 
 
 def test_several_engines_answer_from_the_cache_while_they_compute_the_same():
