@@ -23,6 +23,7 @@ class AnswerIdentity:
         self._engine, self._send = engine, send
         self._lock = threading.Lock()  # messages are sent in the order of the changes
         self._contents: dict[int, str | None] = {}  # version of the weights -> digest of its checkpoint
+        self._sent: int | None = None  # version that the last message is about
 
     def note_weights(self, version: int, files: FileSet) -> None:
         """Send the digests, of which that of a version of the weights is known once a thread has hashed its checkpoint.
@@ -36,17 +37,24 @@ class AnswerIdentity:
         self.send()
         threading.Thread(target=hash_and_send, name="digest", daemon=True).start()
 
+    def send_if_switched(self) -> None:
+        """Send the digests if the weights have been switched since. Called before answers of other weights are sent."""
+        if self._engine.weights.current != self._sent:
+            self.send()
+
     def send(self) -> None:
         """Send the digests of what computes answers from now on."""
         with self._lock:
+            version = self._engine.weights.current
             try:
                 self._send(self._computes())
             except OSError:  # the HTTP process has ended
                 pass
+            self._sent = version  # only now: `send_if_switched` must not overtake the message
 
     def _computes(self) -> Computes:
         # The first checkpoint has the tokenizer and the generation defaults, which stay when the weights are replaced.
         first, current = self._contents.get(0), self._contents.get(self._engine.weights.current)
         known = first is not None and current is not None
         base = digest_of((self._engine.computation, first, current)) if known else None
-        return Computes(base, self._engine.adapters.digests)
+        return Computes(base, dict(self._engine.adapters.digests))

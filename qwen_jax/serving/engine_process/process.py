@@ -125,6 +125,7 @@ class Worker:
 
     def _send_step(self) -> None:
         self._steps += 1
+        self._identity.send_if_switched()
         self._outbox.send_step(self._gauges())
 
     def _gauges(self) -> Gauges:

@@ -112,25 +112,6 @@ def test_only_exact_repetitions_are_answered_from_the_cache(servers, tmp_path):
     assert texts[0] != texts[1] and ask(server, prompt="once", model="it")[0] is None
 
 
-def test_a_promoted_adapter_that_is_replaced_under_its_name_answers_anew(servers, tmp_path):
-    server, _, admin = servers
-    texts = []
-    for seed in (0, 1):
-        save_random_adapter(tmp_path / str(seed), seed)
-        load = {"lora_name": "promoted", "lora_path": str(tmp_path / str(seed))}
-        assert server.post("/v1/load_lora_adapter", load).status_code == 200
-        if not seed:
-            trial = {"adapter": "promoted", "weights": [1.0], "requests": 1, "shadowed": 0}
-            assert httpx.post(f"{admin}/admin/canary", json=trial, headers=ADMIN).status_code == 200
-            ask(server, prompt="makes the trial end")
-        how, body = ask(server, prompt="promoted", max_tokens=20)
-        assert how == "miss" and ask(server, prompt="promoted", max_tokens=20) == ("hit", body)
-        texts.append(body["choices"][0]["text"])
-        assert server.post("/v1/unload_lora_adapter", {"lora_name": "promoted"}).status_code == 200
-    assert texts[0] != texts[1]
-    assert httpx.delete(f"{admin}/admin/canary", headers=ADMIN).json()["state"] == "promoted"
-
-
 def test_identical_requests_are_computed_once(servers):
     server, _, _ = servers
     before = server.stats()["engine"]["generated_tokens"]
