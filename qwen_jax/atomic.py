@@ -64,7 +64,7 @@ def _partial(dst: Path, needed_bytes: int, inside: str = "") -> Iterator[Path]:
     prefix = f".{dst.name}.partial-"
     try:
         dst.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(dst.parent, prefix)
+        remove_unused(dst.parent, prefix)
         free = shutil.disk_usage(dst.parent).free
         if free < needed_bytes + _SLACK:
             raise UserError(f"not enough disk space for {dst}: {(needed_bytes + _SLACK) / 1e9:.2f} GB needed, "
@@ -98,18 +98,28 @@ def _refuse_existing(dst: Path) -> None:
         raise UserError(f"{dst} already exists: choose another name or remove it first")
 
 
-def _remove_stale(parent: Path, prefix: str) -> None:
-    """Remove the temporary folders in ``parent``, by their prefix, of runs that are no longer alive."""
+def remove_unused(parent: Path, prefix: str = "") -> None:
+    """Remove this user's folders in ``parent`` on which no living process holds a lock.
+
+    Links and the folders of other users stay: others may be able to write to ``parent``.
+
+    prefix: beginning of the names of the folders that are removed.
+    """
     for folder in parent.iterdir():
-        if folder.name.startswith(prefix) and folder.is_dir():
-            handle = os.open(folder, os.O_RDONLY)
-            try:
+        if not folder.name.startswith(prefix):
+            continue
+        try:
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            if os.fstat(handle).st_uid == os.geteuid():
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
-            except BlockingIOError:
-                pass  # another run is writing it
-            finally:
-                os.close(handle)
+                shutil.rmtree(folder, ignore_errors=True)  # which follows no link either
+        except BlockingIOError:
+            pass  # another process uses it
+        finally:
+            os.close(handle)
 
 
 def _is_disk_full(error: BaseException | None) -> bool:

@@ -39,7 +39,7 @@ def serve(args: argparse.Namespace) -> int:
         make_links = [partial(make_link, environment) for environment in environments(args.replicas, engine.tp_size)]
         link = LoadBalancer(make_links, options.max_requests, options.stall_seconds)
     link = CanaryClient(link)
-    extend = extension(link, identity=engine.identity(), fraud=args.fraud, **msgspec.structs.asdict(cache))
+    extend = extension(link, deciding=options.deciding(), fraud=args.fraud, **msgspec.structs.asdict(cache))
     return asyncio.run(server.serve(link, args.model, options, extend))
 
 

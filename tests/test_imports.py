@@ -14,7 +14,7 @@ PACKAGES = {"qwen_jax": ROOT / "qwen_jax", "qwen_kernels": ROOT / "kernels" / "q
 # From the top down. Packages of one floor do not import each other.
 FLOORS = (("cli", "harness"), ("cluster",), ("serving", "tuning"), ("engine",), ("training", "evaluation"),
           ("model", "checkpoint", "parallel"), ("quantization",), ("config",), ("kernels",),
-          ("structs", "sockets", "atomic", "xla_flags"), ("errors",))
+          ("structs", "sockets", "atomic", "contents", "private_folder", "xla_flags"), ("errors",))
 FLOOR = {package: len(FLOORS) - floor for floor, packages in enumerate(FLOORS) for package in packages}
 # Imports that stay although they go up or across, with the reason.
 EXCEPTIONS = {("checkpoint", "model"): "weights are read into the model's tree and checked against its shapes",

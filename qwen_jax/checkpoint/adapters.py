@@ -23,12 +23,17 @@ from qwen_jax.model.lora import SITES, TARGETS, LoraConfig, target_sizes
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _MODULES = {target: "self_attn" if site in ("qkv", "o") else "mlp" for site, targets in SITES.items()
             for target in targets}
-# Settings of PEFT that change what an adapter computes, and the values under which it is plain LoRA.
-_PLAIN = {"bias": ("none", None), "use_dora": (False, None), "alora_invocation_tokens": (None,),
-          "fan_in_fan_out": (False, None), "rank_pattern": ({}, None), "alpha_pattern": ({}, None),
-          "layers_to_transform": (None,), "layer_replication": (None,), "modules_to_save": (None, []),
-          "trainable_token_indices": (None, []), "target_parameters": (None, []), "exclude_modules": (None, []),
-          "lora_bias": (False, None)}
+# Settings of PEFT that `_parse` reads, or that change nothing in what a trained adapter computes. Any other one,
+# also one that is not known here, must be as if it were absent.
+_READ_OR_FREE = frozenset((
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "init_lora_weights", "layers_pattern",
+    "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "qalora_group_size", "runtime_config", "ensure_weight_tying"))
+_ABSENT = (None, False, "none", "", [], {})
+# Initial values that leave the base model as it is. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) take a part out of
+# its weights, so that the adapter fits the rest alone.
+_PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 def save_adapter(adapter: Mapping[str, jax.Array], config: ModelConfig, lora: LoraConfig, dst: str | Path,
@@ -91,9 +96,13 @@ def _parse(settings: Mapping, folder: Path) -> LoraConfig:
     """Return the LoRA configuration in PEFT's settings; UserError for settings with which it is not plain LoRA."""
     if settings.get("peft_type") != "LORA":
         raise UserError(f"{folder} holds a {settings.get('peft_type')} adapter: only LORA is implemented")
-    for name, plain in _PLAIN.items():
-        if settings.get(name, plain[0]) not in plain:
-            raise UserError(f"{folder} uses {name}={settings[name]!r}, which is not implemented")
+    for name, value in settings.items():
+        if name not in _READ_OR_FREE and value not in _ABSENT:
+            raise UserError(f"{folder} uses {name}={value!r}, which is not implemented")
+    init = settings.get("init_lora_weights")
+    if (init.lower() if isinstance(init, str) else init) not in _PLAIN_INITS:
+        raise UserError(f"{folder} uses init_lora_weights={init!r}, with which an adapter fits a changed base model: "
+                        "save it with PEFT's path_initial_model_for_weight_conversion, as a plain adapter")
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
     if not isinstance(rank, int) or not isinstance(alpha, int | float):
         raise UserError(f"{folder / CONFIG}: r and lora_alpha must be numbers, not {rank!r} and {alpha!r}")

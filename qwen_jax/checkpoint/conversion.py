@@ -17,6 +17,7 @@ from qwen_jax.checkpoint.hf_layout import layout
 from qwen_jax.checkpoint.safetensors_io import DTYPES, SafetensorsWriter, check_finite
 from qwen_jax.checkpoint.source import (
     FORMAT_VERSION,
+    GENERATION_CONFIG,
     MANIFEST,
     PARAMS,
     Source,
@@ -160,12 +161,13 @@ def _checksums(source: Source, manifest: Mapping[str, Any]) -> Callable[[str, np
 
 
 def save_hf(model_or_params: Any, config: ModelConfig, dst: str | Path, tokenizer_files_from: str | Path | None = None,
-            max_shard_bytes: int = 5_000_000_000) -> Path:
+            max_shard_bytes: int = 5_000_000_000, generation_config: Mapping[str, Any] | None = None) -> Path:
     """Write a model in memory as a new Hugging Face folder that transformers loads.
 
     Args:
       model_or_params: a ``Qwen2`` module, or its parameters by path (any of bfloat16, float16, float32).
       tokenizer_files_from: a folder whose tokenizer and generation config are copied, if given.
+      generation_config: content of ``generation_config.json``, in the place of the copied one.
 
     Returns ``dst``. Raises UserError as ``export`` does, and for NaN or Inf in a parameter.
     """
@@ -186,18 +188,20 @@ def save_hf(model_or_params: Any, config: ModelConfig, dst: str | Path, tokenize
     arrays = ((path, np.asarray(params[path])) for path in table)
     side_files = None if tokenizer_files_from is None else Path(tokenizer_files_from)
     return _write_hf(Path(dst), config, hf_config, dtypes, arrays, check=check_finite, max_shard_bytes=max_shard_bytes,
-                     side_files=side_files)
+                     side_files=side_files, generation_config=generation_config)
 
 
 def _write_hf(dst: Path, config: ModelConfig, hf_config: Mapping[str, Any], dtypes: Mapping[str, np.dtype],
               arrays: Iterator[tuple[str, np.ndarray | FP8Tensor]], *, max_shard_bytes: int, side_files: Path | None,
-              check: Callable[[str, np.ndarray | FP8Tensor], None]) -> Path:
+              check: Callable[[str, np.ndarray | FP8Tensor], None],
+              generation_config: Mapping[str, Any] | None = None) -> Path:
     """Write parameters, given with their paths in our model, as a new Hugging Face folder, and return ``dst``.
 
     Args:
       dtypes: parameter path -> element type in the folder.
       check: function of each tensor's name and value that raises when the tensor must not be written.
       side_files: folder whose tokenizer and generation config are copied, or None.
+      generation_config: content of ``generation_config.json``, in the place of the copied one.
     """
     if max_shard_bytes < 1:
         raise UserError(f"max_shard_bytes must be positive, not {max_shard_bytes}")
@@ -218,6 +222,8 @@ def _write_hf(dst: Path, config: ModelConfig, hf_config: Mapping[str, Any], dtyp
         _write_json(folder / "config.json", hf_config)
         if side_files is not None:
             copy_side_files(side_files, folder, config)
+        if generation_config is not None:
+            _write_json(folder / GENERATION_CONFIG, generation_config)
     return dst
 
 

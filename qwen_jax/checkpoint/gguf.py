@@ -46,7 +46,7 @@ def export_gguf(src: str | Path | Source, dst: str | Path, dtype: str = "float16
         scale; a matrix whose rows do not divide into blocks becomes float16). Norms and biases are float32.
 
     Host memory stays within a few copies of one group of tensors. Without a tokenizer the file takes token ids only.
-    A tokenizer that splits text in a way that llama.cpp does not have is reported in the log.
+    A tokenizer that normalises or splits text in a way that llama.cpp does not have is reported in the log.
 
     Returns ``dst``. Raises UserError for another dtype, a missing ``gguf`` package, bad input, an existing ``dst``, too
     little disk space, weights beyond float16's range, YaRN settings other than factor and original length, and
@@ -155,7 +155,6 @@ def _add_tokenizer(writer: GGUFWriter, source: Source, config: ModelConfig) -> N
     ids and chat template."""
     from gguf import SpecialVocab, TokenType
 
-    # Read from the file, because transformers replaces the split of every Qwen2 model's tokenizer by its own.
     facts = read_json(source.path / "tokenizer.json")
     if not facts:
         tokenizer = load_tokenizer(source)
@@ -169,9 +168,9 @@ def _add_tokenizer(writer: GGUFWriter, source: Source, config: ModelConfig) -> N
     writer.add_tokenizer_model("gpt2")
     if split_name := _split_name(facts):
         writer.add_tokenizer_pre(split_name)
-    else:
-        logger.warning("the tokenizer in %s splits text in a way that llama.cpp does not know: there, text may become "
-                       "other tokens than here; give it token ids", source.path)
+    if not split_name or (facts["normalizer"] or {"type": "NFC"})["type"] != "NFC":
+        logger.warning("the tokenizer in %s normalises or splits text in a way that llama.cpp does not know: there, "
+                       "text may become other tokens than here; give it token ids", source.path)
     texts = {id_: (text, TokenType.NORMAL) for text, id_ in facts["model"]["vocab"].items()}
     for token in facts["added_tokens"]:
         text = token["content"]

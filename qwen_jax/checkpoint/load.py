@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from qwen_jax.checkpoint import orbax_store
-from qwen_jax.checkpoint.hf_layout import HEAD, assemble, check_shapes, layout
+from qwen_jax.checkpoint.hf_layout import EMBEDDING, HEAD, assemble, check_shapes, layout
 from qwen_jax.checkpoint.safetensors_io import check_finite
 from qwen_jax.checkpoint.source import Source, read_manifest, resolve
 from qwen_jax.checkpoint.tensors import SCALE, as_dtype, open_tensors, progress, stored_dtypes
@@ -114,6 +114,10 @@ def from_transformers(model: Any, dtype: Any = None) -> tuple[ModelConfig, dict[
     tied = config.tie_word_embeddings
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if not (tied and name == HEAD)}
     check_shapes(config, shapes, "the transformers model")
+    head, embedding = state.get(HEAD, state[EMBEDDING]), state[EMBEDDING]
+    if tied and head.data_ptr() != embedding.data_ptr() and not torch.equal(head.cpu(), embedding.cpu()):
+        raise UserError("the config of the transformers model ties the head to the embedding, but the two tensors "
+                        "differ: set its tie_word_embeddings to False to use the head that the model has")
 
     def read(name: str) -> np.ndarray:
         if state[name].is_meta:

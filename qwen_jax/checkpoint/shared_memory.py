@@ -17,10 +17,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from qwen_jax.atomic import remove_unused
 from qwen_jax.checkpoint.conversion import export
 from qwen_jax.checkpoint.source import MANIFEST, Source, read_manifest
 from qwen_jax.checkpoint.tensors import stored_dtypes
 from qwen_jax.errors import UserError
+from qwen_jax.private_folder import open_private
 from qwen_jax.quantization import E4M3
 
 logger = logging.getLogger(__name__)
@@ -37,17 +39,20 @@ def shared_copy(source: Source, root: Path | None = None) -> Source:
     Args:
       root: a folder in memory that only this user can write to.
     """
-    root = root or Path(f"/dev/shm/qwen-jax-{os.getuid()}")
+    root = root or Path(f"/dev/shm/qwen-jax-{os.geteuid()}")
     if source.kind != "orbax" or E4M3 in stored_dtypes(source.config, read_manifest(source)).values():
         return source
     try:
-        root.mkdir(mode=0o700, exist_ok=True)
+        os.close(open_private(root))
     except OSError:
+        return source
+    except UserError as error:  # another user's doing must not keep a server from starting
+        logger.warning("%s is read from the disk, not from shared memory: %s", source.path, error)
         return source
     folder = root / hashlib.sha256((source.path / MANIFEST).read_bytes()).hexdigest()[:32]
     with _locked(root):
         if not folder.exists():
-            _remove_unused(root)
+            remove_unused(root)
             size = sum(file.stat().st_size for file in source.params.rglob("*") if file.is_file())
             if shutil.disk_usage(root).free < 1.2 * size:
                 logger.info("there is no room for %s in shared memory: it is read from the disk", source.path)
@@ -65,30 +70,15 @@ def release() -> None:
     for folder in list(_locks):
         with _locked(folder.parent):
             os.close(_locks.pop(folder))
-            _remove_unused(folder.parent)
+            remove_unused(folder.parent)
 
 
 @contextmanager
 def _locked(root: Path) -> Iterator[None]:
     """Hold the lock on ``root`` under which a process makes, takes or removes copies of checkpoints."""
-    handle = os.open(root, os.O_RDONLY)
+    handle = open_private(root)
     try:
-        if os.fstat(handle).st_uid != os.getuid():
-            raise UserError(f"{root} belongs to another user: remove it")
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)
-
-
-def _remove_unused(root: Path) -> None:
-    """Remove copies of checkpoints that are unfinished or that no living process uses. The caller holds `_locked`."""
-    for folder in root.iterdir():
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-        except BlockingIOError:
-            pass
-        finally:
-            os.close(handle)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from qwen_jax.checkpoint.hf_layout import check_shapes
 from qwen_jax.config import PRESETS, GenerationDefaults, ModelConfig
+from qwen_jax.contents import FileSet
 from qwen_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,6 +46,15 @@ class Source(NamedTuple):
     def params(self) -> Path:
         """Folder of a converted checkpoint in which Orbax stores the parameters."""
         return self.path / PARAMS
+
+    @property
+    def files(self) -> FileSet:
+        """The files that decide what the model answers: weights, tokenizer, settings."""
+        names = {"config.json", MANIFEST, *SIDE_FILES}
+        found = [file for file in self.path.iterdir()
+                 if file.name in names or file.name.endswith((".safetensors", ".safetensors.index.json"))]
+        found += [file for file in self.params.rglob("*") if file.is_file()] if self.kind == "orbax" else []
+        return FileSet.of(self.path, found)
 
 
 def resolve(ref: str | Path | Source) -> Source:
@@ -120,14 +130,19 @@ def load_generation_config(source: Source) -> GenerationDefaults:
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerFast | None:
-    """Load the model's fast tokenizer, with its chat template; None when the folder has no tokenizer."""
+    """Load the model's fast tokenizer, with its chat template; None when the folder has no tokenizer.
+
+    Where there is a ``tokenizer.json`` it is used as it is: transformers' class for Qwen2 takes the vocabulary alone
+    from it, and replaces the rules that normalise, split and decode text by its own.
+    """
     files = {name for name in TOKENIZER_FILES if (source.path / name).is_file()}
     if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= files:
         return None
-    from transformers import AutoTokenizer  # takes seconds to import: only where text is needed
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # seconds to import: only where text is needed
 
+    kind = PreTrainedTokenizerFast if "tokenizer.json" in files else AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(source.path, local_files_only=True)
+        return kind.from_pretrained(source.path, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exceptions
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"the tokenizer in {source.path} cannot be read ({reason}): download it again") from error

@@ -15,6 +15,7 @@ from qwen_jax.cluster.fraud_routes import BATCH_PATH, SCREEN_PATH, fraud_routes,
 from qwen_jax.cluster.response_cache.cache import ResponseCache
 from qwen_jax.cluster.response_cache.middleware import OPENAI_ROUTES, CachedRoute, CacheMiddleware
 from qwen_jax.cluster.response_cache.redis_store import RedisStore
+from qwen_jax.contents import package_digest
 from qwen_jax.serving.http.service import Service
 from qwen_jax.serving.server import Extend, Extension
 
@@ -23,7 +24,7 @@ FRAUD_ROUTES = {SCREEN_PATH: CachedRoute("fraud", deterministic=True, needs_mode
                 BATCH_PATH: CachedRoute("fraud batch", deterministic=True, needs_model=False)}
 
 
-def extension(link: CanaryClient, megabytes: float, seconds: float, redis_url: str | None, identity: Any,
+def extension(link: CanaryClient, megabytes: float, seconds: float, redis_url: str | None, deciding: Any,
               fraud: bool = False) -> Extend:
     """Return a function that extends a server by trials of new versions, the response cache and payment screening.
 
@@ -32,7 +33,7 @@ def extension(link: CanaryClient, megabytes: float, seconds: float, redis_url: s
       megabytes: memory of the response cache in this process; with 0 and without Redis there is no cache.
       seconds: time for which an answer is cached.
       redis_url: address of the cache's second level, or None.
-      identity: what decides answers beside the weights, such as their element type.
+      deciding: options of the server that may decide what a response says.
       fraud: true to add the routes that screen card payments.
     """
     redis = RedisStore(redis_url) if redis_url else None
@@ -43,7 +44,7 @@ def extension(link: CanaryClient, megabytes: float, seconds: float, redis_url: s
         admin, public = (canary_routes(service, link),), (fraud_routes(service, link),) if fraud else ()
         if cache is None:
             return Extension(admin=admin, public=public)
-        middleware = partial(CacheMiddleware, service=service, cache=cache, identity=identity,
+        middleware = partial(CacheMiddleware, service=service, cache=cache, http=[package_digest(), deciding],
                              routes=OPENAI_ROUTES | (FRAUD_ROUTES if fraud else {}), adapter_for=link.adapter_for)
         return Extension(inner=middleware, collectors=(CacheMetrics(cache),), admin=admin, public=public)
 

@@ -23,6 +23,7 @@ from qwen_jax.engine.config.engine_config import EngineConfig
 from qwen_jax.engine.config.tuned import Tuned
 from qwen_jax.engine.core import resharding
 from qwen_jax.engine.core.background_compiler import BackgroundCompiler, compile_job
+from qwen_jax.engine.core.computation import computation
 from qwen_jax.engine.core.engine_core import DISPATCH_SECONDS, EngineCore
 from qwen_jax.engine.core.replica import Deployment
 from qwen_jax.engine.core.snapshot import engine_stats
@@ -218,6 +219,11 @@ class Engine:
     def plan(self) -> ParallelPlan:
         """Parallel plan that the engine runs under now."""
         return self.deployment.plan
+
+    @property
+    def computation(self) -> dict[str, str]:
+        """All that decides its answers beside weights, adapters and requests, by name: options, versions, devices."""
+        return computation(self._options, self._resolved, self.plan)
 
     @property
     def runner(self) -> Runner:

@@ -59,12 +59,14 @@ class EngineOptions(Options):
         """
         return {**msgspec.structs.asdict(self), "progress": progress}
 
-    def identity(self) -> dict[str, Any]:
-        """Return the options that decide the answer to a deterministic request, for the keys of cached responses."""
-        return {name: getattr(self, name) for name in ("dtype", "fp8_enabled", "max_seq_len", "tp_size")}
-
 
 MaxRequests = Annotated[int, option("requests open at once; more are answered with 429", "N", ge=1)]
+
+
+# Options of a server that decide whether, when and where a request is answered, but not what the answer says.
+WITHOUT_INFLUENCE = frozenset((
+    "host", "port", "name", "max_requests", "max_body_bytes", "stall_seconds", "drain_seconds", "api_keys",
+    "admin_port", "admin_host", "admin_keys", "share_weights", "log_format", "log_prompts", "otlp_endpoint"))
 
 
 class ServerOptions(Options):
@@ -99,6 +101,10 @@ class ServerOptions(Options):
         "log lines with every request's prompt")] = False
     otlp_endpoint: Annotated[str, option(
         "URL for OpenTelemetry traces, such as http://localhost:4318/v1/traces", "URL")] | None = None
+
+    def deciding(self) -> dict[str, Any]:
+        """Return the options that may decide what a response says: all but those in `WITHOUT_INFLUENCE`."""
+        return {name: value for name, value in msgspec.structs.asdict(self).items() if name not in WITHOUT_INFLUENCE}
 
 
 class CacheOptions(Options):

@@ -89,7 +89,7 @@ def assemble(link: EngineBackend, model: str, options: ServerOptions, extend: Ex
     if options.admin_port is not None and not admin_keys:
         raise UserError("an admin port needs keys: --admin-keys FILE, or QWEN_JAX_ADMIN_KEYS")
     observers = [log_access, *([tracer(options.otlp_endpoint)] if options.otlp_endpoint else [])]
-    service = Service(link, model, options.name or model, options.stall_seconds, options.log_prompts)
+    service = Service(link, options.name or model, options.stall_seconds, options.log_prompts)
     extension = extend(service) if extend else Extension()
     public = create_app(service, observers, keys, options.max_body_bytes, extension)
     if options.admin_port is None:

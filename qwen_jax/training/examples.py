@@ -1,7 +1,8 @@
 """Training examples from JSONL files of conversations or texts, packed into batches in an order set by the seed.
 
 A line is ``{"messages": [{"role": ..., "content": ...}, ...]}`` or ``{"text": ...}``. A conversation goes through the
-checkpoint's chat template, and only the assistant's messages are learned; a text is learned whole.
+checkpoint's chat template, and only the assistant's messages are learned; a text is learned whole, with the tokenizer's
+EOS, if it has one, at its end.
 """
 import json
 import sys
@@ -60,7 +61,8 @@ def _encode_line(line: str, tokenizer: Any, length: int) -> list[Encoded]:
     except json.JSONDecodeError as error:
         raise UserError(f"not JSON ({error})") from None
     if isinstance(value, dict) and isinstance(value.get("text"), str) and value["text"]:
-        ids = [*tokenizer.encode(value["text"], add_special_tokens=False), tokenizer.eos_token_id]
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        ids = [*tokenizer.encode(value["text"], add_special_tokens=False), *end]
         return [Encoded(np.array(ids[i:i + length], np.int32), np.ones(len(ids[i:i + length]), bool))
                 for i in range(0, len(ids), length)]
     messages = value.get("messages") if isinstance(value, dict) else None
@@ -80,7 +82,8 @@ def _encode_line(line: str, tokenizer: Any, length: int) -> list[Encoded]:
 
 
 def encode_conversation(messages: Sequence[dict], tokenizer: Any) -> Encoded:
-    """Encode a whole conversation. Learned tokens are the assistant's, including the token that ends its turn.
+    """Encode a whole conversation. Learned tokens are the assistant's, including the token that ends its turn
+    (`turn_end`, else the tokenizer's EOS) and nothing after it.
 
     An assistant's message is the text that the template adds after the earlier messages and the generation prompt.
     UserError when the template does not keep earlier messages as they are.
@@ -89,20 +92,35 @@ def encode_conversation(messages: Sequence[dict], tokenizer: Any) -> Encoded:
         return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
 
     text, spans = render(len(messages), False), []
+    token = turn_end(tokenizer)
+    end_text = tokenizer.eos_token if token is None else tokenizer.convert_ids_to_tokens(token)
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
             before, after = render(index, True), render(index + 1, False)
             if not after.startswith(before) or not text.startswith(after):
                 raise UserError("the chat template must not change earlier turns when later turns are added: the "
                                 "assistant's messages cannot be told apart")
-            end = after.rfind(tokenizer.eos_token, len(before)) if tokenizer.eos_token else -1
-            spans.append((len(before), end + len(tokenizer.eos_token) if end >= 0 else len(after)))
+            end = after.rfind(end_text, len(before)) if end_text else -1
+            spans.append((len(before), end + len(end_text) if end >= 0 else len(after)))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     begins = np.array([begin for begin, _ in encoded["offset_mapping"]])
     learned = np.zeros(len(begins), bool)
     for begin, end in spans:
         learned |= (begins >= begin) & (begins < end)
     return Encoded(np.array(encoded["input_ids"], np.int32), learned)
+
+
+def turn_end(tokenizer: Any) -> int | None:
+    """Return the special token with which the chat template ends an assistant's turn; None when it writes none there.
+
+    It may be another one than the tokenizer's EOS: a base model's is the end of a text.
+    """
+    said = "answer"
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "question"},
+                                          {"role": "assistant", "content": said}], tokenize=False)
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    after = tokenizer(text[text.rindex(said) + len(said):], add_special_tokens=False)["input_ids"]
+    return next((token for token in after if token in special), None)
 
 
 def pack(lengths: Sequence[int], order: Iterable[int], capacity: int) -> list[list[int]]:

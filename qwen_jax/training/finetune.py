@@ -1,17 +1,18 @@
 """Fine-tuning and distillation by a recipe: ``qwen-jax train``."""
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import msgspec
 from jax.sharding import Mesh, NamedSharding
 
-from qwen_jax.checkpoint import load_params, load_tokenizer, resolve, save_hf
+from qwen_jax.checkpoint import load_generation_config, load_params, load_tokenizer, resolve, save_hf
 from qwen_jax.checkpoint.adapters import save_adapter
-from qwen_jax.checkpoint.source import Source
+from qwen_jax.checkpoint.source import GENERATION_CONFIG, Source, read_json
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.model import abstract
@@ -19,7 +20,7 @@ from qwen_jax.model.lora import LoraConfig, init_adapter, num_parameters
 from qwen_jax.parallel.mesh import make_mesh, shardings_of, spec_of
 from qwen_jax.quantization import Precision, default_precision
 from qwen_jax.training.curves import plot_curves
-from qwen_jax.training.examples import batch_function, read_examples
+from qwen_jax.training.examples import Encoded, batch_function, read_examples, turn_end
 from qwen_jax.training.loop import Run, fit
 from qwen_jax.training.recipe import Recipe
 from qwen_jax.training.stacked import LAYERS, stack, stacked_specs, unstack
@@ -66,7 +67,7 @@ def train(recipe: Recipe) -> Path:
     mesh = make_mesh(recipe.devices.data, recipe.devices.tensor) if recipe.devices else None
     teacher = _teacher(recipe, source, tokenizer)
     examples = read_examples(recipe.data, tokenizer, recipe.sequence_length, recipe.on_bad == "skip")
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
     batch_of = batch_function(examples, recipe.batch_size, recipe.sequence_length, recipe.seed, pad)
 
     job = _distillation(recipe, source, teacher, mesh) if recipe.distill else _tuning(recipe, source, lora, mesh)
@@ -92,13 +93,29 @@ def train(recipe: Recipe) -> Path:
               max_skipped=recipe.max_skipped, facts=facts)
     state = fit(state, step, job.frozen, batch_of, run)
 
+    ends = _generation_config(source, tokenizer, examples)
     if lora:
         save_adapter(state.trainable, job.config, lora, output / RESULT, base_model=recipe.model)
+        if ends is not None:
+            print(f"the adapter ends its turns with token {ends['eos_token_id'][0]}, which is not among those at which "
+                  f"{recipe.model} stops: add it to eos_token_id in its {GENERATION_CONFIG}, or ask with "
+                  "stop_token_ids", file=sys.stderr)
     else:
         trained = {path: value.astype(job.dtypes[path]) for path, value in unstack(state.trainable).items()}
-        save_hf(jax.device_get(trained), job.config, output / RESULT, source.path)
+        save_hf(jax.device_get(trained), job.config, output / RESULT, source.path, generation_config=ends)
     plot_curves(output / "metrics.jsonl", output / "curves.png")
     return output / RESULT
+
+
+def _generation_config(source: Source, tokenizer: Any, examples: Sequence[Encoded]) -> dict[str, Any] | None:
+    """Return the generation config of a model that has learned to end its turns as the chat template does.
+
+    None when the model's own config has that token already, or nothing in the examples ends with it.
+    """
+    end, known = turn_end(tokenizer) if tokenizer.chat_template else None, load_generation_config(source).eos_token_ids
+    if end is None or end in known or not any(end in example.tokens[example.learned] for example in examples):
+        return None
+    return {**read_json(source.path / GENERATION_CONFIG), "eos_token_id": [end, *known]}
 
 
 def _lora(recipe: Recipe) -> LoraConfig | None:

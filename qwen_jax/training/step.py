@@ -37,7 +37,9 @@ class TrainState(NamedTuple):
 
 def make_optimizer(recipe: Optimizer, steps: int) -> optax.GradientTransformation:
     """Return AdamW with gradient clipping by global norm, linear warm-up, cosine decay, weight decay of matrices."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, recipe.learning_rate, recipe.warmup_steps, steps)
+    # A step's rate is that of the number of steps before it: 0 at first would be a step without effect.
+    first = recipe.learning_rate / (recipe.warmup_steps + 1)
+    schedule = optax.warmup_cosine_decay_schedule(first, recipe.learning_rate, recipe.warmup_steps, steps)
     return optax.chain(
         optax.clip_by_global_norm(recipe.clip_norm),
         optax.adamw(schedule, b1=recipe.adam_b1, b2=recipe.adam_b2, eps=recipe.adam_eps,

@@ -30,7 +30,7 @@ from redis_server import RedisServer  # noqa: E402
 from qwen_jax.cluster.response_cache.cache import CacheStats, ResponseCache, cache_key  # noqa: E402
 from qwen_jax.cluster.response_cache.redis_store import RedisStore  # noqa: E402
 
-KEYS = [cache_key(kind="completion", model="m", weight_version=0, adapter=None, prompt=[number], options={}, tenant="")
+KEYS = [cache_key(kind="completion", http=[], model="m", engine="w", adapter="", options=[number], tenant="")
         for number in range(1000)]
 BAR_MS = 10
 

@@ -1,4 +1,5 @@
 """LoRA adapters compared with peft: peft loads ours, we load peft's, and the logits agree."""
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import torch
 from oracle import torch_model
 from safetensors.numpy import load_file, save_file
 
-from qwen_jax.checkpoint.adapters import load_adapter, save_adapter
+from qwen_jax.checkpoint.adapters import _READ_OR_FREE, load_adapter, save_adapter
 from qwen_jax.config import ModelConfig, Rope
 from qwen_jax.errors import UserError
 from qwen_jax.model import build, init, params_of
@@ -79,6 +80,52 @@ def test_peft_s_loads_here(tmp_path, params, options):
     assert sum(value.size for value in adapter.values()) == num_parameters(CONFIG, lora)
 
 
+def trained(init, params, rank=2):
+    """A model with an adapter that begins as PEFT's initialisation says, before and after what stands for training."""
+    settings = peft.LoraConfig(r=rank, lora_alpha=3, init_lora_weights=init, target_modules=["q_proj", "down_proj"])
+    model = peft.get_peft_model(torch_model(CONFIG, params), settings)
+    yield model
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "lora_" in name:
+                value += 0.3 * torch.randn_like(value)
+    yield model
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+def test_an_adapter_of_a_changed_base_model_is_refused_and_its_conversion_is_right(tmp_path, params, init):
+    torch.manual_seed(0)
+    steps = trained(init, params)
+    model = next(steps)
+    model.peft_config["default"].init_lora_weights = True  # as PEFT's documentation of the conversion says
+    model.save_pretrained(tmp_path / "begin")
+    model.peft_config["default"].init_lora_weights = init
+    next(steps)
+    model.save_pretrained(tmp_path / "plain")
+    with pytest.raises(UserError, match=f"uses init_lora_weights='{init}', .* path_initial_model"):
+        load_adapter(tmp_path / "plain", CONFIG)
+    model.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "begin"))
+    lora, adapter = load_adapter(tmp_path / "converted", CONFIG)
+    np.testing.assert_allclose(np.asarray(adapted_logits(params, lora, adapter)), theirs(model), atol=5e-4)
+
+
+@pytest.mark.parametrize("init", ["gaussian", "orthogonal", "mica", "eva"])
+def test_other_initial_values_leave_the_base_model_as_it_is(tmp_path, params, init):
+    torch.manual_seed(0)
+    *_, model = trained(init, params)
+    model.save_pretrained(tmp_path / "a")
+    lora, adapter = load_adapter(tmp_path / "a", CONFIG)
+    np.testing.assert_allclose(np.asarray(adapted_logits(params, lora, adapter)), theirs(model), atol=2e-4)
+
+
+def test_every_setting_of_peft_is_known_or_must_be_absent(tmp_path):
+    """A setting of a later version is refused as long as it is not known to change nothing."""
+    known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    for name in sorted(known - _READ_OR_FREE | {"of_a_later_version"}):
+        with pytest.raises(UserError, match=f"uses {name}="):
+            load_adapter(broken(tmp_path / name, settings={name: {"x": 1}}), CONFIG)
+
+
 def test_there_and_back_is_bit_identical(tmp_path):
     adapter = random_adapter()
     save_adapter(adapter, CONFIG, LORA, tmp_path / "a")
@@ -138,6 +185,10 @@ NAME = "base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"
 @pytest.mark.parametrize("changes, message", [
     ({"settings": {"peft_type": "PREFIX_TUNING"}}, "holds a PREFIX_TUNING adapter: only LORA"),
     ({"settings": {"use_dora": True}}, "uses use_dora=True, which is not implemented"),
+    *(({"settings": {"init_lora_weights": init}}, f"uses init_lora_weights='{init}'")
+      for init in ("corda", "loftq", "lora_ga", "PiSSA", "of_a_later_version")),
+    ({"settings": {"arrow_config": {"top_k": 3}}}, "uses arrow_config="),
+    ({"settings": {"use_qalora": True, "qalora_group_size": 8}}, "uses use_qalora=True"),
     ({"settings": {"bias": "all"}}, "uses bias='all'"),
     ({"settings": {"rank_pattern": {"q_proj": 8}}}, "uses rank_pattern="),
     ({"settings": {"target_modules": ["q_proj", "lm_head"]}}, "an adapter's targets must be of .*, not lm_head"),

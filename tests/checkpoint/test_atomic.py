@@ -16,7 +16,7 @@ import pytest
 from hf_folders import siblings
 
 import qwen_jax.checkpoint.safetensors_io as safetensors_io
-from qwen_jax.atomic import replace_file
+from qwen_jax.atomic import new_folder, replace_file
 from qwen_jax.checkpoint import convert, export, orbax_store
 from qwen_jax.errors import UserError
 
@@ -143,3 +143,14 @@ def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path, monkeypatch, priv
     with pytest.raises(OSError, match="No space"):
         replace_file(path, b"third", private)
     assert path.read_bytes() == b"second" and siblings(path) == ["file"]
+
+
+def test_the_folders_of_other_users_stay_whatever_their_names_are(tmp_path, monkeypatch):
+    (tmp_path / "victim").mkdir()
+    (tmp_path / ".dst.partial-link").symlink_to(tmp_path / "victim")
+    (tmp_path / ".dst.partial-theirs").mkdir()
+    user = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+    with new_folder(tmp_path / "dst", 0):
+        pass
+    assert siblings(tmp_path / "dst") == [".dst.partial-link", ".dst.partial-theirs", "dst", "victim"]

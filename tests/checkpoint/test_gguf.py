@@ -166,6 +166,12 @@ def test_a_split_that_llama_cpp_does_not_know_is_named_nowhere_and_warned_about(
     assert "llama.cpp does not know" in caplog.text
 
 
+def test_a_normalizer_that_llama_cpp_does_not_have_is_warned_about(with_tokenizer, tmp_path, caplog):
+    change(with_tokenizer / "tokenizer.json", lambda facts: facts.update(normalizer={"type": "Lowercase"}))
+    export_gguf(with_tokenizer, tmp_path / "unknown.gguf")
+    assert "llama.cpp does not know" in caplog.text
+
+
 def test_another_kind_of_tokenizer_is_refused(with_tokenizer, tmp_path):
     change(with_tokenizer / "tokenizer.json", lambda facts: facts.update(decoder={"type": "Metaspace"}))
     with pytest.raises(UserError, match="not byte-level BPE"):

@@ -99,6 +99,22 @@ def test_a_transformers_model_in_memory(tied, dtype):
     np.testing.assert_array_equal(np.asarray(params["norm.scale"], np.float32), before)
 
 
+def test_a_head_that_differs_in_a_model_whose_config_ties_it_is_refused():
+    """As in a folder. Otherwise the model would answer with other logits than it had."""
+    model = hf_model(tied=True, dtype=torch.float32)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    from_transformers(model)  # a copy that is equal
+    with torch.no_grad():
+        model.lm_head.weight[3, 2] += 1
+    with pytest.raises(UserError, match="set its tie_word_embeddings to False"):
+        from_transformers(model)
+    model.config.tie_word_embeddings = False
+    config, params = from_transformers(model)
+    with torch.no_grad():
+        theirs = model(torch.tensor(TOKENS)).logits.numpy()
+    np.testing.assert_allclose(np.asarray(build(config, params)(TOKENS)), theirs, atol=2e-4)
+
+
 def test_other_transformers_models_are_refused():
     llama = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                                          num_attention_heads=2))

@@ -64,6 +64,51 @@ def test_what_a_killed_process_leaves_is_removed_by_the_next(checkpoint, tmp_pat
     release()
 
 
+def kept(folder):
+    """A folder with another in it, which is not to be removed."""
+    (folder / "kept").mkdir(parents=True)
+    (folder / "kept" / "file").touch()
+    return folder
+
+
+def test_a_link_in_the_place_of_the_folder_is_not_followed(checkpoint, tmp_path, caplog):
+    victim, source = kept(tmp_path / "victim"), resolve(checkpoint)
+    (tmp_path / "memory").symlink_to(victim)
+    assert shared_copy(source, tmp_path / "memory") == source and "not a link" in caplog.text
+    (tmp_path / "nowhere").symlink_to(tmp_path / "missing")
+    assert shared_copy(source, tmp_path / "nowhere") == source
+    assert [path.name for path in victim.rglob("*")] == ["kept", "file"] and not (tmp_path / "missing").exists()
+
+
+@pytest.mark.parametrize("mode, parent", [(0o777, 0o700), (0o770, 0o700), (0o700, 0o777)])
+def test_a_folder_that_others_can_change_is_not_used(checkpoint, tmp_path, mode, parent, caplog):
+    root, source = tmp_path / "memory", resolve(checkpoint)
+    kept(root)
+    root.chmod(mode)
+    tmp_path.chmod(parent)
+    assert shared_copy(source, root) == source and (root / "kept" / "file").exists() and "mode 77" in caplog.text
+
+
+def test_a_folder_of_another_user_is_not_used(checkpoint, tmp_path, monkeypatch, caplog):
+    source = resolve(checkpoint)
+    user = os.geteuid()
+    tmp_path.chmod(0o1777)
+    (tmp_path / "memory").mkdir(mode=0o700)
+    monkeypatch.setattr("os.geteuid", lambda: user + 1)
+    assert shared_copy(source, tmp_path / "memory") == source and f"user {user}" in caplog.text
+
+
+def test_links_within_it_and_what_they_name_stay(checkpoint, tmp_path):
+    victim, root = kept(tmp_path / "victim"), tmp_path / "memory"
+    root.mkdir(mode=0o700)
+    (root / "link").symlink_to(victim)
+    (root / "file").touch()
+    (root / "unused").mkdir()
+    shared_copy(resolve(checkpoint), root)
+    release()
+    assert sorted(path.name for path in root.iterdir()) == ["file", "link"] and (victim / "kept" / "file").exists()
+
+
 def test_what_is_not_copied(checkpoint, tmp_path, monkeypatch):
     assert shared_copy(resolve("bundled"), tmp_path / "a") == resolve("bundled")
     fp8 = resolve(convert("bundled", tmp_path / "fp8", fp8=True))

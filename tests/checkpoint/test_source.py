@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 import qwen_jax.checkpoint.source as source_module
 from qwen_jax.checkpoint import convert, export, load_generation_config, load_model, load_tokenizer, resolve
+from qwen_jax.checkpoint.source import SHIPPED, Source
 from qwen_jax.errors import UserError
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -156,6 +157,32 @@ def test_tokenizer_travels_with_the_weights(shared, tmp_path):
     (tmp_path / "back" / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="tokenizer .* cannot be read"):
         load_tokenizer(resolve(tmp_path / "back"))
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
+
+@pytest.mark.parametrize("change", [
+    {}, {"pre_tokenizer": BYTES}, {"pre_tokenizer": {**BYTES, "add_prefix_space": True}},
+    {"normalizer": None}, {"normalizer": {"type": "Lowercase"}}, {"normalizer": {"type": "NFKC"}},
+    {"decoder": {"type": "Sequence", "decoders": [BYTES, {"type": "Replace", "pattern": {"String": "e"},
+                                                           "content": "E"}]}},
+    {"model": {"ignore_merges": True}}, {"model": {"merges": []}},
+])
+def test_a_tokenizer_is_that_of_its_file(tmp_path, change):
+    """Transformers' class for Qwen2 has rules of its own to normalise, split and decode text."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(SHIPPED["bundled"] / name, tmp_path / name)
+    facts = json.loads((tmp_path / "tokenizer.json").read_text())
+    model = {**facts["model"], **change.get("model", {})}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**facts, **change, "model": model}))
+    ours, theirs = load_tokenizer(Source("hf", tmp_path)), Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    text = "It's THE payment of 12345 €, später:\n\n  ﬁve e\u0301<|im_end|> merchants' cards"
+    ids = theirs.encode(text, add_special_tokens=False).ids
+    assert ours.encode(text, add_special_tokens=False) == ids
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=False)
+    for token in ("eos_token_id", "pad_token_id", "chat_template"):
+        assert getattr(ours, token) == getattr(load_tokenizer(resolve("bundled")), token)
 
 
 def test_generation_defaults(shared, tmp_path):

@@ -1,4 +1,5 @@
 """Files of examples to batches: learned tokens, refused lines, and the order of batches."""
+import copy
 import itertools
 import json
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from qwen_jax.checkpoint import load_tokenizer, resolve
 from qwen_jax.errors import UserError
 from qwen_jax.training import examples
-from qwen_jax.training.examples import batch_function, encode_conversation, pack, read_examples
+from qwen_jax.training.examples import batch_function, encode_conversation, pack, read_examples, turn_end
 
 CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hi"},
         {"role": "assistant", "content": "hello"}, {"role": "user", "content": "and?"},
@@ -34,6 +35,16 @@ def test_only_what_the_assistant_says_is_learned(tokenizer):
     assert [tokenizer.decode(run) for run in runs] == ["hello<|im_end|>", "bye now<|im_end|>"]
 
 
+def test_a_turn_ends_as_the_template_ends_it_whatever_the_tokenizer_s_eos_is(tokenizer):
+    """The EOS of a base model is the end of a text, and its template writes a line break after the end of a turn."""
+    base = copy.deepcopy(tokenizer)
+    base.eos_token = "<|endoftext|>"
+    np.testing.assert_array_equal(encode_conversation(CHAT, base).learned, encode_conversation(CHAT, tokenizer).learned)
+    assert turn_end(base) == turn_end(tokenizer) == tokenizer.eos_token_id
+    base.chat_template = "{% for message in messages %}{{ message.role + ':' + message.content + '\n' }}{% endfor %}"
+    assert turn_end(base) is None
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
     original = tokenizer.chat_template
     tokenizer.chat_template = "{{ messages | length }}" + original
@@ -50,6 +61,13 @@ def test_conversations_and_texts(tmp_path, tokenizer):
     text = np.concatenate([example.tokens for example in examples[1:]])
     assert tokenizer.decode(text) == "word " * 70 + tokenizer.eos_token
     assert all(example.learned.all() for example in examples[1:]) and not examples[0].learned.all()
+
+
+def test_a_text_of_a_tokenizer_without_an_eos_has_no_end(tmp_path, tokenizer):
+    without = copy.deepcopy(tokenizer)
+    without.eos_token = None
+    example, = read_examples([write(tmp_path / "a.jsonl", {"text": "word"})], without, 64)
+    assert tokenizer.decode(example.tokens) == "word"
 
 
 BAD = [("{", "not JSON"), ([1], 'neither "messages" nor a "text"'), ({"messages": []}, "neither"),

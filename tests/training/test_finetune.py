@@ -11,12 +11,13 @@ import transformers
 
 from qwen_jax.checkpoint import load_model, load_tokenizer, resolve
 from qwen_jax.checkpoint.adapters import load_adapter
+from qwen_jax.checkpoint.source import SHIPPED, read_json
 from qwen_jax.cli import main
 from qwen_jax.evaluation.fraud.task import generate
 from qwen_jax.model import build, params_of
 
 RECIPE = """
-model = "bundled"
+model = "{model}"
 data = ["{data}"]
 output = "{output}"
 steps = 20
@@ -43,8 +44,21 @@ def data(tmp_path_factory):
     return path
 
 
-def recipe(folder, data, extra="", top=""):
-    (folder / "recipe.toml").write_text(top + RECIPE.format(data=data, output=folder / "run") + extra)
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The bundled model with the settings of a base model: it ends texts, and not turns, with its EOS."""
+    folder = tmp_path_factory.mktemp("base") / "base"
+    shutil.copytree(SHIPPED["bundled"], folder)
+    for name, value in (("config.json", 940), ("generation_config.json", 940),
+                        ("tokenizer_config.json", "<|endoftext|>")):
+        field = "eos_token" if name == "tokenizer_config.json" else "eos_token_id"
+        (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), field: value}))
+    return folder
+
+
+def recipe(folder, data, extra="", top="", model="bundled"):
+    text = RECIPE.format(data=data, output=folder / "run", model=model)
+    (folder / "recipe.toml").write_text(top + text + extra)
     return str(folder / "recipe.toml")
 
 
@@ -62,23 +76,28 @@ def test_an_adapter(tmp_path, data, capsys):
     assert (lora.rank, lora.alpha) == (4, 8) and np.abs(adapter["q_proj.b"]).max() > 1e-3
     assert losses(tmp_path)[-1] < 0.7 * losses(tmp_path)[0]  # of the 20th and the 10th step
     assert (tmp_path / "run" / "curves.png").stat().st_size > 5000
-    assert main(["train", path]) == 2
+    assert "ends its turns" not in err and main(["train", path]) == 2
     assert "this run is finished" in capsys.readouterr().err
 
 
-def test_an_adapter_over_eight_bits(tmp_path, data, capsys):
-    assert main(["train", recipe(tmp_path, data, "[lora]\nrank = 4\nalpha = 8\n", top="fp8 = true")]) == 0
+def test_an_adapter_over_eight_bits(tmp_path, data, base, capsys):
+    path = recipe(tmp_path, data, "[lora]\nrank = 4\nalpha = 8\n", top="fp8 = true", model=base)
+    assert main(["train", path]) == 0
+    assert "the adapter ends its turns with token 942" in capsys.readouterr().err
     assert losses(tmp_path)[-1] < 0.7 * losses(tmp_path)[0]
     assert np.abs(load_adapter(tmp_path / "run" / "result", resolve("bundled").config)[1]["q_proj.b"]).max() > 1e-3
 
 
-def test_the_whole_model(tmp_path, data, capsys):
-    assert main(["train", recipe(tmp_path, data)]) == 0
+def test_the_whole_model(tmp_path, data, base):
+    """A base model, which learns to end its turns."""
+    assert main(["train", recipe(tmp_path, data, model=base)]) == 0
     before, after = (params_of(load_model(ref, None)) for ref in ("bundled", tmp_path / "run" / "result"))
     assert all(after[path].dtype == value.dtype for path, value in before.items())
     assert all((np.asarray(after[path]) != np.asarray(value)).any() for path, value in before.items() if "w" in path)
     tokenizer = load_tokenizer(resolve(tmp_path / "run" / "result"))
     assert tokenizer.encode("fraud R01") == load_tokenizer(resolve("bundled")).encode("fraud R01")
+    kept, written = (read_json(folder / "generation_config.json") for folder in (base, tmp_path / "run" / "result"))
+    assert written == {**kept, "eos_token_id": [942, 940]}
     assert losses(tmp_path)[-1] < 0.05  # the new answer; before, each token of it costs several nats
 
 

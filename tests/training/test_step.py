@@ -1,4 +1,6 @@
 """Gradients, updates and losses of a training step, against torch and peft."""
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -130,14 +132,15 @@ def test_fifty_steps_follow_torch():
     groups = [{"params": [p for p in theirs.parameters() if p.ndim > 1], "weight_decay": 0.1},
               {"params": [p for p in theirs.parameters() if p.ndim == 1], "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.98), eps=1e-8)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, 10, 50)
+    rates = [3e-3 * (step + 1) / 11 if step < 10 else 1.5e-3 * (1 + math.cos(math.pi * (step - 10) / 40))
+             for step in range(50)]
     optimizer = make_optimizer(recipe, 50)
     step = make_train_step(language_model_loss(CONFIG), optimizer)
     state = init_state(stack({path: jnp.array(p) for path, p in params.items()}), optimizer)
     for index in range(50):
         batch = random_batch(index % 7)
         for group in adamw.param_groups:
-            group["lr"] = float(schedule(index))
+            group["lr"] = rates[index]
         adamw.zero_grad()
         loss = torch_loss(theirs, batch)
         loss.backward()
@@ -147,6 +150,17 @@ def test_fifty_steps_follow_torch():
         assert float(metrics["loss"]) == pytest.approx(loss.item(), abs=1e-3), index
         assert float(metrics["gradient_norm"]) == pytest.approx(norm.item(), rel=1e-2)
     assert int(state.step) == 50 and loss.item() < 5.0
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 1, 8])
+def test_every_step_has_an_effect(warmup_steps):
+    """The first one of a warm-up too, and the last one of the decay."""
+    optimizer = make_optimizer(Optimizer(learning_rate=1e-2, warmup_steps=warmup_steps), 10)
+    params = {"norm.scale": jnp.ones(2)}
+    state = optimizer.init(params)
+    for _ in range(10):
+        update, state = optimizer.update(params, state, params)
+        assert float(jnp.abs(update["norm.scale"]).min()) > 1e-6
 
 
 def test_what_decays():

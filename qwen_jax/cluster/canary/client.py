@@ -34,7 +34,7 @@ class CanaryClient:
     Attributes:
       canary: the current or the last trial; None before the first.
       is_adapter: true if the version on trial is an adapter, false if it is weights.
-      on_promoted: function that is called with the source of weights that all engines have got.
+      on_promoted: function that is called when all engines have got the weights of a trial.
     """
 
     def __init__(self, link: EngineBackend, seed: int | None = None) -> None:
@@ -44,7 +44,7 @@ class CanaryClient:
         # Arguments of the update with the weights on trial, also while they are loaded; None if no weights are tried.
         self._update: tuple[Any, ...] | None = None
         self._ending: asyncio.Task | None = None
-        self.on_promoted: Callable[[str], None] = lambda source: None
+        self.on_promoted: Callable[[], None] = lambda: None
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the wrapped connection: everything but `generate` is passed on to it."""
@@ -181,7 +181,7 @@ class CanaryClient:
         try:
             await end_trial(self._link, update if canary.state == PROMOTED else None)
             if canary.state == PROMOTED:
-                self.on_promoted(update[0])
+                self.on_promoted()
         except (UserError, ApiError) as error:
             if canary.state == PROMOTED:
                 canary.state, canary.why = TAKEN_BACK, f"another engine could not have it: {error}"

@@ -12,7 +12,7 @@ from qwen_jax.cluster.canary.client import CanaryClient
 from qwen_jax.cluster.canary.policy import CanaryOptions, Limit
 from qwen_jax.serving.http.admin_routes import Prompt
 from qwen_jax.serving.http.protocol import Body
-from qwen_jax.serving.http.service import Service, contents_of
+from qwen_jax.serving.http.service import Service
 from qwen_jax.serving.ipc.errors import ApiError
 
 DRAIN_SECONDS = 300.0  # for the running requests of the engine that tries weights to end
@@ -60,8 +60,8 @@ def canary_routes(service: Service, link: CanaryClient) -> APIRouter:
     """Return the routes under ``/admin/canary`` of the admin port, which begin, show and end a trial."""
     routes = APIRouter()
 
-    def note_weights(source: str) -> None:
-        service.note_weights(contents_of(source), service.weight_version + 1)
+    def note_weights() -> None:
+        service.weight_version += 1
 
     link.on_promoted = note_weights
 

@@ -82,7 +82,7 @@ class Gateway:
         make_links = [self._link_maker(config)] * config.allowed(0)
         self._balancer = LoadBalancer(make_links, options.max_requests, options.stall_seconds)
         client = CanaryClient(self._balancer)
-        extend = extension(client, identity=config.engine.identity(), fraud=config.fraud,
+        extend = extension(client, deciding=options.deciding(), fraud=config.fraud,
                            **msgspec.structs.asdict(config.cache))
         applications = assemble(client, config.model, options, extend)
         self._service, self.routes = applications.service, applications.public

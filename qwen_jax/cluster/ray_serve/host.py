@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import ray
 
 from qwen_jax.serving.ipc.messages import Launch, frame
-from qwen_jax.sockets import set_keepalive
+from qwen_jax.sockets import accept_peers, receive_exactly, set_keepalive, without_timeout
 
 TOKEN_BYTES = 32
 CONNECT_SECONDS = 60  # for the gateway to connect
@@ -41,9 +41,8 @@ class Host:
 
     def lead(self, environment: Mapping[str, str]) -> int:
         """Run the engine's first process, which talks to the gateway, to its end; return its exit code."""
-        self._listener.settimeout(CONNECT_SECONDS)
         with self._listener:
-            connection = self._accept()
+            connection, = accept_peers(self._listener, 1, self._recognize, CONNECT_SECONDS)
         with connection:
             set_keepalive(connection, *KEEPALIVE)
             self._start(connection, environment)
@@ -63,19 +62,12 @@ class Host:
         if self._process:
             self._process.kill()
 
-    def _accept(self) -> socket.socket:
-        """Wait for the gateway's connection, which sends the token first, and return it; close others."""
-        while True:
-            connection, _ = self._listener.accept()
-            connection.settimeout(CONNECT_SECONDS)
-            try:
-                sent = connection.recv(TOKEN_BYTES, socket.MSG_WAITALL)
-            except OSError:
-                sent = b""
-            if hmac.compare_digest(sent, self._token):
-                connection.settimeout(None)
-                return connection
-            connection.close()
+    def _recognize(self, connection: socket.socket) -> socket.socket:
+        """Return a connection if it is the gateway's, which sends the token first; raise an exception otherwise."""
+        if not hmac.compare_digest(receive_exactly(connection, TOKEN_BYTES), self._token):
+            raise PermissionError("another token")
+        without_timeout(connection)
+        return connection
 
     def _start(self, connection: socket.socket, environment: Mapping[str, str]) -> None:
         self._process = subprocess.Popen(

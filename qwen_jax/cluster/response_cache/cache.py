@@ -1,7 +1,7 @@
 """A cache of answers by exact key, in which requests that arrive together are computed once.
 
 Nothing here looks at what an answer says, and no two requests are "similar": a key is a hash of everything that an
-answer depends on. The version of the weights is part of it, so a new version has other keys and old entries expire.
+answer depends on, of contents and not of names. Other weights have other keys, and old entries expire.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ def cacheable(kind: str, options: Mapping[str, Any]) -> bool:
     return kind in PREFILL_ONLY or options.get("temperature") == 0
 
 
-def cache_key(*, kind: str, model: str, weight_version: Any, adapter: Any, prompt: Any, options: Any,
-              tenant: str) -> bytes:
+def cache_key(*, kind: str, http: Any, model: str, engine: str, adapter: str, options: Any, tenant: str) -> bytes:
     """Return a key of 32 bytes that differs whenever one of the arguments does.
 
     Arguments are JSON values, encoded as MessagePack: every string and list carries its length, 1, 1.0, "1" and true
@@ -50,19 +49,23 @@ def cache_key(*, kind: str, model: str, weight_version: Any, adapter: Any, promp
 
     Args:
       kind: kind of request: "completion", "chat", "classify", "score" or "embeddings".
-      model: name of the model.
-      weight_version: identity of the weights and of the computation (precision, selector) in all processes that share
-        the cache. An engine's own counter starts at 0 in each process, so with Redis it is not enough.
-      adapter: None, or its name together with an identity of its weights.
-      prompt: text, token ids, or messages and tools, exactly as they go to the engine.
-      options: all other options that change the answer or its form; not priority, deadline or user.
+      http: what makes a body of the engine's answer: a digest of this package's sources, and the server's options but
+        for those in `serving.options.WITHOUT_INFLUENCE`.
+      model: name of the model or adapter that the request asks for, which the body repeats.
+      engine: digest of what computes the answer, as the engine's process reports it of what it has loaded: the contents
+        of the checkpoint and of the adapter (matrices, rank, scale), tokenizer, chat template, generation defaults,
+        and all that is in `engine.core.computation`: this package's sources, versions of jax and jaxlib, devices,
+        instruction set, XLA flags, parallel plan, and the engine's options, such as element types, 8-bit parts, sparse
+        attention, limits and batch invariance. A version's number starts at 0 in each process and is not enough.
+      adapter: name of the adapter that answers, also for a request that names the model itself; "" for none.
+      options: all other fields of the request's body, with the prompt; not priority, deadline or user.
       tenant: owner of the answer; other tenants do not get it.
 
     Raises:
       UserError: a value that cannot be encoded, and so could not be sent to an engine either.
     """
     try:
-        content = _encode((kind, model, weight_version, adapter, prompt, options, tenant))
+        content = _encode((kind, http, model, engine, adapter, options, tenant))
     except (OverflowError, UnicodeEncodeError, RecursionError) as error:
         raise UserError(f"values of the request must be encodable as MessagePack: {error}") from error
     return blake2b(content, digest_size=KEY_BYTES).digest()

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -43,23 +43,30 @@ IRRELEVANT_FIELDS = ("user", "metadata", "priority", "timeout", "store", "servic
 _decode = msgspec.json.Decoder().decode
 
 
+class Version(NamedTuple):
+    """An answer's origin: a digest of contents (`EngineBackend.computes`), and the adapter's name or ""."""
+
+    engine: str
+    adapter: str
+
+
 class CacheMiddleware:
     """Middleware that answers deterministic requests from the cache, and computes equal ones that arrive together once.
 
-    An entry is the whole body of a response with status 200 that was computed by the weights in its key. The header
+    An entry is the whole body of a response with status 200 that was computed by what its key names. The header
     ``X-Cache`` tells clients if it is a hit or a miss. Other responses, streams and requests that sample pass through.
 
     Args:
-      identity: what decides answers beside the weights, such as their element type.
+      http: digest of sources, and options, that decide what this process makes of an engine's answer.
       routes: the cached routes by path.
       adapter_for: function that returns the adapter that a user gets for the base model while a trial runs: "" for
         none, None if that cannot be told.
     """
 
-    def __init__(self, app: Any, service: Service, cache: ResponseCache, *, identity: Any,
+    def __init__(self, app: Any, service: Service, cache: ResponseCache, *, http: Any,
                  routes: Mapping[str, CachedRoute], adapter_for: Callable[[str], str | None]) -> None:
         self._app, self._service, self._cache = app, service, cache
-        self._identity, self._routes, self._adapter_for = identity, routes, adapter_for
+        self._http, self._routes, self._adapter_for = http, routes, adapter_for
 
     async def __call__(self, scope, receive, send) -> None:
         route = self._routes.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
@@ -103,13 +110,13 @@ class CacheMiddleware:
         await _send(send, value, b"hit")
 
     def _key(self, route: CachedRoute, body: bytes,
-             headers: dict[bytes, bytes]) -> tuple[bytes | None, Callable[[], list[Any] | None]]:
-        """Return the cache key of a request, and a function that returns the version that would answer it now.
+             headers: dict[bytes, bytes]) -> tuple[bytes | None, Callable[[], Version | None]]:
+        """Return the cache key of a request, and a function that returns what would compute its answer now.
 
         The key is None for a request that is not cached, such as an invalid one, which the route itself refuses.
         """
-        user = None
-        version = lambda: self._version(user)  # noqa: E731
+        adapter = user = None
+        version = lambda: self._version(adapter, user)  # noqa: E731
         try:
             options = _decode(body)
             if not isinstance(options, dict) or options.get("stream"):
@@ -117,27 +124,37 @@ class CacheMiddleware:
             if not route.deterministic and not cacheable(route.kind, options):
                 return None, version
             model = options.pop("model", None if route.needs_model else self._service.model)
-            adapter = None if model == self._service.model else self._service.adapters[model]
-            if route.user_of is not None and adapter is None:
+            if model != self._service.model:
+                if model not in self._service.adapters:
+                    return None, version
+                adapter = model
+            elif route.user_of is not None:
                 user = route.user_of(options)
             for name in IRRELEVANT_FIELDS:
                 options.pop(name, None)
-            if version() is None:
+            if (now := version()) is None:
                 return None, version
             tenant = hashlib.blake2b(headers.get(b"authorization", b""), digest_size=16).hexdigest()
-            return cache_key(kind=route.kind, model=self._service.model, weight_version=version(), adapter=adapter,
-                             prompt=None, options=options, tenant=tenant), version
+            return cache_key(kind=route.kind, http=self._http, model=model, engine=now.engine, adapter=now.adapter,
+                             options=options, tenant=tenant), version
         except (msgspec.DecodeError, UserError, KeyError, TypeError, RecursionError):
             return None, version
 
-    def _version(self, user: str | None) -> list[Any] | None:
-        """Return the identity of the weights and adapter that would answer a user; None if a trial leaves it open."""
-        varies = self._service.varies()
-        if varies is None and user is not None:
-            varies = self._adapter_for(user)
-        return None if varies is None else [self._identity, self._service.weights, varies]
+    def _version(self, adapter: str | None, user: str | None) -> Version | None:
+        """Return what would compute an answer now; None if that is not known, or a trial leaves it open.
 
-    async def _computed(self, scope: dict[str, Any], body: bytes, version_now: Callable[[], Any]) -> bytes:
+        Args:
+          adapter: the adapter that the request names.
+          user: user of a request that names none.
+        """
+        if adapter is None:
+            adapter = self._service.varies()
+        if adapter is None and user is not None:
+            adapter = self._adapter_for(user)
+        engine = None if adapter is None else self._service.link.computes(adapter or None)
+        return None if engine is None else Version(engine, adapter)
+
+    async def _computed(self, scope: dict[str, Any], body: bytes, version_now: Callable[[], Version | None]) -> bytes:
         """Pass a request to its route; return the response as it is kept: status, headers and body in MessagePack."""
         number, version = self._service.weight_version, version_now()
         status, headers, parts = 0, [], []
@@ -153,7 +170,7 @@ class CacheMiddleware:
         by_name = dict(headers)
         value = msgspec.msgpack.encode((status, list(map(list, headers)), b"".join(parts)))
         same = (by_name.get(b"x-weight-version") == str(number).encode() and version == version_now()
-                and by_name.get(b"x-adapter") in (None, version[-1].encode()))
+                and by_name.get(b"x-adapter") in (None, version.adapter.encode()))
         return value if status == 200 and same else UncacheableAnswer(value)
 
 

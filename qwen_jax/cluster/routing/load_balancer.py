@@ -106,6 +106,11 @@ class LoadBalancer:
         """Return the longest time for which an engine has had work and sent nothing."""
         return max((replica.link.silent_seconds() for replica in self.replicas if replica.alive), default=0.0)
 
+    def computes(self, adapter: str | None) -> str | None:
+        """Return what `EngineClient.computes` returns if it is the same for all live engines, else None."""
+        found = {replica.link.computes(adapter) for replica in self.replicas if replica.alive}
+        return found.pop() if len(found) == 1 else None
+
     def check_alive(self) -> None:
         if not any(replica.alive for replica in self.replicas):
             self.replicas[0].link.check_alive()

@@ -21,6 +21,7 @@ from qwen_jax.engine.config.cache_dir import default_cache_dir
 from qwen_jax.engine.scheduling.buckets import Grid, Limits, bucket_table, default_limits
 from qwen_jax.engine.scheduling.schedule_policy import DEFAULT_POLICY, SchedulePolicy
 from qwen_jax.errors import UserError
+from qwen_jax.private_folder import make_private
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +166,7 @@ def write(path: Path, about: dict[str, Any], tuned: Tuned, beside: dict[str, dic
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically. Raises UserError when it cannot be written."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_private(path.parent)
         replace_file(path, (json.dumps(value, indent=1) + "\n").encode(), private=True)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; set QWEN_JAX_CACHE to a folder of yours") from None

@@ -19,14 +19,14 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Client, Connection, answer_challenge, deliver_challenge
 from typing import Any, NamedTuple
 
 import jax
 from jax._src import distributed  # its key-value store has no public name
 
 from qwen_jax.errors import UserError
-from qwen_jax.sockets import set_keepalive
+from qwen_jax.sockets import accept_peers, set_keepalive, without_timeout
 
 HEARTBEAT_SECONDS = 20  # silence after which JAX gives up a process; a broken connection is noticed at once
 WAIT_SECONDS = 600  # longest wait for another process to come as far as this one
@@ -57,18 +57,30 @@ def connect() -> Leader | Follower | None:
     state, key = distributed.global_state, f"qwen_jax/engine/{next(_engine_numbers)}"
     if jax.process_index() == 0:
         password = secrets.token_bytes(32)
-        with Listener(("", 0), authkey=password) as listener:
-            state.client.key_value_set(key, f"{listener.address[1]}:{password.hex()}")
-            connections = {}
-            while len(connections) < jax.process_count() - 1:
-                connection = listener.accept()
-                connections[connection.recv()] = connection
-        return Leader(connections)
+        with socket.create_server(("", 0)) as listener:
+            state.client.key_value_set(key, f"{listener.getsockname()[1]}:{password.hex()}")
+            others = accept_peers(listener, jax.process_count() - 1, lambda stranger: _recognize(stranger, password))
+        return Leader(dict(others))
     port, password = state.client.blocking_key_value_get(key, WAIT_SECONDS * 1000).split(":")
     host = state.coordinator_address.rsplit(":", 1)[0].strip("[]")
     connection = Client((host, int(port)), authkey=bytes.fromhex(password))
     connection.send(jax.process_index())
     return Follower(connection)
+
+
+def _recognize(stranger: socket.socket, password: bytes) -> tuple[int, Connection]:
+    """Return index of and connection to a process that knows the password; raise an exception for any other peer."""
+    connection = Connection(os.dup(stranger.fileno()))
+    try:
+        deliver_challenge(connection, password)
+        answer_challenge(connection, password)
+        process = connection.recv()
+    except BaseException:
+        connection.close()
+        raise
+    without_timeout(stranger)
+    stranger.close()
+    return process, connection
 
 
 class Leader:

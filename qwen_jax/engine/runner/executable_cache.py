@@ -27,6 +27,7 @@ from qwen_kernels.attention import xla
 from qwen_jax.atomic import replace_file
 from qwen_jax.engine.compiled.compile_counter import planned
 from qwen_jax.errors import UserError
+from qwen_jax.private_folder import open_private
 
 log = logging.getLogger(__name__)
 # Everything whose code or constants reach a traced program: whole folders, so that a new file cannot be forgotten.
@@ -70,7 +71,7 @@ class Executables:
                  cache_dir: Path | None) -> None:
         self._lower, self._devices = lower, devices
         self._identity = identity
-        self._cache_dir = cache_dir if cache_dir and _is_private(cache_dir) else None
+        self._cache_dir = _private(cache_dir) if cache_dir else None
         if self._cache_dir and (foreign := foreign_programs(self._cache_dir)):
             log.warning("%s", foreign)
         self.programs: dict[Hashable, Program] = {}
@@ -173,17 +174,20 @@ def code_digest(package: Path, kernels: Path) -> str:
     return digest.hexdigest()
 
 
-def _is_private(folder: Path) -> bool:
-    """Return whether only this user can have put programs into the folder: loading a program runs its code."""
+def _private(folder: Path) -> Path | None:
+    """Make a folder of programs if it is not there, and return its real path.
+
+    Returns None, and logs why, unless only this user can have put programs into it: loading a program runs its code.
+    """
     try:
-        status = folder.stat()
-    except OSError:  # it will be made, or nothing can be read from it
-        return True
-    if status.st_uid == os.geteuid() and not status.st_mode & 0o022:
-        return True
-    log.warning("%s belongs to or can be written by others, so programs are neither read from nor kept in it: "
-                "chmod 700 it, or set QWEN_JAX_CACHE to a folder of your own", folder)
-    return False
+        folder = folder.resolve()
+        os.close(open_private(folder))
+        return folder
+    except UserError as error:
+        log.warning("programs are neither read from disk nor kept there: %s (QWEN_JAX_CACHE)", error)
+    except OSError as error:
+        _warn_not_kept(error)
+    return None
 
 
 def _read(path: Path, devices: Sequence[jax.Device]):
@@ -220,23 +224,26 @@ def _program(compiled: jax.stages.Compiled, began: float, from_disk: bool) -> Pr
                    bytes_accessed=cost.get("bytes accessed", 0.0))
 
 
-_write_failed = False  # which is said once
+_warned = False  # of programs that are not kept, once
+
+
+def _warn_not_kept(error: Exception) -> None:
+    global _warned
+    if not _warned:
+        log.warning("could not keep an executable on disk (%s); the next start compiles again", error)
+    _warned = True
 
 
 def _write(path: Path, program: jax.stages.Compiled | bytes) -> None:
     """Write a compiled program to a file, atomically, readable by its owner alone: loading a program runs its code."""
-    global _write_failed
     try:
         payload = program if isinstance(program, bytes) else serialized(program)
-        for folder in (path.parent.parent, path.parent):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
         if not (about := path.with_name(ENVIRONMENT_FILE)).exists():
             replace_file(about, json.dumps(environment()).encode(), private=True)
         replace_file(path, hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload, private=True)
     except Exception as error:  # a full disk or a backend that cannot serialise must not stop the engine
-        if not _write_failed:
-            log.warning("could not keep an executable on disk (%s); the next start compiles again", error)
-        _write_failed = True
+        _warn_not_kept(error)
 
 
 def foreign_programs(folder: Path) -> str | None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax.config import ModelConfig
+from qwen_jax.contents import digest_of
 from qwen_jax.engine.compiled.compile_counter import planned
 from qwen_jax.engine.compiled.lora_rows import NO_ADAPTER, Adapters
 from qwen_jax.engine.weights.model_shard import ModelShard
@@ -28,6 +29,9 @@ class AdapterTable:
       shards: shards of the model. Each holds the adapters of its own layers, divided as the matrices beside them are.
       max_adapters: how many may be loaded at once; 0 makes an engine whose programs have no adapters.
       max_rank: the largest rank; adapters of a smaller rank are padded with zeros.
+
+    Attributes:
+      digests: name of each loaded adapter -> digest of what was loaded: rank, scale and matrices.
     """
 
     def __init__(self, config: ModelConfig, shards: Sequence[ModelShard], max_adapters: int, max_rank: int,
@@ -37,6 +41,7 @@ class AdapterTable:
                 raise UserError(f"{name} must be an integer of at least {minimum}, not {value!r}")
         self._config, self._shards, self._max_rank = config, tuple(shards), max_rank
         self._slots: dict[str, int] = {}
+        self.digests: dict[str, str] = {}
         self._free = list(range(max_adapters, NO_ADAPTER, -1))
         self._loads, self._identities = 0, {}
         self._users = dict.fromkeys(self._free, 0)
@@ -76,6 +81,7 @@ class AdapterTable:
         self._slots[name] = slot = self._free.pop()
         self._loads += 1
         self._identities[slot] = self._loads
+        self.digests[name] = digest_of((lora, [(key, digest_of(adapter[key].tobytes())) for key in sorted(adapter)]))
         self._fill(slot, adapter, lora.rank, lora.scale)
 
     def unload(self, name: str) -> None:
@@ -83,7 +89,7 @@ class AdapterTable:
         slot = self._slot(name)
         if self._users[slot]:
             raise UserError(f"{self._users[slot]} requests use the adapter {name!r}: wait for them, or abort them")
-        del self._slots[name]
+        del self._slots[name], self.digests[name]
         self._free.append(slot)
         self._fill(slot, {}, 0, 0.0)
 

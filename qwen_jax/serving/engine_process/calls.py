@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from qwen_jax.checkpoint import resolve
 from qwen_jax.engine.api.stats import stats_as_dict
 from qwen_jax.engine.core.engine_thread import EngineThread
 from qwen_jax.engine.core.weight_update import Golden, update_weights
 from qwen_jax.engine.engine import Engine
 from qwen_jax.errors import UserError
 from qwen_jax.serving.engine_process.engine_metrics import EngineMetrics
+from qwen_jax.serving.engine_process.identity import AnswerIdentity
 
 
 class EngineCalls:
@@ -22,14 +24,15 @@ class EngineCalls:
 
     Args:
       thread: the thread that owns the engine.
+      identity: is told of every change of weights and adapters.
       find: returns the path of the checkpoint to load for the reference that an update of the weights names.
     """
 
-    def __init__(self, engine: Engine, thread: EngineThread, metrics: EngineMetrics,
+    def __init__(self, engine: Engine, thread: EngineThread, metrics: EngineMetrics, identity: AnswerIdentity,
                  find: Callable[[str], str]) -> None:
-        self._engine, self._thread, self._find = engine, thread, find
+        self._engine, self._thread, self._identity, self._find = engine, thread, identity, find
         self._between_steps: dict[str, Callable[..., Any]] = {
-            "load_adapter": engine.load_adapter, "unload_adapter": engine.unload_adapter, "stats": self._stats,
+            "load_adapter": self._load_adapter, "unload_adapter": self._unload_adapter, "stats": self._stats,
             "versions": self._versions, "metrics": metrics.text, "rollback": self._rollback}
         tokenizing, updating = ThreadPoolExecutor(1, "tokenize"), ThreadPoolExecutor(1, "weights")
         self._beside = {"tokenize": (tokenizing, self._tokenize), "detokenize": (tokenizing, self._detokenize),
@@ -42,6 +45,14 @@ class EngineCalls:
             return pool.submit(function, *arguments)
         return self._thread.call(lambda: self._between_steps[name](*arguments))
 
+    def _load_adapter(self, name: str, folder: str) -> None:
+        self._engine.load_adapter(name, folder)
+        self._identity.send()
+
+    def _unload_adapter(self, name: str) -> None:
+        self._engine.unload_adapter(name)
+        self._identity.send()
+
     def _stats(self) -> dict[str, Any]:
         return stats_as_dict(self._engine.stats())
 
@@ -51,6 +62,7 @@ class EngineCalls:
 
     def _rollback(self) -> dict[str, Any]:
         self._engine.rollback()
+        self._identity.send()
         return self._versions()
 
     def _tokenize(self, prompt: str | list[int] | dict[str, Any]) -> list[int]:
@@ -64,8 +76,10 @@ class EngineCalls:
         return self._engine.tokenizer.decode(self._engine.input_processor.tokens(tokens))
 
     def _update_weights(self, source: str, policy: str, golden: Golden | None) -> dict[str, Any]:
-        engine = self._engine
-        update_weights(engine.core, engine.input_processor, self._find(source), policy, golden, thread=self._thread)
+        engine, path = self._engine, self._find(source)
+        files = resolve(path).files
+        version = update_weights(engine.core, engine.input_processor, path, policy, golden, thread=self._thread)
+        self._identity.note_weights(version, files)
         return self._thread.between_steps(self._versions)
 
 

@@ -15,6 +15,7 @@ from concurrent.futures import Future
 
 from qwen_jax.checkpoint import resolve
 from qwen_jax.checkpoint.shared_memory import shared_copy
+from qwen_jax.contents import FileSet
 from qwen_jax.engine.core.engine_thread import EngineDead, EngineThread
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.multihost.rendezvous import join
@@ -22,6 +23,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.serving.engine_process.calls import EngineCalls, sentence_of
 from qwen_jax.serving.engine_process.client_request import ClientRequest, Outbox
 from qwen_jax.serving.engine_process.engine_metrics import EngineMetrics
+from qwen_jax.serving.engine_process.identity import AnswerIdentity
 from qwen_jax.serving.ipc.logs import set_up_logging
 from qwen_jax.serving.ipc.messages import (
     Abort,
@@ -50,15 +52,18 @@ class Worker:
     The thread that calls `run` is the only one to use the engine; a second thread reads the socket.
 
     Args:
+      files: files of the checkpoint that the engine was made from, as they were before it was loaded.
       find: returns the path of the checkpoint to load for the reference that an update of the weights names.
     """
 
-    def __init__(self, engine: Engine, connection: socket.socket, find: Callable[[str], str] = str) -> None:
+    def __init__(self, engine: Engine, connection: socket.socket, files: FileSet, find: Callable[[str], str]) -> None:
         self._engine, self._connection = engine, connection
         self._outbox = Outbox(connection)
         self._metrics = EngineMetrics(engine)
         self._thread = EngineThread(engine.core, after_step=self._send_step)
-        self._calls = EngineCalls(engine, self._thread, self._metrics, find)
+        self._files = files
+        self._identity = AnswerIdentity(engine, self._outbox.send)
+        self._calls = EngineCalls(engine, self._thread, self._metrics, self._identity, find)
         self._requests: dict[int, ClientRequest] = {}  # open ones by the client's number
         self._steps = 0
 
@@ -66,6 +71,7 @@ class Worker:
         """Run the engine until the HTTP process closes the connection. Raises the error that ends the engine before."""
         engine = self._engine
         self._outbox.send(Ready(engine.limits.max_seq_len, engine.config.hidden_size, time.monotonic()))
+        self._identity.note_weights(0, self._files)
         self._engine.when_program_arrives(lambda: self._outbox.send(Step([], self._gauges())))
         threading.Thread(target=self._read, name="read", daemon=True).start()
         self._thread.run()
@@ -119,6 +125,7 @@ class Worker:
 
     def _send_step(self) -> None:
         self._steps += 1
+        self._identity.send_if_switched()
         self._outbox.send_step(self._gauges())
 
     def _gauges(self) -> Gauges:
@@ -144,7 +151,9 @@ def main() -> None:
     try:
         if launch.join:
             join(*launch.join)
-        engine = Engine.from_pretrained(find(launch.model), **launch.options)
+        path = find(launch.model)
+        files = resolve(path).files
+        engine = Engine.from_pretrained(path, **launch.options)
     except UserError as error:
         connection.sendall(frame(Refused(str(error))))
         sys.exit(2)
@@ -152,7 +161,7 @@ def main() -> None:
         engine.follow()
         return
     try:
-        Worker(engine, connection, find).run()
+        Worker(engine, connection, files, find).run()
     except (BrokenPipeError, ConnectionResetError):  # the HTTP process has ended
         pass
     except BaseException as error:

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from qwen_jax.serving.http.protocol import AdapterRequest
-from qwen_jax.serving.http.service import Service, contents_of
+from qwen_jax.serving.http.service import Service
 from qwen_jax.serving.ipc.errors import ApiError
 
 
@@ -18,7 +18,7 @@ def model_routes(service: Service) -> APIRouter:
     @routes.get("/v1/models")
     async def models() -> Any:
         """List the model and the loaded LoRA adapters, all of which requests may name as ``model``."""
-        names = [service.model, *service.adapters]
+        names = [service.model, *sorted(service.adapters)]
         return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "qwen-jax",
                                             "parent": service.model if name in service.adapters else None}
                                            for name in names]}
@@ -31,9 +31,8 @@ def model_routes(service: Service) -> APIRouter:
             raise ApiError(400, "lora_path is missing", param="lora_path")
         if body.lora_name == service.model:
             raise ApiError(400, f"{body.lora_name!r} is the model's name", param="lora_name")
-        contents = contents_of(body.lora_path)
         await service.link.call("load_adapter", body.lora_name, body.lora_path)
-        service.adapters[body.lora_name] = contents
+        service.adapters.add(body.lora_name)
         return {"status": f"{body.lora_name} is loaded"}
 
     @routes.post("/v1/unload_lora_adapter")
@@ -43,7 +42,7 @@ def model_routes(service: Service) -> APIRouter:
         if body.lora_name not in service.adapters:
             raise ApiError(404, f"no adapter named {body.lora_name!r} is loaded", "model_not_found", "lora_name")
         await service.link.call("unload_adapter", body.lora_name)
-        service.adapters.pop(body.lora_name, None)
+        service.adapters.discard(body.lora_name)
         return {"status": f"{body.lora_name} is unloaded"}
 
     return routes

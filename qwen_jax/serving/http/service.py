@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from fastapi import Request
@@ -21,27 +19,23 @@ class Service:
 
     Args:
       link: the engine, or several that act as one.
-      path: the model that the server was started with: a folder, a hub id or ``bundled``.
       model: the model's name for clients.
       stall_seconds: time without a step of a busy engine, after which the server is unhealthy.
       log_prompts: whether log lines have the prompts.
 
     Attributes:
       draining: whether new requests are refused because the server is shutting down.
-      adapters: names of loaded adapters, which clients may ask for as models, with the `contents_of` each.
-      weights: `contents_of` the weights that new requests run with.
-      weight_version: the engine's number for these weights.
-      varies: returns a text for the keys of cached responses: what else than weights and request decides the answer;
-        None while answers differ between clients, so that none may be cached.
+      adapters: names of loaded adapters, which clients may ask for as models.
+      weight_version: the engine's number for the weights that new requests run with.
+      varies: returns the adapter that answers requests for the model itself, "" for none; None while that differs
+        between clients, so that no response may be cached.
     """
 
-    def __init__(self, link: EngineBackend, path: str, model: str, stall_seconds: float,
-                 log_prompts: bool = False) -> None:
+    def __init__(self, link: EngineBackend, model: str, stall_seconds: float, log_prompts: bool = False) -> None:
         self.link, self.model, self._stall_seconds, self._log_prompts = link, model, stall_seconds, log_prompts
         self.draining = False
-        self.adapters: dict[str, str] = {}
-        self.weights, self.weight_version = contents_of(path), 0
-        self._previous = self.weights
+        self.adapters: set[str] = set()
+        self.weight_version = 0
         self.varies: Callable[[], str | None] = lambda: ""
 
     def check_open(self) -> None:
@@ -55,8 +49,8 @@ class Service:
         if model is None or model == self.model:
             return None
         if model not in self.adapters:
-            raise ApiError(404, f"the model {model!r} does not exist: use {', '.join([self.model, *self.adapters])}",
-                           "model_not_found", "model")
+            names = ", ".join([self.model, *sorted(self.adapters)])
+            raise ApiError(404, f"the model {model!r} does not exist: use {names}", "model_not_found", "model")
         return model
 
     def check_health(self) -> None:
@@ -81,20 +75,15 @@ class Service:
 
     async def update_weights(self, source: str, *others: Any) -> dict[str, Any]:
         """Load other weights into the engine and switch to them; UserError when the engine refuses them."""
-        contents = contents_of(source)
         versions = await self.link.call("update_weights", source, *others, patient=True)
-        self.note_weights(contents, versions["version"])
+        self.weight_version = versions["version"]
         return versions
 
     async def rollback(self) -> dict[str, Any]:
         """Switch the engine back to its previous weights."""
         versions = await self.link.call("rollback")
-        self.note_weights(self._previous, versions["version"])
+        self.weight_version = versions["version"]
         return versions
-
-    def note_weights(self, contents: str, version: int) -> None:
-        """Record which weights the engine runs new requests with from now on: their `contents_of` and version."""
-        self._previous, self.weights, self.weight_version = self.weights, contents, version
 
     def note_prompt(self, request: Request, prompt: Any) -> None:
         """Add a prompt to the request's log line, if the server was started with ``--log-prompts``."""
@@ -114,16 +103,3 @@ class Service:
                    "stream": bool(body.stream), "user": (body.model_extra or {}).get("user"), **more}
         return self.link.generate(RequestOptions(prompt=prompt, params=params, arrived=time.monotonic(), **options),
                                   params.get("n", 1))
-
-
-def contents_of(ref: str) -> str:
-    """Return a digest of a checkpoint folder's path and its files' sizes and times, which changes when its contents do.
-
-    A ``ref`` that is no folder, such as a hub id, is returned as it is.
-    """
-    folder = Path(ref)
-    if not folder.is_dir():
-        return ref
-    files = sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in folder.rglob("*")
-                   if file.is_file())
-    return hashlib.blake2b(repr((str(folder.resolve()), files)).encode(), digest_size=16).hexdigest()

@@ -22,6 +22,7 @@ from qwen_jax.serving.ipc.messages import (
     LENGTH,
     Abort,
     Call,
+    Computes,
     Failed,
     FromEngine,
     Gauges,
@@ -112,6 +113,7 @@ class EngineBackend(Protocol):
     async def stop(self) -> int: ...
     def check_alive(self) -> None: ...
     def silent_seconds(self) -> float: ...
+    def computes(self, adapter: str | None) -> str | None: ...
     def generate(self, options: RequestOptions, answers: int) -> Answer: ...
     def close(self, answer: Answer) -> None: ...
     async def call(self, name: str, *arguments: Any, patient: bool = False) -> Any: ...
@@ -152,6 +154,7 @@ class EngineClient:
         self._urgent: set[int] = set()  # numbers of calls that the engine should answer between two steps
         self.facts: Ready | None = None
         self.gauges = Gauges()
+        self._computes = Computes(None, {})
         self.failure: str | None = None
         self.refused: str | None = None
         self.ended = asyncio.Event()
@@ -177,6 +180,16 @@ class EngineClient:
         """Return for how many seconds the engine has had work and sent nothing; 0 if it has no work."""
         busy = self.facts is not None and (self._answers or self._urgent)
         return time.monotonic() - max(self._last_message, self._idle_until) if busy else 0.0
+
+    def computes(self, adapter: str | None) -> str | None:
+        """Return a digest of all that computes answers with an adapter, or with none, beside the request itself.
+
+        None while it is not known, and where no such adapter is loaded.
+        """
+        base, adapters = self._computes.base, self._computes.adapters
+        if adapter is None or base is None:
+            return base
+        return f"{base} {adapters[adapter]}" if adapter in adapters else None
 
     def generate(self, options: RequestOptions, answers: int) -> Answer:
         """Send a request for ``answers`` answers. ApiError if the engine is not ready or ``max_requests`` are open."""
@@ -279,6 +292,8 @@ class EngineClient:
                         result.set_result(message.value)
             case Ready():
                 self.facts = message
+            case Computes():
+                self._computes = message
             case Refused():
                 self.refused = message.reason
             case Failed():

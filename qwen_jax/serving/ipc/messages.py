@@ -1,8 +1,8 @@
 """Messages between the HTTP process and the engine's process, over a pair of sockets.
 
 A frame is a message's length (4 bytes, big-endian) and the message in MessagePack: an array of the class's name and the
-fields. `Launch` is the first frame. `Submit`, `Abort`, `Withdraw` and `Call` then go to the engine; `Ready`, `Step`,
-`Result`, `Refused` and `Failed` come from it.
+fields. `Launch` is the first frame. `Submit`, `Abort`, `Withdraw` and `Call` then go to the engine; `Ready`,
+`Computes`, `Step`, `Result`, `Refused` and `Failed` come from it.
 """
 
 from __future__ import annotations
@@ -169,6 +169,18 @@ class Ready(msgspec.Struct, array_like=True, tag=True):
     clock: float
 
 
+class Computes(msgspec.Struct, array_like=True, tag=True):
+    """Message from the engine: what computes the answers to requests that begin from now on, as digests of contents.
+
+    Attributes:
+      base: digest of weights, tokenizer, options, versions and devices; None while the contents of weights are unknown.
+      adapters: name of each loaded adapter -> digest of its contents.
+    """
+
+    base: str | None
+    adapters: dict[str, str]
+
+
 class Step(msgspec.Struct, array_like=True, tag=True):
     """Message from the engine after a step: new parts of answers, and its load; ``gauges`` is None between steps."""
 
@@ -197,7 +209,7 @@ class Failed(msgspec.Struct, array_like=True, tag=True):
 
 
 ToEngine = Launch | Submit | Abort | Withdraw | Call
-FromEngine = Ready | Step | Result | Refused | Failed
+FromEngine = Ready | Computes | Step | Result | Refused | Failed
 _encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
 decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode

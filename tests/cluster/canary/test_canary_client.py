@@ -26,7 +26,7 @@ def pair(executable_cache, tmp_path):
     server.output()
 
 
-def test_trials(pair):
+def test_trials(pair, tmp_path):
     server, admin = pair
     text = {model: server.post("/v1/completions", {**ASK, "model": model}).json()["choices"][0]["text"]
             for model in ("bundled", "same", "other")}
@@ -64,6 +64,15 @@ def test_trials(pair):
     assert found["tests"]["disagreed"]["happened"] == 0 and found["tests"]["failed"]["happened"] == 0
     answers = [server.post("/v1/completions", ASK) for _ in range(2)]
     assert [one.headers["x-cache"] for one in answers] == ["miss", "hit"]
+    assert [one.json()["choices"][0]["text"] for one in answers] == [text["same"]] * 2
+
+    # Another adapter that is loaded under its name answers anew.
+    assert server.post("/v1/unload_lora_adapter", {"lora_name": "same"}).status_code == 200
+    replaced = {"lora_name": "same", "lora_path": str(tmp_path / "other")}
+    assert server.post("/v1/load_lora_adapter", replaced).status_code == 200
+    answers = [server.post("/v1/completions", ASK) for _ in range(2)]
+    assert [one.headers["x-cache"] for one in answers] == ["miss", "hit"]
+    assert [one.json()["choices"][0]["text"] for one in answers] == [text["other"]] * 2
     figures = server.wait_until_free()
     assert figures["compiles_after_warmup"] == 0
     assert server.post("/v1/unload_lora_adapter", {"lora_name": "other"}).status_code == 200

@@ -54,6 +54,7 @@ def servers(executable_cache, redis, tmp_path_factory):
     for server in made:
         server.http.headers["Authorization"] = "Bearer a"
         server.wait_until_ready()
+        wait_until_known(server)
     yield *made, f"http://127.0.0.1:{port}"
     for server in made:
         server.output()
@@ -63,6 +64,14 @@ def ask(server, path="/v1/completions", key="a", **change):
     """Return the header X-Cache, None if missing, and the body."""
     answer = server.post(path, {**ASK, **change}, headers={"Authorization": f"Bearer {key}"})
     return answer.headers.get("x-cache"), answer.json()
+
+
+def wait_until_known(server):
+    """Until an engine has reported the contents of its weights, without which nothing is kept."""
+    end = time.monotonic() + 20
+    while ask(server, prompt=f"known? {time.monotonic()}", max_tokens=1)[0] is None:
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_only_exact_repetitions_are_answered_from_the_cache(servers, tmp_path):
@@ -120,6 +129,7 @@ def test_other_weights_have_other_answers(servers, other_weights):
     changed = httpx.post(f"{admin}/admin/weights", json={"source": str(other_weights), "wait": True}, headers=ADMIN,
                          timeout=60)
     assert changed.status_code == 200, changed.text
+    wait_until_known(server)
     how, new = ask(server, prompt="by version")
     assert how == "miss" and new["choices"][0]["text"] != old
     assert ask(server, prompt="by version") == ("hit", new)

@@ -24,9 +24,9 @@ from qwen_jax.cluster.response_cache.cache import (
 from qwen_jax.cluster.response_cache.redis_store import RedisStore, pack, unpack
 from qwen_jax.errors import UserError
 
-REQUEST = dict(kind="completion", model="m", weight_version=1, adapter=["legal", 1], prompt=[1, 2, 3],
+REQUEST = dict(kind="completion", http=["sources", {"flag": False}], model="m", engine="weights 1", adapter="legal",
                options={"temperature": 0, "max_tokens": 8, "logit_bias": {"3": 1.0, "7": 2.0}}, tenant="a")
-KEYS = [cache_key(**{**REQUEST, "prompt": [number]}) for number in range(200)]
+KEYS = [cache_key(**{**REQUEST, "options": [number]}) for number in range(200)]
 
 
 def answer(key: bytes) -> bytes:
@@ -80,9 +80,10 @@ async def until(holds, seconds: float = 10) -> None:
 # What is a hit.
 
 @pytest.mark.parametrize("field, value", [
-    ("kind", "chat"), ("model", "n"), ("weight_version", 2), ("weight_version", "1"), ("adapter", None),
-    ("adapter", ["legal", 2]), ("adapter", ["other", 1]), ("prompt", [1, 2]), ("prompt", [1, 2, 4]),
-    ("prompt", [12, 3]), ("prompt", "1,2,3"), ("prompt", [[1, 2, 3]]), ("options", {}), ("tenant", "b"), ("tenant", ""),
+    ("kind", "chat"), ("model", "n"), ("engine", "weights 2"), ("adapter", ""), ("adapter", "other"),
+    ("http", ["other sources", {"flag": False}]), ("http", ["sources", {"flag": True}]), ("options", {}),
+    ("tenant", "b"), ("tenant", ""), *(("options", {**REQUEST["options"], "prompt": prompt}) for prompt in (
+        [1, 2], [1, 2, 4], [12, 3], "1,2,3", [[1, 2, 3]])),
     ("options", {**REQUEST["options"], "max_tokens": 9}), ("options", {**REQUEST["options"], "seed": 1}),
     ("options", {**REQUEST["options"], "logit_bias": {"3": 2.0, "7": 1.0}}),
 ])
@@ -95,7 +96,7 @@ def test_a_key_does_not_depend_on_the_order_of_fields_or_on_the_process():
               for name, value in reversed(REQUEST.items())}
     turned["options"]["logit_bias"] = dict(reversed(REQUEST["options"]["logit_bias"].items()))
     assert cache_key(**turned) == cache_key(**REQUEST)
-    assert cache_key(**REQUEST).hex() == "bad6139df66fea56d7016f0d29909229d90619f963979addea4d1e0b1bf715e2"
+    assert cache_key(**REQUEST).hex() == "c217c8bc60f2d5296b82aca2cbfdff63d7554ebceab2467bab359ed4c2e4f61f"
 
 
 values = st.recursive(st.none() | st.booleans() | st.integers(-2**63, 2**64 - 1) | st.floats(allow_nan=False)
@@ -122,7 +123,7 @@ def test_keys_are_equal_where_requests_are(one, other, same_but):
 @pytest.mark.parametrize("prompt", ["\ud800", [2**64], [-2**63 - 1]])
 def test_what_cannot_be_a_key_is_refused(prompt):
     with pytest.raises(UserError, match="must be encodable"):
-        cache_key(**{**REQUEST, "prompt": prompt})
+        cache_key(**{**REQUEST, "options": {"prompt": prompt}})
 
 
 def test_only_what_is_not_drawn_is_cacheable():

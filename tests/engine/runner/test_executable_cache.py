@@ -14,6 +14,7 @@ import pytest
 import qwen_kernels
 
 import qwen_jax
+from qwen_jax import private_folder
 from qwen_jax.engine.runner import executable_cache
 from qwen_jax.engine.runner.executable_cache import TRACED, Executables
 from qwen_jax.errors import UserError
@@ -45,7 +46,7 @@ def test_folder_and_files_are_their_owners_alone(tmp_path):
         os.umask(before)
     folder = tmp_path / "cache" / "executables"
     inner, = folder.iterdir()
-    assert [stat.S_IMODE(path.stat().st_mode) for path in (folder, inner)] == [0o700] * 2
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (folder.parent, folder, inner)] == [0o700] * 3
     assert [stat.S_IMODE(path.stat().st_mode) for path in inner.iterdir()] == [0o600] * 2
 
 
@@ -142,6 +143,38 @@ def test_a_folder_that_others_can_write_to_is_not_used(tmp_path, mode, caplog):
     folder.chmod(mode)
     assert not prepare(folder).from_disk and not prepare(folder).from_disk
     assert not list(folder.iterdir()) and "chmod 700" in caplog.text
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o777])
+def test_a_new_folder_in_one_that_others_can_write_to_is_not_used(tmp_path, monkeypatch, mode, caplog):
+    """They could put another in its place, before it is made or later."""
+    monkeypatch.setattr(private_folder, "_is_own_group", lambda group: False)
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(mode)
+    for folder in (shared / "executables", shared / "mine" / "executables"):
+        assert not prepare(folder).from_disk and not prepare(folder).from_disk
+        assert not list(folder.iterdir())
+    assert "name a folder of your own" in caplog.text
+
+
+@pytest.mark.parametrize("mode", [0o1777, 0o770])
+def test_a_new_folder_where_others_can_replace_nothing_is_used(tmp_path, monkeypatch, mode):
+    """In a folder as that of temporary files, or one of the group that has this user alone."""
+    monkeypatch.setattr(private_folder, "_is_own_group", lambda group: True)
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(mode)
+    assert not prepare(tmp_path / "shared" / "executables").from_disk
+    assert prepare(tmp_path / "shared" / "executables").from_disk
+    (tmp_path / "link").symlink_to(tmp_path / "shared" / "executables")
+    assert prepare(tmp_path / "link").from_disk  # this user's own, to a folder that is private too
+
+
+def test_a_folder_that_cannot_be_made_is_no_failure(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(executable_cache, "_warned", False)
+    (tmp_path / "file").touch()
+    assert not prepare(tmp_path / "file" / "executables").from_disk
+    assert "could not keep an executable on disk" in caplog.text
 
 
 def test_programs_of_another_processor_or_version_are_named(tmp_path, monkeypatch, caplog):

@@ -14,6 +14,7 @@ from qwen_jax.engine.scheduling.buckets import Limits
 from qwen_jax.engine.weights.model_shard import OVERLAP_FROM
 from qwen_jax.parallel.plan import make_plan
 
+WHOLE = {"layers_per_program": 100}  # steps of one program
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "collective_permute", "collective_broadcast")
 
 
@@ -51,7 +52,7 @@ def program(engine, phase):
 @pytest.mark.parametrize("size, tensor", [("7b", 4), ("0.5b", 3)])
 def test_a_decode_step_has_these_collectives_and_no_others(size, tensor):
     """Two sums for each layer, one for the look-up, the logits of its rows, and which rows tripped."""
-    engine = engine_of(size, tp_size=tensor, warmup=False)
+    engine = engine_of(size, tp_size=tensor, warmup=False, **WHOLE)
     layers, hidden, vocab = engine.config.num_layers, engine.config.hidden_size, engine.plan.layout.vocab
     assert collectives(program(engine, "decode")) == {
         ("all_reduce", f"tensor<4x1x{hidden}xf32>"): 2 * layers + 1,
@@ -61,7 +62,7 @@ def test_a_decode_step_has_these_collectives_and_no_others(size, tensor):
 
 
 def test_a_small_prefill_has_those_and_the_logits_of_scored_prompts():
-    engine = engine_of("7b", tp_size=4, warmup=False)
+    engine = engine_of("7b", tp_size=4, warmup=False, **WHOLE)
     layers, hidden, vocab = engine.config.num_layers, engine.config.hidden_size, engine.plan.layout.vocab
     assert collectives(program(engine, "prefill")) == {
         ("all_reduce", f"tensor<2x64x{hidden}xf32>"): 2 * layers + 1,
@@ -74,7 +75,7 @@ def test_a_small_prefill_has_those_and_the_logits_of_scored_prompts():
 def test_a_large_prefill_divides_the_tokens_between_products(monkeypatch):
     """Sequence parallelism: every sum is a reduce-scatter, and an all-gather before the next product."""
     monkeypatch.setattr("qwen_jax.engine.weights.model_shard.SCATTER_FROM", 128)
-    engine = engine_of("7b", tp_size=4, warmup=False)
+    engine = engine_of("7b", tp_size=4, warmup=False, **WHOLE)
     layers, hidden, vocab = engine.config.num_layers, engine.config.hidden_size, engine.plan.layout.vocab
     assert collectives(program(engine, "prefill")) == {
         ("reduce_scatter", f"tensor<2x16x{hidden}xf32>"): 2 * layers + 1,
@@ -88,7 +89,7 @@ def test_a_large_prefill_divides_the_tokens_between_products(monkeypatch):
 def in_halves(monkeypatch, tensor) -> Engine:
     monkeypatch.setattr("qwen_jax.engine.weights.model_shard.SCATTER_FROM", 256)
     monkeypatch.setitem(OVERLAP_FROM, "cpu", 256)
-    return engine_of("7b", tp_size=tensor, limits=Limits(4, 256, ((1, 256),), (), (4,), decode_steps=4), warmup=False)
+    return engine_of("7b", tp_size=tensor, limits=Limits(4, 256, ((1, 256),), (), (4,), decode_steps=4), warmup=False, **WHOLE)
 
 
 @pytest.mark.parametrize("tensor, share", [(4, 32), (3, None)])
@@ -113,7 +114,7 @@ def test_devices_compute_one_half_while_they_exchange_the_other(monkeypatch):
         engine = in_halves(monkeypatch, 3)
         if not halves:
             monkeypatch.setitem(OVERLAP_FROM, "cpu", 0)
-            engine = engine_of("7b", tp_size=3, limits=engine.limits, warmup=False)
+            engine = engine_of("7b", tp_size=3, limits=engine.limits, warmup=False, **WHOLE)
         shape = f"tensor<1x{128 if halves else 256}x{engine.config.hidden_size}xf32>"
         beside = products_beside_sums(program(engine, "prefill"), shape)
         assert len(beside) == (1 + halves) * (2 * engine.config.num_layers + 1)
@@ -164,7 +165,7 @@ def has_product(op, functions) -> bool:
 
 
 def test_one_device_has_none():
-    assert not collectives(program(engine_of("7b", warmup=False), "decode"))
+    assert not collectives(program(engine_of("7b", warmup=False, **WHOLE), "decode"))
 
 
 def deployment(config, tensor, dtype="bfloat16") -> Deployment:
@@ -194,7 +195,7 @@ def test_72b_on_eight_devices_takes_an_eighth_of_the_operations_on_each():
     config = replace(PRESETS["qwen2.5-72b"], num_layers=2)
     flops = []
     for tensor in (1, 8):
-        engine = Engine(_shapes(config), limits=limits, tp_size=tensor, dtype="bfloat16", warmup=False, cache_dir=None,
+        engine = Engine(_shapes(config), limits=limits, tp_size=tensor, dtype="bfloat16", warmup=False, **WHOLE, cache_dir=None,
                         kv_cache_bytes=1 << 30, progress=False)
         compiled = [program(engine, phase).compile() for phase in ("prefill", "decode")]
         flops.append([executable.cost_analysis()["flops"] for executable in compiled])

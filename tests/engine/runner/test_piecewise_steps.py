@@ -14,7 +14,7 @@ from qwen_jax.engine.scheduling.speculation import NGRAM, Speculation
 from qwen_jax.engine.weights.network_part import divide
 from qwen_jax.model import init
 
-LIMITS = Limits(4, 512, ((2, 64), (1, 128)), (), (4,), 4)
+LIMITS = Limits(4, 512, ((2, 64),), (), (4,), 4)
 WHOLE = 4  # layers of the models here
 LONG = [*prompts(3, 100), np.random.default_rng(1).integers(0, 307, 400).tolist()]
 

@@ -10,6 +10,7 @@ from qwen_jax.serving.ipc.messages import (
     LENGTH,
     Abort,
     Call,
+    Computes,
     Failed,
     Gauges,
     Launch,
@@ -41,6 +42,7 @@ FROM_ENGINE = [
           Piece(2, 1, finish_reason="stop", tokens=3, prompt_tokens=9, times=(0.5, 1.5, None, 2.0), score=[-1.0])],
          Gauges(9, 2, 0, 3, 15)),
     Step([Piece(3, 0, error="no", kind="user", finish_reason="error", vector=b"1234")]),
+    Computes(None, {}), Computes("weights", {"one": "1"}),
     Result(5, {"version": 1}), Result(6, error="it is refused")]
 
 
