@@ -1,6 +1,6 @@
 """Grammars that are hostile by their depth, width, intersections, ambiguity or damage, each tried under a bound.
 
-    python tests/hostile/grammar_fuzz.py [--count 2000] [--seed 0]
+    python tests/hostile/grammar_fuzz.py [--count 2000] [--seed 0] [--first 0]
 
 Every grammar is refused in a sentence or followed for a while, in little time and memory; after each of them a schema
 compiles as before. The same is run in a short form by test_grammar_fuzz.py.
@@ -204,12 +204,13 @@ class Fuzzer:
     def __init__(self, seed: int) -> None:
         tokenizer = load_tokenizer(resolve("bundled"))
         self.compiler = GrammarCompiler(tokenizer, len(tokenizer), (942, 940))
-        self.rng, self.process = random.Random(seed), psutil.Process()
+        self.seed, self.rng, self.process = seed, random.Random(seed), psutil.Process()
         self.outcomes: dict[str, int] = {}
         self.follow(SMALL)
 
     def run(self, number: int) -> None:
-        """Try a hostile grammar and then a small one. AssertionError beyond a bound."""
+        """Try the hostile grammar of this number and then a small one. AssertionError beyond a bound."""
+        self.rng = random.Random(f"{self.seed} {number}")
         kind, spec = hostile(self.rng)
         if spec is None:
             return
@@ -256,10 +257,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=2000, help="grammars to try (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default: %(default)s)")
+    parser.add_argument("--first", type=int, default=0, help="number of the first grammar (default: %(default)s)")
     options = parser.parse_args()
     fuzzer, began = Fuzzer(options.seed), time.monotonic()
-    for number in range(options.count):
-        fuzzer.run(number)
+    for number in range(options.first, options.first + options.count):
+        try:
+            fuzzer.run(number)
+        except BaseException:
+            print(f"number {number} of seed {options.seed}")
+            raise
         if number % 100 == 99:
             print(f"{number + 1} grammars in {time.monotonic() - began:.0f} s: {fuzzer.outcomes}, "
                   f"{fuzzer.process.memory_info().rss >> 20} MB", flush=True)

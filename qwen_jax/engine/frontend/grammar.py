@@ -125,6 +125,7 @@ class Matcher:
         ended: whether end-of-sequence has been accepted. seconds: processor time that the grammar may take now.
         """
         self._inner, self._ids, self._ended, self._seconds = inner, ids, ended, seconds
+        self._mask: np.ndarray | None = None  # of this position, once it has been asked for
 
     @property
     def finished(self) -> bool:
@@ -140,13 +141,14 @@ class Matcher:
             self._check()
             words = allowed[: len(self._ids.text)] & self._ids.text
             for token in self._ids.special:  # a complement allows all of them, and then takes none
-                if words[token // 32] >> (token % 32) & 1 and not self._inner.validate_tokens([token]):
+                if _has(words, token) and not self._inner.validate_tokens([token]):
                     words[token // 32] &= ~np.uint32(1 << token % 32)
         if self._ended or self._inner.is_accepting():
             for token in self._ids.eos:
                 words[token // 32] |= np.uint32(1 << token % 32)
         if not words.any():
             raise GrammarError("the grammar cannot be followed further: no token of the vocabulary continues it")
+        self._mask = words
         return words.view(np.int32)
 
     def accept(self, token: int) -> None:
@@ -157,16 +159,16 @@ class Matcher:
             self._ended = True
             return
         self._seconds = min(self._seconds + SECONDS_PER_TOKEN, BURST_SECONDS)
-        if self._ended or not self._is_text(token) or not self._timed(self._inner.try_consume_tokens, [token]):
+        if self._ended or not _has(self._ids.text, token) or not self._timed(self._inner.try_consume_tokens, [token]):
             self._check()
+            if self._mask is not None and _has(self._mask, token):  # the library says nothing where its fuel ends here
+                raise GrammarError("the grammar cannot be followed further: it became too complex")
             raise ValueError(f"token {token} is not allowed by the grammar")
+        self._mask = None
 
     def copy(self) -> Matcher:
         """Return a matcher at the same position, which advances on its own."""
         return Matcher(self._inner.deep_copy(), self._ids, self._ended, self._seconds)
-
-    def _is_text(self, token: int) -> bool:
-        return 0 <= token < 32 * len(self._ids.text) and bool((self._ids.text[token // 32] >> (token % 32)) & 1)
 
     def _check(self) -> None:
         if self._inner.is_error():
@@ -201,6 +203,11 @@ def _on_deep_stack(function: Callable[[], LLMatcher]) -> LLMatcher:
         finally:
             threading.stack_size(before)
     return result.result()
+
+
+def _has(mask: np.ndarray, token: int) -> bool:
+    """Return whether a mask uint32 [W] has a token."""
+    return 0 <= token < 32 * len(mask) and bool(mask[token // 32] >> token % 32 & 1)
 
 
 _STACK_SIZE = threading.Lock()  # of new threads: the whole process has one

@@ -19,7 +19,7 @@ from typing import Any
 
 COMMAND = (sys.executable, "-m", "qwen_jax.engine.frontend.trial_process")
 CPU_SECONDS, MEMORY_BYTES, STACK_BYTES = 1.0, 64 << 20, 16 << 20
-WALL_SECONDS = 10  # for a processor that is shared with others
+WALL_SECONDS = 5  # for a processor that is shared with others
 STARTS = 2  # of the process for one grammar, before its trial is given up
 BEGUN = b"+"  # what a trial sends first
 
@@ -32,10 +32,14 @@ class GrammarTrial:
 
     Args:
       vocabulary: arguments of ``trial_process.ByteVocabulary``.
+
+    Attributes:
+      process: the process, once it was started.
     """
 
     def __init__(self, vocabulary: dict[str, Any]) -> None:
         self._vocabulary = vocabulary
+        self.process: subprocess.Popen | None = None
         self._lock = threading.Lock()
         self._control: socket.socket | None = None
         self._end: Callable[[], Any] = lambda: None  # ends the process
@@ -46,11 +50,11 @@ class GrammarTrial:
             if self._control is None:
                 self._control, theirs = socket.socketpair()
                 with theirs:
-                    process = subprocess.Popen([*COMMAND, str(theirs.fileno())], stdin=subprocess.PIPE,
-                                               pass_fds=[theirs.fileno()])
-                self._end = weakref.finalize(self, _end, process, self._control)
-                with contextlib.suppress(BrokenPipeError), process.stdin:
-                    process.stdin.write(json.dumps(self._vocabulary).encode())
+                    self.process = subprocess.Popen([*COMMAND, str(theirs.fileno())], stdin=subprocess.PIPE,
+                                                    pass_fds=[theirs.fileno()])
+                self._end = weakref.finalize(self, _end, self.process, self._control)
+                with contextlib.suppress(BrokenPipeError), self.process.stdin as stdin:
+                    stdin.write(json.dumps(self._vocabulary).encode())
             return self._control
 
     def check(self, definition: str) -> int:
@@ -80,7 +84,7 @@ def _ask(control: socket.socket, definition: str) -> bytes:
     """Have a grammar tried; return what the trial sent: nothing if it did not begin, `BEGUN` alone if it died."""
     ours, theirs = socket.socketpair()
     with ours:
-        ours.settimeout(WALL_SECONDS + 5)
+        ours.settimeout(2 * WALL_SECONDS)
         with contextlib.suppress(OSError):
             with theirs:
                 socket.send_fds(control, [b"\0"], [theirs.fileno()])

@@ -16,6 +16,8 @@ from llguidance import LLTokenizer
 from qwen_jax.engine.frontend.grammar_definition import compiled
 from qwen_jax.engine.frontend.grammar_trial import BEGUN, CPU_SECONDS, MEMORY_BYTES, STACK_BYTES, WALL_SECONDS
 
+# More than MEMORY_BYTES: the library takes 50 MB to describe its own panics, and hangs where it does not get them.
+ADDRESS_SPACE_BYTES = 256 << 20
 NICENESS = 5  # leaves the serving process two thirds of a core that both want
 
 
@@ -84,7 +86,9 @@ def _try(tokenizer: LLTokenizer, connection: socket.socket) -> None:
         compiled(tokenizer, definition).deep_copy()
     except ValueError as error:
         reason = str(error)
-    connection.sendall(json.dumps({"reason": reason, "bytes": _memory() - before}).encode())
+    grown = _memory() - before
+    if reason or grown <= MEMORY_BYTES:
+        connection.sendall(json.dumps({"reason": reason, "bytes": grown}).encode())
 
 
 def _limit() -> None:
@@ -95,7 +99,7 @@ def _limit() -> None:
     with contextlib.suppress(OSError, ValueError):  # which systems beside Linux may refuse
         with open("/proc/self/statm") as pages:
             address_space = int(pages.read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (address_space + MEMORY_BYTES,) * 2)
+        resource.setrlimit(resource.RLIMIT_AS, (address_space + ADDRESS_SPACE_BYTES,) * 2)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_STACK, (STACK_BYTES, resource.getrlimit(resource.RLIMIT_STACK)[1]))
 

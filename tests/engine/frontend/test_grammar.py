@@ -267,6 +267,17 @@ def test_an_ambiguous_grammar_ends_before_it_takes_the_engine_s_time(compiler, t
     assert time.thread_time() - began < 5
 
 
+def test_a_token_that_the_mask_had_and_the_library_refuses_is_the_grammar_s_error(compiler, tokenizer, monkeypatch):
+    """As the library does where its fuel ends while it takes a token."""
+    matcher, (token,) = compiler.matcher(StructuredOutput(regex="ab")), tokenizer.encode("a")
+    matcher.mask()
+    monkeypatch.setattr(matcher, "_timed", lambda function, *arguments: 0)
+    with pytest.raises(GrammarError, match="too complex"):
+        matcher.accept(token)
+    with pytest.raises(ValueError, match="not allowed"):
+        matcher.accept(token + 1)
+
+
 def test_a_mask_has_no_special_token_that_is_refused_then(compiler, tokenizer):
     """The library's own mask has them, for a complement."""
     matcher = compiler.matcher(StructuredOutput(grammar="start: T\nT: ~(/ab/)"))
