@@ -133,7 +133,7 @@ class AsyncEngine:
         prepare = partial(self._engine.input_processor.requests, prompt, params, adapter=adapter, priority=priority,
                           deadline=deadline, streams=streams)
         deltas = _DeltaQueue(streams)
-        submission = self._thread.submit(prepare, deltas)
+        submission = self._thread.submit(prepare, deltas, grammar=params.structured_output is not None)
         try:
             while True:
                 delta = await deltas.next()

@@ -95,6 +95,31 @@ def test_a_flood_of_schemas(server):
         assert set(threads.map(ask, range(200))) == {200}
 
 
+CHAIN = {"$ref": "#/$defs/d0", "$defs": {**{f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(3000)},
+                                         "d3000": {"type": "integer"}}}
+ALL_OF = {"allOf": [{"type": "string", "pattern": f".*{chr(97 + i % 26)}.*"} for i in range(28)]}
+DEEP = json.loads('{"items":' * 500 + "{}" + "}" * 500)
+RULES = "\n".join(["start: r0", *(f"r{i}: r{i + 1}" for i in range(4000)), 'r4000: "a"'])
+
+
+@pytest.mark.parametrize("fields", [
+    {"guided_json": CHAIN}, {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": CHAIN}}},
+    {"guided_grammar": RULES}, {"guided_json": ALL_OF}, {"guided_choice": [f"option {i}" for i in range(50_000)]},
+    {"tools": [{"type": "function", "function": {"name": "f", "parameters": CHAIN}}], "tool_choice": "required"},
+    {"tools": [{"type": "function", "function": {"name": "f", "parameters": ALL_OF}}], "tool_choice": "required"},
+    {"tools": [{"type": "function", "function": {"name": "f", "parameters": DEEP}}]}, {"guided_json": DEEP},
+    {"guided_grammar": 'start: "a" rest\nrest: rest "b"'},  # found when the answer cannot go on
+], ids=range(10))
+def test_grammars_that_would_end_or_freeze_the_engine(server, fields):
+    with ThreadPoolExecutor(4) as threads:
+        hostile = [threads.submit(server.post, "/v1/chat/completions", {**CHAT, **fields}) for _ in range(3)]
+        began = time.monotonic()
+        assert server.post("/v1/completions", OK).status_code == 200
+        assert time.monotonic() - began < 2
+        assert [(answer.result().status_code, answer.result().json()["error"]["type"]) for answer in hostile] == [
+            (400, "invalid_request_error")] * 3
+
+
 def test_bodies_and_headers_that_are_too_large(server):
     large = server.post("/v1/completions", {**OK, "user": "x" * (5 << 20)})
     assert large.status_code == 413

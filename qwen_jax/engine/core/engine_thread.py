@@ -14,7 +14,7 @@ from qwen_jax.engine.core.engine_core import EngineCore
 from qwen_jax.engine.frontend.request import Request
 from qwen_jax.errors import UserError
 
-PREPARING_THREADS = 2  # tokenise prompts and compile grammars beside the steps
+PREPARING_THREADS = 2  # tokenise prompts beside the steps; as many do so for requests with a grammar, which is compiled
 Value = TypeVar("Value")
 
 
@@ -103,6 +103,7 @@ class EngineThread:
         self._drained: list[Future] = []
         self._running: dict[Submission, None] = {}  # inside the core; used by the engine's thread only
         self._pool = ThreadPoolExecutor(PREPARING_THREADS, "qwen-jax-prepare")
+        self._grammar_pool = ThreadPoolExecutor(PREPARING_THREADS, "qwen-jax-grammar")  # seconds for a hostile one
         self._thread: threading.Thread | None = None
 
     # --- for any other thread
@@ -112,8 +113,10 @@ class EngineThread:
         self._thread = threading.Thread(target=self.run, name="qwen-jax-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, prepare: Callable[[], Sequence[Request]], listener: Listener) -> Submission:
+    def submit(self, prepare: Callable[[], Sequence[Request]], listener: Listener, grammar: bool = False) -> Submission:
         """Submit requests that ``prepare`` makes on another thread; ``listener`` gets their answers.
+
+        grammar: whether preparing them compiles a grammar: then no request without a grammar waits for it.
 
         Raises `EngineBusy` beyond ``max_requests`` or while draining, and `EngineDead`; ``listener`` gets later errors.
         """
@@ -127,7 +130,8 @@ class EngineThread:
                 raise EngineBusy(f"{self._count} requests are queued or running (max_requests): try again later")
             self._open[submission] = None
             self._count += 1
-            self._pool.submit(self._prepare, submission, prepare)
+            pool = self._grammar_pool if grammar else self._pool
+            pool.submit(self._prepare, submission, prepare)
         return submission
 
     def abort(self, submission: Submission) -> None:
@@ -274,7 +278,8 @@ class EngineThread:
         with self._lock:
             self.failure = failure
             unfinished = list(self._open)
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._grammar_pool):
+            pool.shutdown(wait=False, cancel_futures=True)
         for submission in unfinished:
             self._fail(submission, self._dead())
         self._running.clear()

@@ -76,7 +76,7 @@ class InputProcessor:
         try:
             text = self._tokenizer.apply_chat_template(list(messages), tools=list(tools) if tools else None,
                                                        add_generation_prompt=True, tokenize=False)
-        except (jinja2.TemplateError, TypeError, KeyError, AttributeError, ValueError) as error:
+        except (jinja2.TemplateError, TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:
             raise UserError(f"the chat template refuses these messages: {error}") from error
         return self.tokens(text)
 

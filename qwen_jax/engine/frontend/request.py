@@ -35,6 +35,7 @@ class Request:
       output: what the caller gets; complete when the request is closed.
       deltas: pieces of the answer that have not been read.
       closed: whether the output is complete.
+      grammar_failed: whether the answer ended because its grammar could not be followed further.
       adapter_slot: place of the adapter in `Adapters`, while the engine has the request.
       allowed: mask of the tokens that may come next, as `Matcher.mask` makes it; None allows all.
     """
@@ -48,7 +49,7 @@ class Request:
         self.score_from, self.pooling, self.adapter_name = score_from, pooling, adapter_name
         self.adapter_slot = NO_ADAPTER
         self.deltas: deque[Delta] = deque()
-        self.closed, self.streams = False, streams
+        self.closed, self.streams, self.grammar_failed = False, streams, False
         self._tokenizer, self._grammar = tokenizer, matcher
         self._stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(eos_ids))
         self._stop_id_list = tuple(self._stop_ids)
@@ -166,6 +167,7 @@ class Request:
                 self._matcher.accept(token)
             self.allowed = self._matcher.mask()
         except (GrammarError, ValueError) as error:
+            self.grammar_failed = isinstance(error, GrammarError)
             self.output.error = f"{type(error).__name__}: {error}"
             return "error"
         return "stop" if self._matcher.finished else None

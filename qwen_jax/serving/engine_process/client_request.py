@@ -120,7 +120,7 @@ class ClientRequest:
         times = output.times
         piece.times = times.arrived, times.started, times.first_token, times.ended
         if output.error:
-            piece.error, piece.kind = output.error, "fault"
+            piece.error, piece.kind = output.error, "user" if request.grammar_failed else "fault"
         if output.finish_reason == "abort" and self._options.timeout is not None:
             piece.error, piece.kind = "the deadline has passed", "deadline"
         if request.score_from is not None:

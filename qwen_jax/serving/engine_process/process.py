@@ -93,7 +93,8 @@ class Worker:
             case Submit():
                 request = ClientRequest(message, self._engine, self._metrics, self._outbox, self._requests)
                 self._requests[request.number] = request
-                request.submission = self._thread.submit(request.prepare, request)
+                grammar = bool(message.options.params.get("structured_output"))
+                request.submission = self._thread.submit(request.prepare, request, grammar)
             case Abort():
                 if request := self._requests.pop(message.id, None):
                     self._thread.abort(request.submission)

@@ -146,6 +146,16 @@ def test_an_abort_while_a_request_is_being_prepared(make, core):
     assert record.steps == 0 and not record.aborts and not record.errors and not core.requests
 
 
+def test_no_request_waits_for_the_grammars_of_others(make):
+    thread, go_on, slow = make(), threading.Event(), [Record() for _ in range(5)]
+    for record in slow:
+        thread.submit(lambda: go_on.wait(10) and [new_request()], record, grammar=True)
+    thread.submit(lambda: [new_request()], record := Record())
+    assert record.wait().steps == 3 and not any(other.steps for other in slow)
+    go_on.set()
+    assert all(other.wait().steps >= 3 for other in slow)
+
+
 def test_an_abort_of_what_runs_and_an_error_of_preparing(make, core):
     thread, running, bad = make(), Record(), Record()
     submission = thread.submit(lambda: [new_request(1), new_request(10**9)], running)

@@ -226,7 +226,7 @@ BAD_GRAMMARS = [
     (StructuredOutput(json_schema={"not": {"type": "string"}}), 'Unimplemented keys: ["not"]'),
     (StructuredOutput(json_schema={"$ref": "http://localhost/x.json"}), "http://localhost/x.json"),
     (StructuredOutput(json_schema={"type": "integer", "minimum": 3, "maximum": 2}), "nsatisfiable"),
-    (StructuredOutput(json_schema='{"items":' * 300 + "{}" + "}" * 300), "json_schema cannot be used: recursion limit"),
+    (StructuredOutput(json_schema='{"items":' * 300 + "{}" + "}" * 300), "json_schema must be nested at most 100 deep"),
     (StructuredOutput(regex="(a"), "regex cannot be used: unclosed group"),
     (StructuredOutput(regex="a(?=b)"), "look-ahead"),
     (StructuredOutput(regex=r"[^\s\S]"), "regex cannot be used: no text satisfies it"),
@@ -254,6 +254,38 @@ def test_a_grammar_that_cannot_go_on_ends_with_an_error(compiler, tokenizer, spe
             matcher.accept(token)
             matcher.mask()
     assert not matcher.finished
+
+
+@pytest.mark.parametrize("rules", ['e: e e e | e e | "a"', 'e: e "a" | e e | "a" e | "a"'])
+def test_an_ambiguous_grammar_ends_before_it_takes_the_engine_s_time(compiler, tokenizer, rules):
+    matcher, (token,) = compiler.matcher(StructuredOutput(grammar=f"start: e\n{rules}")), tokenizer.encode("a")
+    began = time.thread_time()
+    with pytest.raises(GrammarError, match="takes too long"):
+        for _ in range(3000):
+            matcher.accept(token)
+            matcher.mask()
+    assert time.thread_time() - began < 5
+
+
+def test_a_token_that_the_mask_had_and_the_library_refuses_is_the_grammar_s_error(compiler, tokenizer, monkeypatch):
+    """As the library does where its fuel ends while it takes a token."""
+    matcher, (token,) = compiler.matcher(StructuredOutput(regex="ab")), tokenizer.encode("a")
+    matcher.mask()
+    monkeypatch.setattr(matcher, "_timed", lambda function, *arguments: 0)
+    with pytest.raises(GrammarError, match="too complex"):
+        matcher.accept(token)
+    with pytest.raises(ValueError, match="not allowed"):
+        matcher.accept(token + 1)
+
+
+def test_a_mask_has_no_special_token_that_is_refused_then(compiler, tokenizer):
+    """The library's own mask has them, for a complement."""
+    matcher = compiler.matcher(StructuredOutput(grammar="start: T\nT: ~(/ab/)"))
+    assert IM_START not in allowed(matcher) and len(allowed(matcher)) > 500
+    matcher = compiler.matcher(StructuredOutput(grammar='start: <|im_start|> "a"'))
+    assert allowed(matcher) == [IM_START]
+    matcher.accept(IM_START)
+    assert allowed(matcher) == tokenizer.encode("a")
 
 
 def test_without_a_tokenizer_or_an_end_there_is_no_grammar(tokenizer):
