@@ -8,13 +8,14 @@ from collections import abc
 from dataclasses import replace
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from qwen_jax.config import GenerationDefaults
 from qwen_jax.engine.api.sampling_params import MAX_LOGPROBS, SamplingParams
-from qwen_jax.engine.frontend.grammar import GrammarCompiler
+from qwen_jax.engine.frontend.grammar import GrammarCompiler, GrammarError
+from qwen_jax.engine.frontend.prompt_encoder import Messages, PromptEncoder
 from qwen_jax.engine.frontend.request import Request
+from qwen_jax.engine.frontend.token_texts import TokenTexts
 from qwen_jax.engine.scheduling.scheduler import Scheduler
 from qwen_jax.engine.scheduling.sequence import Sequence
 from qwen_jax.engine.weights.lora_table import AdapterTable
@@ -25,7 +26,6 @@ POOLINGS = "mean", "last"
 EMBEDDING_PARAMS = SamplingParams(max_tokens=1, temperature=0.0)
 SCORING_PARAMS = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1)
 CLASSIFICATION_PARAMS = SamplingParams(max_tokens=1, temperature=0.0, logprobs=MAX_LOGPROBS)
-Messages = abc.Sequence[abc.Mapping[str, Any]]
 Prompt = str | abc.Sequence[int]
 
 
@@ -39,12 +39,17 @@ class InputProcessor:
       vocab_size: number of token ids that the model has logits for.
       scheduler: checks whether a request fits into the engine.
       adapters: checks whether a request's adapter is loaded.
+
+    Attributes:
+      token_texts: texts of the tokenizer's tokens; None without a tokenizer.
     """
 
     def __init__(self, tokenizer: Any, defaults: GenerationDefaults, vocab_limit: int, vocab_size: int,
                  scheduler: Scheduler, adapters: AdapterTable) -> None:
-        self._tokenizer, self._defaults, self.vocab_limit = tokenizer, defaults, vocab_limit
+        self._defaults, self.vocab_limit = defaults, vocab_limit
         self.scheduler, self._adapters = scheduler, adapters
+        self.token_texts = tokenizer and TokenTexts(tokenizer)
+        self._encoder = PromptEncoder(tokenizer, vocab_size, self.max_seq_len)
         self._grammars = GrammarCompiler(tokenizer, vocab_size, defaults.eos_token_ids)
         self._ids = itertools.count()
 
@@ -53,32 +58,26 @@ class InputProcessor:
         """Maximum number of tokens of a prompt and its answer."""
         return self.scheduler.limits.max_seq_len
 
-    def tokens(self, prompt: Prompt | Messages) -> list[int]:
-        """Return the token ids of a prompt: a text, a conversation (see `conversation`), or ids, which are checked."""
-        if not isinstance(prompt, str):
-            if len(prompt) and isinstance(prompt[0], abc.Mapping):
-                return self.conversation(prompt)
-            return check_token_ids(prompt, self.vocab_limit)
-        if self._tokenizer is None:
-            raise UserError("this engine has no tokenizer: give token ids, or a checkpoint with tokenizer.json")
-        return self._tokenizer.encode(prompt, add_special_tokens=False)
+    def tokens(self, prompt: Prompt | Messages, allow_special_tokens: bool = True) -> list[int]:
+        """Return the token ids of a prompt: a text, a conversation (see `conversation`), or ids, which are checked.
+
+        Without ``allow_special_tokens``, names of control tokens in a text are encoded as text.
+        """
+        if isinstance(prompt, str):
+            return self._encoder.text(prompt, allow_special_tokens)
+        if len(prompt) and isinstance(prompt[0], abc.Mapping):
+            return self.conversation(prompt)
+        self.scheduler.check_length(len(prompt))
+        return check_token_ids(prompt, self.vocab_limit)
 
     def conversation(self, messages: Messages, tools: abc.Sequence[abc.Mapping[str, Any]] | None = None) -> list[int]:
         """Return the token ids of a conversation up to where the assistant begins to answer.
 
+        Names of control tokens in messages and tools are encoded as text.
+
         tools: descriptions of what the model may call, as the chat template takes them.
         """
-        template = self._tokenizer and self._tokenizer.chat_template
-        if not template:
-            raise UserError("this checkpoint has no chat template: use generate with a text or token ids")
-        if tools and "tools" not in template:
-            raise UserError("this checkpoint's chat template knows no tools")
-        try:
-            text = self._tokenizer.apply_chat_template(list(messages), tools=list(tools) if tools else None,
-                                                       add_generation_prompt=True, tokenize=False)
-        except (jinja2.TemplateError, TypeError, KeyError, AttributeError, ValueError) as error:
-            raise UserError(f"the chat template refuses these messages: {error}") from error
-        return self.tokens(text)
+        return self._encoder.conversation(messages, tools)
 
     def requests(self, prompt: Prompt | Messages, params: SamplingParams, score_from: int | None = None,
                  adapter: str | None = None, priority: int = 0, deadline: float | None = None,
@@ -115,9 +114,13 @@ class InputProcessor:
             if matcher:
                 sequence.burst = 1  # the host has to see each token
             self.scheduler.check(sequence)
-            requests.append(Request(sequence, self._tokenizer, self._defaults.eos_token_ids, index=index,
+            requests.append(Request(sequence, self.token_texts, self._defaults.eos_token_ids, index=index,
                                     score_from=score_from, adapter_name=adapter, matcher=matcher, pooling=pooling,
                                     streams=streams))
+            try:
+                requests[-1].check_grammar()
+            except GrammarError as error:
+                raise UserError(str(error)) from error
         return requests
 
     def score_requests(self, prompt: Prompt | Messages, continuation: Prompt, adapter: str | None = None,

@@ -53,10 +53,10 @@ class EngineCalls:
         self._engine.rollback()
         return self._versions()
 
-    def _tokenize(self, prompt: str | list[int] | dict[str, Any]) -> list[int]:
+    def _tokenize(self, prompt: str | dict[str, Any], allow_special_tokens: bool = True) -> list[int]:
         if isinstance(prompt, dict):
-            prompt = self._engine.input_processor.conversation(prompt["messages"], prompt.get("tools"))
-        return self._engine.input_processor.tokens(prompt)
+            return self._engine.input_processor.conversation(prompt["messages"], prompt.get("tools"))
+        return self._engine.input_processor.tokens(prompt, allow_special_tokens)
 
     def _detokenize(self, tokens: list[int]) -> str:
         if self._engine.tokenizer is None:
