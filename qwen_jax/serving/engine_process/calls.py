@@ -10,6 +10,7 @@ from qwen_jax.engine.api.stats import stats_as_dict
 from qwen_jax.engine.core.engine_thread import EngineThread
 from qwen_jax.engine.core.weight_update import Golden, update_weights
 from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.frontend.input_processor import check_token_ids
 from qwen_jax.errors import UserError
 from qwen_jax.serving.engine_process.engine_metrics import EngineMetrics
 
@@ -61,7 +62,7 @@ class EngineCalls:
     def _detokenize(self, tokens: list[int]) -> str:
         if self._engine.tokenizer is None:
             raise UserError("this engine has no tokenizer")
-        return self._engine.tokenizer.decode(self._engine.input_processor.tokens(tokens))
+        return self._engine.tokenizer.decode(check_token_ids(tokens, self._engine.input_processor.vocab_limit))
 
     def _update_weights(self, source: str, policy: str, golden: Golden | None) -> dict[str, Any]:
         engine = self._engine

@@ -113,6 +113,13 @@ def test_prompts_may_have_control_tokens_unless_the_request_says_otherwise(clien
         client.chat.completions.create(model="bundled", messages=MESSAGES, extra_body={"allow_special_tokens": True})
 
 
+def test_more_tokens_than_fit_are_text_all_the_same(server):
+    prompt = "a " * 1500
+    got = server.post("/tokenize", {"prompt": prompt}).json()
+    assert got["count"] > got["max_model_len"]
+    assert server.post("/detokenize", {"tokens": got["tokens"]}).json()["prompt"] == prompt
+
+
 def test_stop(client):
     text = client.completions.create(model="bundled", prompt="hello", max_tokens=12, temperature=0).choices[0].text
     stop = text[3]
