@@ -110,7 +110,7 @@ def test_a_grammar_that_allows_only_what_min_tokens_forbids(engine):
     with pytest.raises(UserError, match="min_tokens=2"):
         engine.generate("x", dataclasses.replace(params, stop_token_ids=[z]))
     with pytest.raises(UserError, match="min_tokens=2"):
-        engine.generate("x", dataclasses.replace(params, structured_output=StructuredOutput(regex="")))
+        engine.generate("x", dataclasses.replace(params, structured_output=StructuredOutput(regex="()")))
     expected = engine.generate("one", FREE)[0].token_ids
     bad, good = engine.generate(["x", "one"], [dataclasses.replace(params, stop_token_ids=[q]), FREE])
     assert bad.finish_reason == "error" and bad.refused and "min_tokens=2" in bad.error and bad.token_ids == [z]
@@ -122,7 +122,8 @@ def test_a_grammar_that_allows_only_what_min_tokens_forbids(engine):
 def test_a_text_with_a_token_that_the_model_lacks():
     tokenizer = load_tokenizer(resolve("bundled"))
     config = dataclasses.replace(CONFIG, vocab_size=len(tokenizer) - 1)
-    engine = Engine(init(config, 0, "float32"), tokenizer=tokenizer, limits=LIMITS, warmup=False)
+    engine = Engine(init(config, 0, "float32"), tokenizer=tokenizer, limits=LIMITS, speculation=NGRAM,
+                    warmup=False)
     with pytest.raises(UserError, match="not in the model's vocabulary"):
         engine.generate("hello" + tokenizer.convert_ids_to_tokens(len(tokenizer) - 1))
 

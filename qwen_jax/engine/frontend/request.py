@@ -11,9 +11,8 @@ from qwen_jax.engine.api.outputs import Delta, RequestOutput
 from qwen_jax.engine.api.sampling_params import SamplingParams
 from qwen_jax.engine.compiled.lora_rows import NO_ADAPTER
 from qwen_jax.engine.compiled.sampler import Sampled
-from qwen_jax.engine.frontend.detokenizer import Detokenizer
+from qwen_jax.engine.frontend.detokenizer import Detokenizer, TokenTexts
 from qwen_jax.engine.frontend.grammar import GrammarError, Matcher
-from qwen_jax.engine.frontend.token_texts import TokenTexts
 from qwen_jax.engine.scheduling.sequence import Sequence
 from qwen_jax.errors import UserError
 

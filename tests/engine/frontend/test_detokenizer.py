@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from qwen_jax.engine.frontend.detokenizer import Detokenizer
-from qwen_jax.engine.frontend.token_texts import TokenTexts
+from qwen_jax.engine.frontend.detokenizer import Detokenizer, TokenTexts
 
 
 @pytest.fixture(scope="module")
