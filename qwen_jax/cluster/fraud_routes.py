@@ -202,7 +202,7 @@ async def _verdict(service: Service, link: CanaryClient, body: ScreeningRequest,
     piece = await _only_piece(service, service.start(body, prompt, ONE_TOKEN, user=user))
     # Later requests get the same version even if the trial ends.
     same_version = {"user": user, **({"adapter": adapter} if adapter else {})}
-    logprobs = {text: value for text, value, *_ in piece.logprobs[0][2]}
+    logprobs = {token.utf8.decode(errors="replace"): token.logprob for token in piece.logprobs[0]}
     if not {FRAUD, LEGIT} <= logprobs.keys():
         logprobs = {}
         for label in (FRAUD, LEGIT):

@@ -365,8 +365,20 @@ class Engine:
             raise UserError(f"{len(names)} adapters for {len(prompts)} prompts: give one, or one for each")
         requests = [request for prompt, own_params, name in zip(prompts, params, names, strict=True)
                     for request in self.input_processor.requests(prompt, own_params, adapter=name)]
+        return self._complete(requests)
+
+    def _complete(self, requests: list[Request], product: str | None = None) -> list[RequestOutput]:
+        """Run requests to their ends and return their outputs.
+
+        product: name of what they compute, for RuntimeError with the reason where a request ended with an error; None
+          returns the outputs of these too.
+        """
         self.core.complete(requests)
-        return [request.output for request in requests]
+        outputs = [request.output for request in requests]
+        failed = next((output.error for output in outputs if product and output.error), None)
+        if failed:
+            raise RuntimeError(f"{product} could not be computed: {failed}")
+        return outputs
 
     def chat(self, messages: Messages | Sequence[Messages], params: SamplingParams | None = None,
              adapter: str | Sequence[str | None] | None = None) -> list[RequestOutput]:
@@ -407,9 +419,10 @@ class Engine:
         endings = [self.input_processor.tokens(label) for label in labels]
         logits = np.full((len(prompts), len(labels)), np.nan)
         if all(len(ending) == 1 for ending in endings):
-            for row, output in enumerate(self.generate(prompts, CLASSIFICATION_PARAMS, adapter)):
-                likely = output.logprobs[0] if output.logprobs else {}
-                logits[row] = [likely.get(token, np.nan) for token, in endings]
+            requests = [request for prompt in prompts for request in self.input_processor.requests(
+                prompt, CLASSIFICATION_PARAMS, adapter=adapter)]
+            for row, output in enumerate(self._complete(requests, "a classification")):
+                logits[row] = [output.logprobs[0].get(token, np.nan) for token, in endings]
         rest = np.flatnonzero(np.isnan(logits).any(axis=1))  # a label is not among the likely tokens, or has several
         scores = self.score([prompts[row] for row in rest for _ in endings], endings * len(rest), adapter)
         logits[rest] = np.reshape([score.logprob for score in scores], (len(rest), len(labels)))
@@ -428,8 +441,9 @@ class Engine:
             raise UserError(f"{len(prompts)} prompts and {len(continuations)} continuations: give one for each")
         requests = [request for prompt, continuation in zip(prompts, continuations, strict=True)
                     for request in self.input_processor.score_requests(prompt, continuation, adapter)]
-        self.core.complete(requests)
-        return [Score.from_output(request.output, request.score_from) for request in requests]
+        outputs = self._complete(requests, "a score")
+        return [Score.from_output(output, request.score_from)
+                for request, output in zip(requests, outputs, strict=True)]
 
     def embed(self, prompts: Prompt | Sequence[Prompt], pooling: str = "mean", normalize: bool = True,
               adapter: str | None = None) -> np.ndarray:
@@ -443,11 +457,7 @@ class Engine:
         prompts = [prompts] if is_single(prompts) else list(prompts)
         requests = [request for prompt in prompts for request in self.input_processor.requests(
             prompt, EMBEDDING_PARAMS, adapter=adapter, pooling=pooling)]
-        self.core.complete(requests)
-        for request in requests:
-            if request.output.error:
-                raise RuntimeError(f"an embedding could not be computed: {request.output.error}")
-        vectors = np.stack([request.output.embedding for request in requests])
+        vectors = np.stack([output.embedding for output in self._complete(requests, "an embedding")])
         return normalized(vectors) if normalize else vectors
 
     # --- weights

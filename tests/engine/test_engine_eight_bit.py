@@ -204,11 +204,15 @@ def test_a_second_trip_is_an_error(engine, answers):
     weights.leaves_of[0] = (*leaves[:at], leaves[at].at[0].set(0), *leaves[at + 1:]),
     try:
         outputs = engine.generate(PROMPTS, GREEDY)
+        for ask in (lambda: engine.score([[1, 2]], [[3]]), lambda: engine.classify([[1, 2]], [[3], [4]]),
+                    lambda: engine.embed([[1, 2]])):
+            with pytest.raises(RuntimeError, match="could not be computed: .* not finite .*layer 1"):
+                ask()
     finally:
         weights.leaves_of[0] = leaves,
     assert all(output.finish_reason == "error" and "layer 1" in output.error and output.token_ids == []
                for output in outputs)
-    assert engine.stats().guard_trips == {1: 8} and engine.stats().pages_used == 0
+    assert engine.stats().guard_trips == {1: 14} and engine.stats().pages_used == 0
     assert [output.token_ids for output in engine.generate(PROMPTS, GREEDY)] == [one.token_ids for one in answers]
 
 

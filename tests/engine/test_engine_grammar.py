@@ -103,6 +103,31 @@ def test_a_grammar_that_fails_midway_ends_that_request_alone(engine, monkeypatch
     assert good.token_ids == expected and engine.stats().pages_used == 0
 
 
+def test_a_grammar_that_allows_only_what_min_tokens_forbids(engine):
+    """Is refused before it runs, or ends the answer where it gets there; with less of either it runs."""
+    z, q = engine.tokenizer.encode("zq")
+    params = SamplingParams(max_tokens=9, temperature=0.0, min_tokens=2, structured_output=StructuredOutput(regex="zq"))
+    with pytest.raises(UserError, match="min_tokens=2"):
+        engine.generate("x", dataclasses.replace(params, stop_token_ids=[z]))
+    with pytest.raises(UserError, match="min_tokens=2"):
+        engine.generate("x", dataclasses.replace(params, structured_output=StructuredOutput(regex="()")))
+    expected = engine.generate("one", FREE)[0].token_ids
+    bad, good = engine.generate(["x", "one"], [dataclasses.replace(params, stop_token_ids=[q]), FREE])
+    assert bad.finish_reason == "error" and bad.refused and "min_tokens=2" in bad.error and bad.token_ids == [z]
+    assert good.token_ids == expected
+    cut, = engine.generate("x", dataclasses.replace(params, stop_token_ids=[q], min_tokens=1))
+    assert (cut.finish_reason, cut.token_ids) == ("stop", [z, q])
+
+
+def test_a_text_with_a_token_that_the_model_lacks():
+    tokenizer = load_tokenizer(resolve("bundled"))
+    config = dataclasses.replace(CONFIG, vocab_size=len(tokenizer) - 1)
+    engine = Engine(init(config, 0, "float32"), tokenizer=tokenizer, limits=LIMITS, speculation=NGRAM,
+                    warmup=False)
+    with pytest.raises(UserError, match="not in the model's vocabulary"):
+        engine.generate("hello" + tokenizer.convert_ids_to_tokens(len(tokenizer) - 1))
+
+
 def test_a_restarted_answer_begins_its_grammar_again(engine):
     request, = engine.input_processor.requests("x", JSON)
     engine.core.submit([request])

@@ -34,7 +34,10 @@ def test_what_is_no_json_object(server, content):
 @pytest.mark.parametrize("change, status, said", [
     ({"model": "other"}, 404, "does not exist"),
     ({"model": 3}, 400, "model"),
-    ({"prompt": "a " * 1200}, 400, "max_seq_len"), ({"prompt": [5] * 1000}, 400, "pages of KV cache"),
+    ({"prompt": "a " * 1200}, 400, "max_seq_len"),
+    ({"prompt": "a " * 1_500_000}, 400, "bytes, more than max_seq_len"),
+    ({"prompt": ["a", *["a " * 200_000] * 9]}, 400, "bytes, more than max_seq_len"),
+    ({"prompt": [5] * 1000}, 400, "pages of KV cache"),
     ({"prompt": ""}, 400, "empty"), ({"prompt": []}, 400, "empty"), ({"prompt": [""]}, 400, "empty"),
     ({"prompt": [[]]}, 400, "empty"),
     ({"n": 10**9, "temperature": 1}, 400, "n"), ({"n": 0}, 400, "n"),
@@ -46,8 +49,11 @@ def test_what_is_no_json_object(server, content):
     ({"top_p": 0}, 400, "top_p"), ({"top_k": -5}, 400, "top_k"), ({"min_p": 2}, 400, "min_p"),
     ({"seed": 2**70}, 400, "seed"), ({"presence_penalty": 9}, 400, "presence_penalty"),
     ({"prompt": [10**6]}, 400, "vocabulary"), ({"prompt": [-1]}, 400, "vocabulary"),
+    ({"guided_regex": "zq", "stop_token_ids": [89], "min_tokens": 2}, 400, "min_tokens=2"),
+    ({"guided_regex": "zq", "stop_token_ids": [80], "min_tokens": 2}, 400, "min_tokens=2"),
     ({"logit_bias": {"x": 1}}, 400, "logit_bias"), ({"logit_bias": {"99999": 1}}, 400, "vocabulary"),
-    ({"stop": ["x"] * 99}, 400, "stop"), ({"max_tokens": 0}, 400, "max_tokens"),
+    ({"stop": ["x"] * 99}, 400, "stop"), ({"stop": "x" * 200_000}, 400, "1024 characters"),
+    ({"max_tokens": 0}, 400, "max_tokens"),
     ({"max_tokens": True}, 400, "max_tokens"), ({"max_tokens": 10**30}, 400, "value"),
     ({"timeout": 0}, 400, "timeout"), ({"priority": 1.5}, 400, "priority"), ({"priority": 2**80}, 400, "priority"),
     ({"stream_options": {"include_usage": True}}, 400, "stream"), ({"echo": True}, 400, "echo"),
@@ -79,6 +85,7 @@ def test_numbers_that_are_none(server):
      "response_format": {"type": "json_object"}},
     {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
     {"top_logprobs": 3}, {"chat_template": "x"},
+    {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[" * 100_000}}]}]},
     {"messages": [{"role": "user", "content": "half \ud800"}]}])
 def test_chats_that_cannot_be(server, change):
     body = json.dumps({**CHAT, **change})  # in which half a surrogate pair is escaped

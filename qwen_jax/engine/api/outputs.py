@@ -40,7 +40,7 @@ class RequestOutput:
       density: pages that attention read, as a share of the pages that full attention would have read.
       logprobs: {id: log-probability} for each generated token: of the token and of the most likely ids.
       prompt_logprobs: the same for each token of the prompt; None for its first token, which nothing precedes.
-      error: reason when ``finish_reason`` is "error".
+      error: reason when ``finish_reason`` is "error". refused: whether the request's own options are the reason.
       index: number of this answer among the ``n`` to its prompt.
       weight_version: version of the weights that computed it.
       embedding: float32 [D], when an embedding was requested.
@@ -56,6 +56,7 @@ class RequestOutput:
     logprobs: list[dict[int, float]] | None = None
     prompt_logprobs: list[dict[int, float] | None] | None = None
     error: str | None = None
+    refused: bool = False
     index: int = 0
     weight_version: int = 0
     embedding: np.ndarray | None = None

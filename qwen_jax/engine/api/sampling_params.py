@@ -20,6 +20,8 @@ MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
 MAX_STOP = 16  # stop strings; stop_token_ids likewise, so that they fit beside a full logit_bias in the sampler's rows
 
+MAX_STOP_LENGTH = 1024  # characters of a stop string
+
 # Values of options that neither the caller nor the checkpoint's generation_config sets.
 NEUTRAL = dict(
     max_tokens=256, min_tokens=0, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
@@ -47,7 +49,8 @@ class SamplingParams:
       logit_bias: {token id: value in [-100, 100]}, added to logits, at most 300 ids. Ids may be strings, as in JSON.
       seed: a 64-bit integer. The same seed gives the same draws beside any other requests. Unset: picked by the engine,
         differently for each request.
-      stop: a string or up to 16 strings; the text ends before the first of them that appears.
+      stop: a string or up to 16 strings, each of up to 1024 characters; the text ends before the first of them that
+        appears.
       stop_token_ids: up to 16 ids that end the text like end-of-sequence does.
       ignore_eos: whether to go on at end-of-sequence.
       logprobs: number of most likely tokens, 0..20, whose log-probabilities are returned beside that of each generated
@@ -227,6 +230,8 @@ def _stop(value: Any) -> tuple[str, ...] | None:
         raise UserError(f"stop must be a non-empty string or a list of them, not {value!r}")
     if len(strings) > MAX_STOP:
         raise UserError(f"stop must have at most {MAX_STOP} strings, not {len(strings)}")
+    if (longest := max(map(len, strings), default=0)) > MAX_STOP_LENGTH:
+        raise UserError(f"stop must have strings of at most {MAX_STOP_LENGTH} characters, not {longest}")
     return tuple(strings)
 
 

@@ -6,14 +6,18 @@ import itertools
 import secrets
 from collections import abc
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import jinja2
 import numpy as np
+from tokenizers import normalizers, pre_tokenizers
 
 from qwen_jax.config import GenerationDefaults
 from qwen_jax.engine.api.sampling_params import MAX_LOGPROBS, SamplingParams
-from qwen_jax.engine.frontend.grammar import GrammarCompiler
+from qwen_jax.engine.frontend.control_tokens import ControlTokens
+from qwen_jax.engine.frontend.detokenizer import BYTES, TokenTexts
+from qwen_jax.engine.frontend.grammar import GrammarCompiler, GrammarError
 from qwen_jax.engine.frontend.request import Request
 from qwen_jax.engine.scheduling.scheduler import Scheduler
 from qwen_jax.engine.scheduling.sequence import Sequence
@@ -27,6 +31,7 @@ SCORING_PARAMS = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1
 CLASSIFICATION_PARAMS = SamplingParams(max_tokens=1, temperature=0.0, logprobs=MAX_LOGPROBS)
 Messages = abc.Sequence[abc.Mapping[str, Any]]
 Prompt = str | abc.Sequence[int]
+NFC_SHRINKS = 3  # times that Unicode's normal form C makes a text's UTF-8 shorter, at most
 
 
 class InputProcessor:
@@ -39,12 +44,17 @@ class InputProcessor:
       vocab_size: number of token ids that the model has logits for.
       scheduler: checks whether a request fits into the engine.
       adapters: checks whether a request's adapter is loaded.
+
+    Attributes:
+      token_texts: texts of the tokenizer's tokens; None without a tokenizer.
     """
 
     def __init__(self, tokenizer: Any, defaults: GenerationDefaults, vocab_limit: int, vocab_size: int,
                  scheduler: Scheduler, adapters: AdapterTable) -> None:
-        self._tokenizer, self._defaults, self.vocab_limit = tokenizer, defaults, vocab_limit
+        self._defaults, self.vocab_limit = defaults, vocab_limit
         self.scheduler, self._adapters = scheduler, adapters
+        self.token_texts = tokenizer and TokenTexts(tokenizer)
+        self._encoder = PromptEncoder(tokenizer, vocab_size, self.max_seq_len)
         self._grammars = GrammarCompiler(tokenizer, vocab_size, defaults.eos_token_ids)
         self._ids = itertools.count()
 
@@ -53,32 +63,26 @@ class InputProcessor:
         """Maximum number of tokens of a prompt and its answer."""
         return self.scheduler.limits.max_seq_len
 
-    def tokens(self, prompt: Prompt | Messages) -> list[int]:
-        """Return the token ids of a prompt: a text, a conversation (see `conversation`), or ids, which are checked."""
-        if not isinstance(prompt, str):
-            if len(prompt) and isinstance(prompt[0], abc.Mapping):
-                return self.conversation(prompt)
-            return check_token_ids(prompt, self.vocab_limit)
-        if self._tokenizer is None:
-            raise UserError("this engine has no tokenizer: give token ids, or a checkpoint with tokenizer.json")
-        return self._tokenizer.encode(prompt, add_special_tokens=False)
+    def tokens(self, prompt: Prompt | Messages, allow_special_tokens: bool = True) -> list[int]:
+        """Return the token ids of a prompt: a text, a conversation (see `conversation`), or ids, which are checked.
+
+        Without ``allow_special_tokens``, names of control tokens in a text are encoded as text.
+        """
+        if isinstance(prompt, str):
+            return self._encoder.text(prompt, allow_special_tokens)
+        if len(prompt) and isinstance(prompt[0], abc.Mapping):
+            return self.conversation(prompt)
+        self.scheduler.check_length(len(prompt))
+        return check_token_ids(prompt, self.vocab_limit)
 
     def conversation(self, messages: Messages, tools: abc.Sequence[abc.Mapping[str, Any]] | None = None) -> list[int]:
         """Return the token ids of a conversation up to where the assistant begins to answer.
 
+        Names of control tokens in messages and tools are encoded as text.
+
         tools: descriptions of what the model may call, as the chat template takes them.
         """
-        template = self._tokenizer and self._tokenizer.chat_template
-        if not template:
-            raise UserError("this checkpoint has no chat template: use generate with a text or token ids")
-        if tools and "tools" not in template:
-            raise UserError("this checkpoint's chat template knows no tools")
-        try:
-            text = self._tokenizer.apply_chat_template(list(messages), tools=list(tools) if tools else None,
-                                                       add_generation_prompt=True, tokenize=False)
-        except (jinja2.TemplateError, TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:
-            raise UserError(f"the chat template refuses these messages: {error}") from error
-        return self.tokens(text)
+        return self._encoder.conversation(messages, tools)
 
     def requests(self, prompt: Prompt | Messages, params: SamplingParams, score_from: int | None = None,
                  adapter: str | None = None, priority: int = 0, deadline: float | None = None,
@@ -115,9 +119,13 @@ class InputProcessor:
             if matcher:
                 sequence.burst = 1  # the host has to see each token
             self.scheduler.check(sequence)
-            requests.append(Request(sequence, self._tokenizer, self._defaults.eos_token_ids, index=index,
+            requests.append(Request(sequence, self.token_texts, self._defaults.eos_token_ids, index=index,
                                     score_from=score_from, adapter_name=adapter, matcher=matcher, pooling=pooling,
                                     streams=streams))
+            try:
+                requests[-1].check_grammar()
+            except GrammarError as error:
+                raise UserError(str(error)) from error
         return requests
 
     def score_requests(self, prompt: Prompt | Messages, continuation: Prompt, adapter: str | None = None,
@@ -130,6 +138,96 @@ class InputProcessor:
         if not prompt or not continuation:
             raise UserError("a score needs at least one token of prompt and one of continuation")
         return self.requests([*prompt, *continuation], SCORING_PARAMS, len(prompt), adapter, **options)
+
+
+class PromptEncoder:
+    """Encoder of texts and conversations to token ids. Several threads may use it.
+
+    Args:
+      tokenizer: a transformers fast tokenizer, or None: then every prompt is refused.
+      vocab_size: number of rows of the model's embedding.
+      max_tokens: maximum length of a prompt. Texts that must be longer are refused before they are tokenised.
+    """
+
+    def __init__(self, tokenizer: Any, vocab_size: int, max_tokens: int) -> None:
+        self._tokenizer, self._vocab_size, self._max_tokens = tokenizer, vocab_size, max_tokens
+
+    def text(self, text: str, allow_special_tokens: bool = True) -> list[int]:
+        """Return the token ids of a text. With ``allow_special_tokens``, names of control tokens in it become these."""
+        if self._tokenizer is None:
+            raise UserError("this engine has no tokenizer: give token ids, or a checkpoint with tokenizer.json")
+        self._check_length(text)
+        return self._checked(self._tokenizer.encode(text, add_special_tokens=False) if allow_special_tokens
+                             else self._control_tokens.encode_as_text(text))
+
+    def conversation(self, messages: Messages, tools: abc.Sequence[abc.Mapping[str, Any]] | None = None) -> list[int]:
+        """Return the token ids of a conversation up to where the assistant begins to answer.
+
+        Names of control tokens in messages and tools are text. Without any, the ids are those of transformers'
+        ``apply_chat_template``.
+
+        tools: descriptions of what the model may call, as the chat template takes them.
+        """
+        template = self._tokenizer and self._tokenizer.chat_template
+        if not template:
+            raise UserError("this checkpoint has no chat template: use generate with a text or token ids")
+        if tools and "tools" not in template:
+            raise UserError("this checkpoint's chat template knows no tools")
+        given = list(messages), list(tools) if tools else None
+        text = self._render(*given)
+        self._check_length(text)
+        return self._checked(self._control_tokens.encode_chat(text, self._render, *given))
+
+    def _render(self, messages: Any, tools: Any) -> str:
+        try:
+            return self._tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True,
+                                                       tokenize=False)
+        except (jinja2.TemplateError, TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:
+            raise UserError(f"the chat template refuses these messages: {error}") from error
+
+    @cached_property
+    def _control_tokens(self) -> ControlTokens:
+        return ControlTokens(self._tokenizer)
+
+    # --- limits
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        """Return token ids, which must be in the model's vocabulary: a tokenizer may have more."""
+        if (largest := max(ids, default=0)) >= self._vocab_size:
+            raise UserError(f"the prompt has the token {self._tokenizer.decode([largest])!r} with the id {largest}, "
+                            f"which is not in the model's vocabulary (0..{self._vocab_size - 1}): the tokenizer has "
+                            "more tokens than the model has embeddings")
+        return ids
+
+    def _check_length(self, text: str) -> None:
+        """Raise UserError for a text of more bytes than the maximum number of tokens can stand for."""
+        if len(text) <= self._max_tokens or not self._longest_token:
+            return
+        size = len(text.encode("utf-8", "replace"))
+        if size > self._max_tokens * self._longest_token:
+            raise UserError(f"the prompt has {size} bytes, more than max_seq_len={self._max_tokens} tokens can hold: "
+                            "shorten the prompt or raise max_seq_len")
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """Bytes of text that one token stands for, at most; 0 where no such bound is known.
+
+        It is known for byte-level tokenizers, each of whose tokens stands for its own bytes and which leave none out.
+        """
+        backend = self._tokenizer.backend_tokenizer
+        vocabulary = backend.get_vocab(with_added_tokens=False)
+        added = backend.get_added_tokens_decoder().values()
+        splits = backend.pre_tokenizer
+        splits = list(splits) if isinstance(splits, pre_tokenizers.Sequence) else [splits]
+        keeps_text = all(isinstance(split, pre_tokenizers.ByteLevel) or (
+            isinstance(split, pre_tokenizers.Split) and split.behavior.lower() != "removed") for split in splits)
+        strips = any(token.lstrip or token.rstrip for token in added)
+        if (strips or not keeps_text or not isinstance(splits[-1], pre_tokenizers.ByteLevel)
+                or not vocabulary.keys() >= BYTES.keys()
+                or not isinstance(backend.normalizer, normalizers.NFC | None)):
+            return 0
+        longest = max(max(map(len, vocabulary)), *(len(token.content.encode()) for token in added), 1)
+        return longest * (NFC_SHRINKS if backend.normalizer else 1)
 
 
 def is_single(prompts: Any) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from typing import Any
 
 import numpy as np
 
@@ -12,9 +11,10 @@ from qwen_jax.engine.api.outputs import Delta, RequestOutput
 from qwen_jax.engine.api.sampling_params import SamplingParams
 from qwen_jax.engine.compiled.lora_rows import NO_ADAPTER
 from qwen_jax.engine.compiled.sampler import Sampled
-from qwen_jax.engine.frontend.detokenizer import Detokenizer
+from qwen_jax.engine.frontend.detokenizer import Detokenizer, TokenTexts
 from qwen_jax.engine.frontend.grammar import GrammarError, Matcher
 from qwen_jax.engine.scheduling.sequence import Sequence
+from qwen_jax.errors import UserError
 
 
 class Request:
@@ -22,7 +22,7 @@ class Request:
 
     Args:
       sequence: tokens and pages; ``sequence.params`` are the resolved sampling options.
-      tokenizer: makes text of the answer; None for none.
+      texts: texts of the tokenizer's tokens, of which the answer's text is made; None without a tokenizer.
       eos_ids: ids that end an answer, unless ``ignore_eos``.
       index: number of this answer among the ``n`` to its prompt.
       score_from: first prompt position whose log-probability is wanted; None for none.
@@ -35,12 +35,11 @@ class Request:
       output: what the caller gets; complete when the request is closed.
       deltas: pieces of the answer that have not been read.
       closed: whether the output is complete.
-      grammar_failed: whether the answer ended because its grammar could not be followed further.
       adapter_slot: place of the adapter in `Adapters`, while the engine has the request.
       allowed: mask of the tokens that may come next, as `Matcher.mask` makes it; None allows all.
     """
 
-    def __init__(self, sequence: Sequence, tokenizer: Any, eos_ids: tuple[int, ...], *, index: int = 0,
+    def __init__(self, sequence: Sequence, texts: TokenTexts | None, eos_ids: tuple[int, ...], *, index: int = 0,
                  score_from: int | None = None, adapter_name: str | None = None, matcher: Matcher | None = None,
                  pooling: str | None = None, streams: bool = False) -> None:
         params: SamplingParams = sequence.params
@@ -49,8 +48,8 @@ class Request:
         self.score_from, self.pooling, self.adapter_name = score_from, pooling, adapter_name
         self.adapter_slot = NO_ADAPTER
         self.deltas: deque[Delta] = deque()
-        self.closed, self.streams, self.grammar_failed = False, streams, False
-        self._tokenizer, self._grammar = tokenizer, matcher
+        self.closed, self.streams = False, streams
+        self._texts, self._grammar = texts, matcher
         self._stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(eos_ids))
         self._stop_id_list = tuple(self._stop_ids)
         self.forget()
@@ -62,7 +61,7 @@ class Request:
         self.output.prompt_logprobs = None if self.score_from is None else [None] * len(self.sequence.prompt)
         self.deltas.clear()
         self._attended_pages = self._visible_pages = 0  # in steps of sparse attention
-        self._text = Detokenizer(self._tokenizer, self.params.stop)
+        self._text = Detokenizer(self._texts, self.params.stop)
         self._matcher = self._grammar and self._grammar.copy()
         self.allowed = self._matcher and self._matcher.mask()
 
@@ -76,12 +75,30 @@ class Request:
     @property
     def stops_at_text(self) -> bool:
         """True when the text of each step decides if the answer goes on, because there are stop strings."""
-        return bool(self.params.stop) and self._tokenizer is not None
+        return bool(self.params.stop) and self._texts is not None
 
     @property
     def banned_now(self) -> tuple[int, ...]:
         """Token ids that may not be sampled next: those that end an answer, until it has ``min_tokens``."""
         return self._stop_id_list if len(self.sequence.output) < self.params.min_tokens else ()
+
+    def check_grammar(self) -> None:
+        """Raise an error if the grammar allows none of the tokens that may be sampled next.
+
+        It is a UserError where ``min_tokens`` is the reason, else a GrammarError.
+        """
+        if self.allowed is None:
+            return
+        if not self.allowed.any():
+            raise GrammarError("the grammar cannot be followed further: no token of the vocabulary continues it")
+        free = self.allowed.view(np.uint32).copy()
+        for token in self.banned_now:
+            if token // 32 < len(free):
+                free[token // 32] &= ~np.uint32(1 << token % 32)
+        if not free.any():
+            raise UserError("the structured output allows nothing here but tokens that end an answer, before it has "
+                            f"min_tokens={self.params.min_tokens}: lower min_tokens, or leave them out of "
+                            "stop_token_ids")
 
     def target_at(self, position: int) -> int:
         """Return the prompt token after ``position`` when its log-probability is wanted, else -1."""
@@ -166,11 +183,14 @@ class Request:
             for token in tokens:
                 self._matcher.accept(token)
             self.allowed = self._matcher.mask()
+            if self._matcher.finished:
+                return "stop"
+            self.check_grammar()
         except (GrammarError, ValueError) as error:
-            self.grammar_failed = isinstance(error, GrammarError)
-            self.output.error = f"{type(error).__name__}: {error}"
+            self.output.refused = isinstance(error, GrammarError | UserError)
+            self.output.error = str(error) if self.output.refused else f"{type(error).__name__}: {error}"
             return "error"
-        return "stop" if self._matcher.finished else None
+        return None
 
 
 def _by_id(token: int, logprob, top_ids, top_logprobs, count: int) -> dict[int, float]:

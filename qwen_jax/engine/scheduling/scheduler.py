@@ -140,20 +140,23 @@ class Scheduler:
 
     def check(self, seq: Sequence) -> None:
         """Raise UserError if the request is malformed or could not finish even with the whole cache to itself."""
-        length, longest = len(seq.prompt), self.limits.max_seq_len
         if seq.request_id in self._sequences:
             raise UserError(f"request {seq.request_id!r} is already queued or running: use another id")
-        if not length:
+        if not seq.prompt:
             raise UserError("the prompt is empty: give at least one token")
         if seq.max_new_tokens < 1:
             raise UserError(f"max_tokens must be at least 1, not {seq.max_new_tokens}")
-        if length + 1 > longest:
-            raise UserError(f"the prompt has {length} tokens and max_seq_len={longest} leaves no room for an answer: "
-                            "shorten the prompt or raise max_seq_len")
+        self.check_length(len(seq.prompt))
         needed = pages_for(self._max_computed(seq))
         if needed > self.pool.capacity:
             raise UserError(f"the request may need {needed} pages of KV cache and the engine has {self.pool.capacity}: "
                             "shorten the prompt, lower max_tokens or give the engine more memory")
+
+    def check_length(self, tokens: int) -> None:
+        """Raise UserError for a prompt of this many tokens if it leaves no room for an answer."""
+        if tokens + 1 > self.limits.max_seq_len:
+            raise UserError(f"the prompt has {tokens} tokens and max_seq_len={self.limits.max_seq_len} leaves no room "
+                            "for an answer: shorten the prompt or raise max_seq_len")
 
     def add(self, seq: Sequence) -> None:
         """Queue a new sequence; UserError for one that `check` refuses."""

@@ -11,6 +11,7 @@ from qwen_jax.engine.api.stats import stats_as_dict
 from qwen_jax.engine.core.engine_thread import EngineThread
 from qwen_jax.engine.core.weight_update import Golden, update_weights
 from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.frontend.input_processor import check_token_ids
 from qwen_jax.errors import UserError
 from qwen_jax.serving.engine_process.engine_metrics import EngineMetrics
 from qwen_jax.serving.engine_process.identity import AnswerIdentity
@@ -65,15 +66,15 @@ class EngineCalls:
         self._identity.send()
         return self._versions()
 
-    def _tokenize(self, prompt: str | list[int] | dict[str, Any]) -> list[int]:
+    def _tokenize(self, prompt: str | dict[str, Any], allow_special_tokens: bool = True) -> list[int]:
         if isinstance(prompt, dict):
-            prompt = self._engine.input_processor.conversation(prompt["messages"], prompt.get("tools"))
-        return self._engine.input_processor.tokens(prompt)
+            return self._engine.input_processor.conversation(prompt["messages"], prompt.get("tools"))
+        return self._engine.input_processor.tokens(prompt, allow_special_tokens)
 
     def _detokenize(self, tokens: list[int]) -> str:
         if self._engine.tokenizer is None:
             raise UserError("this engine has no tokenizer")
-        return self._engine.tokenizer.decode(self._engine.input_processor.tokens(tokens))
+        return self._engine.tokenizer.decode(check_token_ids(tokens, self._engine.input_processor.vocab_limit))
 
     def _update_weights(self, source: str, policy: str, golden: Golden | None) -> dict[str, Any]:
         engine, path = self._engine, self._find(source)

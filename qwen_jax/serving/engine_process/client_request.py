@@ -18,7 +18,16 @@ from qwen_jax.engine.frontend.request import Request
 from qwen_jax.errors import UserError
 from qwen_jax.serving.engine_process.calls import sentence_of
 from qwen_jax.serving.engine_process.engine_metrics import EngineMetrics
-from qwen_jax.serving.ipc.messages import FromEngine, Gauges, Piece, RequestOptions, Step, Submit, frame
+from qwen_jax.serving.ipc.messages import (
+    FromEngine,
+    Gauges,
+    Piece,
+    RequestOptions,
+    Step,
+    Submit,
+    TokenLogprob,
+    frame,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +116,7 @@ class ClientRequest:
                       weight_version=request.sequence.version, finish_reason=deltas[-1].finish_reason)
         if output.logprobs is not None:
             first = len(output.logprobs) - len(tokens)
-            piece.logprobs = [self._with_texts(logprobs, request.params.logprobs) for logprobs in
+            piece.logprobs = [self._token_logprobs(logprobs, request.params.logprobs) for logprobs in
                               output.logprobs[first:]]
         if piece.finish_reason:
             self._add_results(piece, output, request)
@@ -120,7 +129,7 @@ class ClientRequest:
         times = output.times
         piece.times = times.arrived, times.started, times.first_token, times.ended
         if output.error:
-            piece.error, piece.kind = output.error, "user" if request.grammar_failed else "fault"
+            piece.error, piece.kind = output.error, "refused" if output.refused else "fault"
         if output.finish_reason == "abort" and self._options.timeout is not None:
             piece.error, piece.kind = "the deadline has passed", "deadline"
         if request.score_from is not None:
@@ -130,17 +139,15 @@ class ClientRequest:
             vector = normalized(output.embedding) if self._options.normalize else output.embedding
             piece.vector = vector.astype("<f4").tobytes()
 
-    def _with_texts(self, logprobs: dict[int, float], count: int) -> tuple[str, float, list[tuple[str, float]]]:
-        """Return a token's text and log-probability, and the same of the ``count`` most likely tokens.
+    def _token_logprobs(self, logprobs: dict[int, float], count: int) -> list[TokenLogprob]:
+        """Return the log-probabilities of a token and, after it, of the ``count`` most likely tokens.
 
         ``logprobs`` maps token ids to log-probabilities; the token itself comes first.
         """
-        token, logprob = next(iter(logprobs.items()))
+        texts = self._engine.input_processor.token_texts
         most_likely = sorted(logprobs.items(), key=lambda item: -item[1])[:count]
-        return self._text_of(token), logprob, [(self._text_of(likely), value) for likely, value in most_likely]
-
-    def _text_of(self, token: int) -> str:
-        return self._engine.tokenizer.decode([token]) if self._engine.tokenizer else ""
+        return [TokenLogprob(token, texts.bytes_of(token) if texts else b"", logprob)
+                for token, logprob in [next(iter(logprobs.items())), *most_likely]]
 
 
 def requests_of(options: RequestOptions, engine: Engine) -> list[Request]:
@@ -148,6 +155,8 @@ def requests_of(options: RequestOptions, engine: Engine) -> list[Request]:
     processor, prompt = engine.input_processor, options.prompt
     if isinstance(prompt, dict):
         prompt = processor.conversation(prompt["messages"], prompt.get("tools"))
+    elif not options.allow_special_tokens:
+        prompt = processor.tokens(prompt, allow_special_tokens=False)
     deadline = None if options.timeout is None else options.arrived + options.timeout
     common = {"adapter": options.adapter, "priority": options.priority, "deadline": deadline,
               "streams": options.stream}

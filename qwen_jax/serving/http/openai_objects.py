@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
 from qwen_jax.serving.http.tool_calls import ToolCall, ToolCallStream
-from qwen_jax.serving.ipc.messages import Piece
+from qwen_jax.serving.ipc.messages import Piece, TokenLogprob
 
 VERSION = version("qwen-jax")
 
@@ -32,7 +32,7 @@ class Choice:
     index: int
     tools: ToolCallStream | None = None
     text: str = ""
-    logprobs: list[Any] = field(default_factory=list)
+    logprobs: list[list[TokenLogprob]] = field(default_factory=list)
     calls: list[ToolCall] = field(default_factory=list)
     finish_reason: str | None = None
     tokens: int = 0
@@ -50,7 +50,8 @@ class Choice:
         self.text += text
         self.calls += calls
         if piece.finish_reason:
-            self.finish_reason = "tool_calls" if self.calls else piece.finish_reason
+            called = self.calls and piece.finish_reason == "stop"  # an answer that was cut is not complete
+            self.finish_reason = "tool_calls" if called else piece.finish_reason
             self.tokens = piece.tokens
         return text, calls
 
@@ -163,14 +164,15 @@ class Reply:
                 "system_fingerprint": fingerprint(self.weight_version), "choices": choices}
 
     @staticmethod
-    def _chat_logprobs(logprobs) -> dict[str, Any]:
-        return {"content": [{**_logprob(text, value), "top_logprobs": [_logprob(*pair) for pair in top]}
-                            for text, value, top in logprobs], "refusal": None}
+    def _chat_logprobs(logprobs: Sequence[Sequence[TokenLogprob]]) -> dict[str, Any]:
+        return {"content": [{**_logprob(token), "top_logprobs": list(map(_logprob, top))}
+                            for token, *top in logprobs], "refusal": None}
 
     @staticmethod
-    def _completion_logprobs(logprobs) -> dict[str, Any]:
-        return {"tokens": [text for text, _, _ in logprobs], "token_logprobs": [value for _, value, _ in logprobs],
-                "top_logprobs": [dict(top) for _, _, top in logprobs], "text_offset": []}
+    def _completion_logprobs(logprobs: Sequence[Sequence[TokenLogprob]]) -> dict[str, Any]:
+        return {"tokens": [_name(token) for token, *_ in logprobs],
+                "token_logprobs": [token.logprob for token, *_ in logprobs],
+                "top_logprobs": [_by_name(top) for _, *top in logprobs], "text_offset": []}
 
 
 def fingerprint(weight_version: int) -> str:
@@ -178,8 +180,25 @@ def fingerprint(weight_version: int) -> str:
     return f"qwen-jax-{VERSION}-w{weight_version}"
 
 
-def _logprob(text: str, value: float) -> dict[str, Any]:
-    return {"token": text, "logprob": value, "bytes": list(text.encode("utf-8", "replace"))}
+def _logprob(token: TokenLogprob) -> dict[str, Any]:
+    return {"token": _name(token), "logprob": token.logprob, "bytes": list(token.utf8)}
+
+
+def _name(token: TokenLogprob) -> str:
+    """Return a token's text; for part of a character its bytes, as OpenAI writes them, and without a text its id."""
+    try:
+        return token.utf8.decode() or f"token_id:{token.id}"
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.utf8)
+
+
+def _by_name(tokens: Sequence[TokenLogprob]) -> dict[str, float]:
+    """Return the log-probabilities of different tokens by their names; by its id where a name occurs again."""
+    values: dict[str, float] = {}
+    for token in tokens:
+        name = _name(token)
+        values[f"token_id:{token.id}" if name in values else name] = token.logprob
+    return values
 
 
 def _call(call: ToolCall) -> dict[str, Any]:

@@ -125,6 +125,7 @@ class CompletionRequest(GenerationRequest):
     echo: StrictBool | None = None
     suffix: StrictStr | None = None
     best_of: StrictInt | None = None
+    allow_special_tokens: StrictBool = True
 
     def prompts(self) -> list[str | list[int]]:
         """Return the list of prompts. ApiError for an empty prompt, or for an option that is not supported."""
@@ -151,7 +152,7 @@ class CalledFunction(BaseModel):
         """Return the call for a chat template: its arguments as an object, since templates write JSON themselves."""
         try:
             arguments = json.loads(self.arguments or "{}")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ApiError(400, f"the arguments of the call of {self.name!r} are not JSON: {error}",
                            param="messages") from None
         return {"name": self.name, "arguments": arguments}
@@ -274,6 +275,7 @@ class PrefillRequest(Body):
     priority: Annotated[StrictInt, Field(ge=-2**30, le=2**30)] = 0
     timeout: Annotated[Number, Field(gt=0, le=86400)] | None = None
     stream: Literal[False] = False
+    allow_special_tokens: StrictBool = True
 
 
 class ScoreRequest(PrefillRequest):
@@ -318,6 +320,7 @@ class TokenizeRequest(Body):
     model: StrictStr | None = None
     prompt: StrictStr | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    allow_special_tokens: StrictBool = True
 
 
 class DetokenizeRequest(Body):

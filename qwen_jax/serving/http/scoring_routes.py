@@ -47,7 +47,7 @@ def scoring_routes(service: Service) -> APIRouter:
             return _run_prefills(service, body, request, response, prefills)
 
         service.check_open()
-        single = await lengths.are_single_tokens(body.labels)
+        single = await lengths.are_single_tokens(body.labels, body.allow_special_tokens)
         logprobs, ended = await _label_logprobs(run, body.inputs(), body.labels, single)
         data = [_classification(index, body.labels, values) for index, values in enumerate(logprobs)]
         return {"object": "list", "model": body.model, "labels": body.labels, "data": data, "usage": _usage(ended)}
@@ -70,15 +70,19 @@ class _LabelLengths:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._single: dict[str, bool] = {}
+        self._single: dict[tuple[str, bool], bool] = {}
 
-    async def are_single_tokens(self, labels: Sequence[str]) -> bool:
-        for label in labels:
-            if label not in self._single:
-                if len(self._single) >= MAX_KNOWN_LABELS:
-                    self._single.clear()
-                self._single[label] = len(await self._service.link.call("tokenize", label)) == 1
-        return all(self._single[label] for label in labels)
+    async def are_single_tokens(self, labels: Sequence[str], allow_special_tokens: bool) -> bool:
+        found = [await self._is_single(label, allow_special_tokens) for label in labels]
+        return all(found)
+
+    async def _is_single(self, *label: Any) -> bool:
+        if label not in self._single:
+            single = len(await self._service.link.call("tokenize", *label)) == 1
+            if len(self._single) >= MAX_KNOWN_LABELS:
+                self._single.clear()
+            self._single[label] = single
+        return self._single[label]
 
 
 async def _label_logprobs(run: RunPrefills, inputs: Sequence[str], labels: Sequence[str], single: bool,
@@ -95,9 +99,9 @@ async def _label_logprobs(run: RunPrefills, inputs: Sequence[str], labels: Seque
     if single:
         ended = await run([(prompt, {"params": TOP_TOKENS}) for prompt in inputs])
         for index, piece in enumerate(ended):
-            likely = dict(piece.logprobs[0][2])
-            if all(label in likely for label in labels):
-                logprobs[index] = [likely[label] for label in labels]
+            likely = {token.utf8: token.logprob for token in piece.logprobs[0]}
+            if all(label.encode() in likely for label in labels):
+                logprobs[index] = [likely[label.encode()] for label in labels]
     rest = [index for index in range(len(inputs)) if index not in logprobs]
     if rest:
         scored = await run([(inputs[index], {"continuation": label}) for index in rest for label in labels])

@@ -100,6 +100,7 @@ class Service:
           more: further fields of `RequestOptions`, such as ``continuation``.
         """
         options = {"adapter": self.adapter(body.model), "priority": body.priority, "timeout": body.timeout,
-                   "stream": bool(body.stream), "user": (body.model_extra or {}).get("user"), **more}
+                   "stream": bool(body.stream), "user": (body.model_extra or {}).get("user"),
+                   "allow_special_tokens": getattr(body, "allow_special_tokens", True), **more}
         return self.link.generate(RequestOptions(prompt=prompt, params=params, arrived=time.monotonic(), **options),
                                   params.get("n", 1))

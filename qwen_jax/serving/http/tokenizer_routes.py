@@ -24,7 +24,7 @@ def tokenizer_routes(service: Service) -> APIRouter:
             raise ApiError(400, "give either prompt or messages")
         prompt = body.prompt if body.messages is None else {
             "messages": [message.for_template() for message in body.messages]}
-        tokens = await service.link.call("tokenize", prompt)
+        tokens = await service.link.call("tokenize", prompt, body.allow_special_tokens)
         return {"count": len(tokens), "max_model_len": service.link.facts.max_seq_len, "tokens": tokens}
 
     @routes.post("/detokenize")

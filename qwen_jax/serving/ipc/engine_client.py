@@ -337,6 +337,8 @@ def _error_of(piece: Piece) -> ApiError:
     if piece.kind == "user":
         missing = "no adapter named" in piece.error
         return ApiError(404 if missing else 400, piece.error, "model_not_found" if missing else None)
+    if piece.kind == "refused":
+        return ApiError(400, piece.error)
     if piece.kind == "deadline":
         return ApiError(408, piece.error)
     return ApiError(500, piece.error)

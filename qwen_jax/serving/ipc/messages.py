@@ -33,6 +33,8 @@ class RequestOptions(msgspec.Struct, array_like=True, kw_only=True):
       normalize: whether the embedding gets length 1.
       user: the client's name for its user. It routes requests; the engine does not use it.
       on_trial: whether an engine with weights on trial is to answer. It routes requests; the engine does not use it.
+      allow_special_tokens: whether names of control tokens in a text become these tokens; else they are text. Those in
+        conversations always are.
     """
 
     prompt: str | list[int] | dict[str, Any]
@@ -47,6 +49,7 @@ class RequestOptions(msgspec.Struct, array_like=True, kw_only=True):
     normalize: bool = False
     user: Any = None
     on_trial: bool = False
+    allow_special_tokens: bool = True
 
 
 class Launch(msgspec.Struct, array_like=True, tag=True):
@@ -96,6 +99,14 @@ class Call(msgspec.Struct, array_like=True, tag=True):
     arguments: list[Any]
 
 
+class TokenLogprob(msgspec.Struct, array_like=True, frozen=True):
+    """Log-probability of a token, with its text in UTF-8, which may be part of a character."""
+
+    id: int
+    utf8: bytes
+    logprob: float
+
+
 class Piece(msgspec.Struct, array_like=True):
     """New part of one answer: the text and tokens that the engine has generated since the part before.
 
@@ -103,15 +114,16 @@ class Piece(msgspec.Struct, array_like=True):
       id: number of the request.
       index: which of the request's ``n`` answers.
       text, token_ids: new text and new tokens.
-      logprobs: for each new token its text, its log-probability, and the most likely tokens as pairs of these; None
-        where they were not asked for.
+      logprobs: for each new token its log-probability and, after it, those of the most likely tokens; None where they
+        were not asked for.
       weight_version: version of the weights that the request runs with.
       finish_reason: why the answer ended; None before. The fields below are set together with it.
       tokens, prompt_tokens: numbers of tokens of the whole answer and of the prompt.
       times: when the request arrived, its first step began, its first token was there and it ended, by
         ``time.monotonic`` of the engine's machine.
       error: what went wrong.
-      kind: whose mistake ``error`` is: "user" for the client's, "fault" for the engine's, "deadline" for a timeout.
+      kind: whose mistake ``error`` is: "user" for the client's, found before the request began, "refused" for the
+        client's, found later, "fault" for the engine's, "deadline" for a timeout.
       score: log-probabilities of the continuation's tokens; None unless a continuation was given.
       vector: embedding, as little-endian float32; None unless one was asked for.
     """
@@ -120,7 +132,7 @@ class Piece(msgspec.Struct, array_like=True):
     index: int
     text: str = ""
     token_ids: list[int] = []
-    logprobs: list[tuple[str, float, list[tuple[str, float]]]] | None = None
+    logprobs: list[list[TokenLogprob]] | None = None
     weight_version: int = 0
     finish_reason: str | None = None
     tokens: int = 0

@@ -44,6 +44,7 @@ BAD = [
     ("stop", ["a", ""]),
     ("stop", [1]),
     ("stop", ["x"] * 17),
+    ("stop", "x" * 1025),
     ("stop_token_ids", 3),
     ("stop_token_ids", "3"),
     ("stop_token_ids", [-1]),
@@ -78,8 +79,8 @@ def test_contradictions_are_refused():
 def test_limits_of_the_ranges_are_accepted():
     SamplingParams(
         temperature=0, top_p=1, top_k=-1, min_p=1, presence_penalty=-2, frequency_penalty=2, max_tokens=1, min_tokens=1,
-        logprobs=0, prompt_logprobs=20, seed=-(2**63), logit_bias=dict.fromkeys(range(300), -100), stop=["x"] * 16,
-        stop_token_ids=range(16),
+        logprobs=0, prompt_logprobs=20, seed=-(2**63), logit_bias=dict.fromkeys(range(300), -100),
+        stop=["x" * 1024] * 16, stop_token_ids=range(16),
     )  # fmt: skip
 
 

@@ -89,7 +89,8 @@ def test_a_large_prefill_divides_the_tokens_between_products(monkeypatch):
 def in_halves(monkeypatch, tensor) -> Engine:
     monkeypatch.setattr("qwen_jax.engine.weights.model_shard.SCATTER_FROM", 256)
     monkeypatch.setitem(OVERLAP_FROM, "cpu", 256)
-    return engine_of("7b", tp_size=tensor, limits=Limits(4, 256, ((1, 256),), (), (4,), decode_steps=4), warmup=False, **WHOLE)
+    return engine_of("7b", tp_size=tensor, limits=Limits(4, 256, ((1, 256),), (), (4,), decode_steps=4), warmup=False,
+                     **WHOLE)
 
 
 @pytest.mark.parametrize("tensor, share", [(4, 32), (3, None)])
@@ -195,8 +196,8 @@ def test_72b_on_eight_devices_takes_an_eighth_of_the_operations_on_each():
     config = replace(PRESETS["qwen2.5-72b"], num_layers=2)
     flops = []
     for tensor in (1, 8):
-        engine = Engine(_shapes(config), limits=limits, tp_size=tensor, dtype="bfloat16", warmup=False, **WHOLE, cache_dir=None,
-                        kv_cache_bytes=1 << 30, progress=False)
+        engine = Engine(_shapes(config), limits=limits, tp_size=tensor, dtype="bfloat16", warmup=False, cache_dir=None,
+                        kv_cache_bytes=1 << 30, progress=False, **WHOLE)
         compiled = [program(engine, phase).compile() for phase in ("prefill", "decode")]
         flops.append([executable.cost_analysis()["flops"] for executable in compiled])
     for whole, part in zip(*flops, strict=True):

@@ -21,6 +21,7 @@ from qwen_jax.serving.ipc.messages import (
     Result,
     Step,
     Submit,
+    TokenLogprob,
     Withdraw,
     decode_from_engine,
     decode_to_engine,
@@ -38,7 +39,7 @@ TO_ENGINE = [
     Abort(1), Withdraw(4, 8), Call(5, "update_weights", ["new", "restart", [["hello", [1, 2]]]])]
 FROM_ENGINE = [
     Ready(4096, 64, 3.5), Refused("max_seq_len is too large"), Failed("RuntimeError: the device is gone"),
-    Step([Piece(1, 0, "wo", [7, 8], [("w", -0.5, [("w", -0.5), ("v", -1.0)])] * 2),
+    Step([Piece(1, 0, "wo", [7, 8], [[TokenLogprob(7, b"w", -0.5)] * 2, [TokenLogprob(8, b"\xc3", -1.0)]]),
           Piece(2, 1, finish_reason="stop", tokens=3, prompt_tokens=9, times=(0.5, 1.5, None, 2.0), score=[-1.0])],
          Gauges(9, 2, 0, 3, 15)),
     Step([Piece(3, 0, error="no", kind="user", finish_reason="error", vector=b"1234")]),
