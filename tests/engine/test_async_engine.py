@@ -2,13 +2,16 @@
 import asyncio
 import time
 
+import numpy as np
 import pytest
 from test_engine_adapters import CONFIG, LIMITS, engine_of
 
 from qwen_jax import AsyncEngine, SamplingParams
+from qwen_jax.checkpoint.adapters import save_adapter
 from qwen_jax.engine.async_engine import EngineBusy, EngineDead
 from qwen_jax.errors import UserError
-from qwen_jax.model import init
+from qwen_jax.model import init, params_of
+from qwen_jax.model.lora import LoraConfig, init_adapter
 
 GREEDY = SamplingParams(max_tokens=20, temperature=0.0)
 LONG = SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True)
@@ -38,6 +41,28 @@ def check(inner):
         return result
 
     return run
+
+
+def test_operations_that_fail_leave_the_engine_running(inner, check, tmp_path):
+    lora, golden = LoraConfig(2, 4.0, ("q_proj",)), [(PROMPTS[1], [1, 2])]
+    save_adapter(init_adapter(CONFIG, lora), CONFIG, lora, tmp_path / "a")
+    settings = tmp_path / "a" / "adapter_config.json"
+    settings.write_text(settings.read_text().replace('["q_proj"]', "5").replace('"q_proj"', "5"))
+    params = params_of(init(CONFIG, 0, "float32"))
+    overflowing = {path: np.full(value.shape, 3e38, np.float32) if "norm" in path else value
+                   for path, value in params.items()}
+
+    async def work(engine):
+        with pytest.raises(UserError, match="targets must be of"):
+            await engine.load_adapter("a", tmp_path / "a")
+        for prompts in (golden, None):
+            with pytest.raises(UserError, match="fail on a golden prompt"):
+                await engine.update_weights(overflowing, golden=prompts)
+        with pytest.raises(UserError, match="expected"):
+            await engine.update_weights(dict(params), golden=golden)
+        return (await engine.generate(PROMPTS[0], GREEDY)).token_ids
+
+    assert check(work) == inner.generate(PROMPTS[0], GREEDY)[0].token_ids and inner.weights.versions == [0]
 
 
 def test_many_at_once_answer_as_one_after_the_other(inner, check):
