@@ -60,8 +60,8 @@ def canary_routes(service: Service, link: CanaryClient) -> APIRouter:
     """Return the routes under ``/admin/canary`` of the admin port, which begin, show and end a trial."""
     routes = APIRouter()
 
-    def note_weights(source: str) -> None:
-        service.note_weights(contents_of(source), service.weight_version + 1)
+    async def note_weights(source: str) -> None:
+        service.note_weights(await asyncio.to_thread(contents_of, source), service.weight_version + 1)
 
     link.on_promoted = note_weights
 

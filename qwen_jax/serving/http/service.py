@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import time
 from collections.abc import Callable
@@ -10,10 +11,12 @@ from typing import Any
 
 from fastapi import Request
 
-from qwen_jax.serving.http.protocol import Body
+from qwen_jax.serving.http.limits import Caller
+from qwen_jax.serving.http.protocol import EngineRequest
 from qwen_jax.serving.ipc.engine_client import Answer, EngineBackend
 from qwen_jax.serving.ipc.errors import ApiError
 from qwen_jax.serving.ipc.messages import RequestOptions
+from qwen_jax.serving.options import ServerOptions
 
 
 class Service:
@@ -22,11 +25,10 @@ class Service:
     Args:
       link: the engine, or several that act as one.
       path: the model that the server was started with: a folder, a hub id or ``bundled``.
-      model: the model's name for clients.
-      stall_seconds: time without a step of a busy engine, after which the server is unhealthy.
-      log_prompts: whether log lines have the prompts.
+      options: the server's options.
 
     Attributes:
+      model: the model's name for clients.
       draining: whether new requests are refused because the server is shutting down.
       adapters: names of loaded adapters, which clients may ask for as models, with the `contents_of` each.
       weights: `contents_of` the weights that new requests run with.
@@ -35,9 +37,8 @@ class Service:
         None while answers differ between clients, so that none may be cached.
     """
 
-    def __init__(self, link: EngineBackend, path: str, model: str, stall_seconds: float,
-                 log_prompts: bool = False) -> None:
-        self.link, self.model, self._stall_seconds, self._log_prompts = link, model, stall_seconds, log_prompts
+    def __init__(self, link: EngineBackend, path: str, options: ServerOptions) -> None:
+        self.link, self.options, self.model = link, options, options.name or path
         self.draining = False
         self.adapters: dict[str, str] = {}
         self.weights, self.weight_version = contents_of(path), 0
@@ -63,7 +64,7 @@ class Service:
         """Raise ApiError 503 when the engine has stopped, or has work but made no step for ``stall_seconds``."""
         if self.link.failure:
             raise ApiError(503, f"the engine has stopped: {self.link.failure}")
-        if self.link.silent_seconds() > self._stall_seconds:
+        if self.link.silent_seconds() > self.options.stall_seconds:
             raise ApiError(503, f"the engine has had work for {self.link.silent_seconds():.0f} s and made no step")
 
     @property
@@ -81,7 +82,7 @@ class Service:
 
     async def update_weights(self, source: str, *others: Any) -> dict[str, Any]:
         """Load other weights into the engine and switch to them; UserError when the engine refuses them."""
-        contents = contents_of(source)
+        contents = await asyncio.to_thread(contents_of, source)  # it may be a large tree
         versions = await self.link.call("update_weights", source, *others, patient=True)
         self.note_weights(contents, versions["version"])
         return versions
@@ -98,20 +99,30 @@ class Service:
 
     def note_prompt(self, request: Request, prompt: Any) -> None:
         """Add a prompt to the request's log line, if the server was started with ``--log-prompts``."""
-        if self._log_prompts:
+        if self.options.log_prompts:
             request.scope["details"]["prompt"] = prompt
 
-    def start(self, body: Body, prompt: Any, params: dict[str, Any], **more: Any) -> Answer:
+    def start(self, request: Request, body: EngineRequest, prompt: Any, params: dict[str, Any],
+              **more: Any) -> Answer:
         """Send a client's request to the engine; return its answers-to-be. ApiError when the engine does not take it.
 
         Args:
-          body: a `GenerationRequest` or a `PrefillRequest`.
+          body: body of the HTTP ``request``.
           prompt: a text, token ids, or a conversation: ``{"messages": [...], "tools": [...]}``.
           params: keywords of `SamplingParams`.
           more: further fields of `RequestOptions`, such as ``continuation``.
         """
+        caller: Caller = request.scope["caller"]
+        least = self.options.min_priority
+        if least is not None and body.priority < least and not caller.admin:
+            raise ApiError(403, f"priority must be at least {least} without an admin key, not {body.priority}",
+                           param="priority")
+        salt = body.cache_salt or ""
+        if self.options.salt_by_key:
+            salt = f"{hashlib.blake2b(caller.key, digest_size=16).hexdigest()}:{salt}"
         options = {"adapter": self.adapter(body.model), "priority": body.priority, "timeout": body.timeout,
-                   "stream": bool(body.stream), "user": (body.model_extra or {}).get("user"), **more}
+                   "stream": bool(body.stream), "user": (body.model_extra or {}).get("user"), "cache_salt": salt,
+                   **more}
         return self.link.generate(RequestOptions(prompt=prompt, params=params, arrived=time.monotonic(), **options),
                                   params.get("n", 1))
 
