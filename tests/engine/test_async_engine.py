@@ -1,5 +1,6 @@
 """The engine for asyncio: concurrency, cancellation, deadlines, back-pressure, and what failures do."""
 import asyncio
+import json
 import time
 
 import numpy as np
@@ -11,7 +12,7 @@ from qwen_jax.checkpoint.adapters import save_adapter
 from qwen_jax.engine.async_engine import EngineBusy, EngineDead
 from qwen_jax.errors import UserError
 from qwen_jax.model import init, params_of
-from qwen_jax.model.lora import LoraConfig, init_adapter
+from qwen_jax.model.lora import LoraConfig
 
 GREEDY = SamplingParams(max_tokens=20, temperature=0.0)
 LONG = SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True)
@@ -20,8 +21,13 @@ assert LIMITS.max_batch_size < len(PROMPTS)
 
 
 @pytest.fixture(scope="module")
-def inner():
-    return engine_of(init(CONFIG, 0, "float32"), max_adapters=1, max_adapter_rank=4)
+def model():
+    return init(CONFIG, 0, "float32")
+
+
+@pytest.fixture(scope="module")
+def inner(model):
+    return engine_of(model, max_adapters=1, max_adapter_rank=4)
 
 
 @pytest.fixture
@@ -43,17 +49,18 @@ def check(inner):
     return run
 
 
-def test_operations_that_fail_leave_the_engine_running(inner, check, tmp_path):
-    lora, golden = LoraConfig(2, 4.0, ("q_proj",)), [(PROMPTS[1], [1, 2])]
-    save_adapter(init_adapter(CONFIG, lora), CONFIG, lora, tmp_path / "a")
+def test_operations_that_fail_leave_the_engine_running(model, inner, check, tmp_path):
+    golden, layers = [(PROMPTS[1], [1, 2])], CONFIG.num_layers
+    adapter = {"q_proj.a": np.zeros((layers, 2, 32)), "q_proj.b": np.zeros((layers, 32, 2))}
+    save_adapter(adapter, CONFIG, LoraConfig(2, 4.0, ("q_proj",)), tmp_path / "a")
     settings = tmp_path / "a" / "adapter_config.json"
-    settings.write_text(settings.read_text().replace('["q_proj"]', "5").replace('"q_proj"', "5"))
-    params = params_of(init(CONFIG, 0, "float32"))
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "target_modules": 5}))
+    params = params_of(model)
     overflowing = {path: np.full(value.shape, 3e38, np.float32) if "norm" in path else value
                    for path, value in params.items()}
 
     async def work(engine):
-        with pytest.raises(UserError, match="targets must be of"):
+        with pytest.raises(UserError, match="target_modules must be"):
             await engine.load_adapter("a", tmp_path / "a")
         for prompts in (golden, None):
             with pytest.raises(UserError, match="fail on a golden prompt"):
