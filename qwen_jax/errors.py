@@ -10,6 +10,10 @@ class UserError(ValueError):
     """
 
 
+class UnknownAdapter(UserError):
+    """A request for a LoRA adapter that is not loaded."""
+
+
 def check_positive_integer(name: str, value: object) -> None:
     """Raise UserError unless ``value``, which the message calls ``name``, is an integer of at least 1."""
     try:

@@ -109,7 +109,8 @@ class Server:
         self.url, self.log, self._key = f"http://127.0.0.1:{self.port}", work / "server.log", secrets.token_hex(16)
         command = [sys.executable, "-m", "qwen_jax.cli", "serve", "bundled", "--fraud", "--port", str(self.port),
                    "--max-seq-len", "256", "--max-batch-size", "32", "--max-adapters", "1", "--max-requests", "4096",
-                   "--kv-cache-bytes", str(512 << 20), "--admin-port", str(self.admin_port)]
+                   "--kv-cache-bytes", str(512 << 20), "--admin-port", str(self.admin_port),
+                   "--adapter-dir", str(work)]
         environment = {**os.environ, "QWEN_JAX_ADMIN_KEYS": self._key}
         self._process = subprocess.Popen(command, env=environment, stdout=self.log.open("w"), stderr=subprocess.STDOUT)
 

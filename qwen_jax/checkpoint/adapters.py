@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+import regex
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -34,6 +35,8 @@ _ABSENT = (None, False, "none", "", [], {})
 # Initial values that leave the base model as it is. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) take a part out of
 # its weights, so that the adapter fits the rest alone.
 _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+_MAX_SIZE = 1 << 24  # of r and lora_alpha
+_PATTERN_SECONDS = 0.2  # for matching a pattern of target_modules, which may take exponential time
 
 
 def save_adapter(adapter: Mapping[str, jax.Array], config: ModelConfig, lora: LoraConfig, dst: str | Path,
@@ -67,8 +70,12 @@ def load_adapter(folder: str | Path, config: ModelConfig) -> tuple[LoraConfig, d
     adapter of another architecture, and for missing, unexpected, misshapen or non-finite tensors.
     """
     folder = Path(folder)
-    if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder} is not a PEFT adapter: it has no {CONFIG}")
+    try:
+        missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]  # a pipe would be waited for
+    except OSError as error:
+        raise UserError(f"the folder of an adapter cannot be read: {error.strerror}: {str(folder):.80}") from None
+    if missing:
+        raise UserError(f"{folder} is not a PEFT adapter: it has no {missing[0]}")
     lora = _parse(read_json(folder / CONFIG), folder)
     sizes, rank, layers = target_sizes(config), lora.rank, config.num_layers
     expected = {_peft_name(layer, target, factor): (rank, sizes[target][0]) if factor == "a" else
@@ -106,17 +113,30 @@ def _parse(settings: Mapping, folder: Path) -> LoraConfig:
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
     if not isinstance(rank, int) or not isinstance(alpha, int | float):
         raise UserError(f"{folder / CONFIG}: r and lora_alpha must be numbers, not {rank!r} and {alpha!r}")
-    if settings.get("use_rslora"):
+    if max(rank, alpha) > _MAX_SIZE:
+        raise UserError(f"{folder / CONFIG}: r and lora_alpha must be at most {_MAX_SIZE}, not {rank!r:.40} and "
+                        f"{alpha!r:.40}")
+    if settings.get("use_rslora") and rank > 0:
         alpha = alpha * math.sqrt(rank)
-    modules = settings.get("target_modules")
-    if modules == "all-linear":
-        modules = list(TARGETS)
-    if isinstance(modules, str):  # PEFT reads a string as a pattern for whole module names
-        modules = [target for target in TARGETS
-                   if re.fullmatch(modules, f"model.layers.0.{_MODULES[target]}.{target}")]
-    names = [str(name).rsplit(".", 1)[-1] for name in modules or ()]
+    names = [str(name).rsplit(".", 1)[-1] for name in _modules(settings.get("target_modules"), folder)]
     return LoraConfig(rank, float(alpha), tuple(target for target in TARGETS if target in names) +
                       tuple(name for name in names if name not in TARGETS))
+
+
+def _modules(given: Any, folder: Path) -> list[Any]:
+    """Return the names of modules that ``target_modules`` in PEFT's settings stands for: a list, or a pattern."""
+    if given == "all-linear":
+        return list(TARGETS)
+    if not isinstance(given, str | list):
+        raise UserError(f"{folder / CONFIG}: target_modules must be a list of names or a pattern, not {given!r:.40}")
+    if isinstance(given, list):
+        return given
+    try:  # PEFT reads a string as a pattern for whole module names
+        return [target for target in TARGETS
+                if regex.fullmatch(given, f"model.layers.0.{_MODULES[target]}.{target}", timeout=_PATTERN_SECONDS)]
+    except (regex.error, TimeoutError, RecursionError, MemoryError, OverflowError) as error:
+        raise UserError(f"{folder / CONFIG}: target_modules must be a pattern that can be matched, not {given!r:.40}: "
+                        f"{error}") from None
 
 
 def _check(expected: Mapping[str, tuple], found: Mapping[str, tuple], folder: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -18,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 from qwen_jax.cluster.canary.client import CanaryClient
 from qwen_jax.evaluation.fraud.accounts import CATEGORIES, DAYS, PATTERNS
 from qwen_jax.evaluation.fraud.request import evidence_of, prompt_of
-from qwen_jax.serving.http.protocol import Body, Number
+from qwen_jax.serving.http.protocol import EngineRequest
 from qwen_jax.serving.http.service import Service
 from qwen_jax.serving.http.streaming import gone, note, unless
 from qwen_jax.serving.ipc.engine_client import Answer, pieces
@@ -105,19 +106,15 @@ class NewPayment(_Section):
     category: Annotated[Name, Field(description=f"such as {', '.join(CATEGORIES[:3])}")]
 
 
-class ScreeningRequest(Body):
+class ScreeningRequest(EngineRequest):
     """Fields common to the requests for fraud screening.
 
     Attributes:
       model: the server's model, which is the default, or a loaded adapter.
-      priority: place in the queue, the smallest first.
-      timeout: deadline in seconds.
       stream: must be false.
     """
 
     model: StrictStr | None = None
-    priority: Annotated[StrictInt, Field(ge=-2**30, le=2**30)] = 0
-    timeout: Annotated[Number, Field(gt=0, le=86400)] | None = None
     stream: Literal[False] = False
 
 
@@ -177,7 +174,8 @@ def fraud_routes(service: Service, link: CanaryClient) -> APIRouter:
         watching = asyncio.ensure_future(gone(request.receive))
         try:
             verdicts = await unless(watching, asyncio.gather(*(
-                _verdict(service, link, body, named or screening["account"]["number"], screening)
+                _verdict(service, link, body, screening, request=request,
+                         user=named or screening["account"]["number"])
                 for screening in screenings)))
         finally:
             watching.cancel()
@@ -188,31 +186,31 @@ def fraud_routes(service: Service, link: CanaryClient) -> APIRouter:
     return routes
 
 
-async def _verdict(service: Service, link: CanaryClient, body: ScreeningRequest, user: str,
-                   screening: dict[str, Any]) -> dict[str, Any]:
+async def _verdict(service: Service, link: CanaryClient, body: ScreeningRequest, screening: dict[str, Any], *,
+                   request: Request, user: str) -> dict[str, Any]:
     """Return the verdict on a payment: the decision, the probability of fraud and, for a fraud, the reason.
 
     Args:
-      user: user whose requests all get the same version while a trial runs.
       screening: the account and the payment.
+      user: user whose requests all get the same version while a trial runs.
     """
-    prompt = prompt_of(screening)
+    prompt, start = prompt_of(screening), partial(service.start, request, body)
     # No await between this line and the start of the request: a trial must decide the same for both.
     adapter = service.adapter(body.model) or link.adapter_for(user) or None
-    piece = await _only_piece(service, service.start(body, prompt, ONE_TOKEN, user=user))
+    piece = await _only_piece(service, start(prompt, ONE_TOKEN, user=user))
     # Later requests get the same version even if the trial ends.
     same_version = {"user": user, **({"adapter": adapter} if adapter else {})}
     logprobs = {token.utf8.decode(errors="replace"): token.logprob for token in piece.logprobs[0]}
     if not {FRAUD, LEGIT} <= logprobs.keys():
         logprobs = {}
         for label in (FRAUD, LEGIT):
-            answer = service.start(body, prompt, {}, continuation=label, **same_version)
+            answer = start(prompt, {}, continuation=label, **same_version)
             logprobs[label] = sum((await _only_piece(service, answer)).score)
     probability = 1 / (1 + math.exp(min(logprobs[LEGIT] - logprobs[FRAUD], 700)))
     verdict = {"decision": FRAUD if probability >= 0.5 else LEGIT, "probability": probability,
                "model": service.model, "adapter": adapter, "weight_version": piece.weight_version}
     if verdict["decision"] == FRAUD:
-        answer = service.start(body, prompt + CODE_PREFIX, ONE_TOKEN, **same_version)
+        answer = start(prompt + CODE_PREFIX, ONE_TOKEN, **same_version)
         verdict["reason"] = _reason(screening, "R0" + (await _only_piece(service, answer)).text)
     return verdict
 

@@ -60,7 +60,8 @@ class EngineOptions(Options):
         return {**msgspec.structs.asdict(self), "progress": progress}
 
 
-MaxRequests = Annotated[int, option("requests open at once; more are answered with 429", "N", ge=1)]
+MaxRequests = Annotated[int, option(
+    "answers open at once, each of a prompt's n counted; requests for more are answered with 429", "N", ge=1)]
 
 
 # Options of a server that decide whether, when and where a request is answered, but not what the answer says.
@@ -87,12 +88,22 @@ class ServerOptions(Options):
         "seconds that open requests have to end after SIGTERM", "S", ge=0)] = 300.0
     api_keys: Annotated[str, option(
         "file of API keys, one per line (default: those in QWEN_JAX_API_KEYS)", "FILE")] | None = None
+    salt_by_key: Annotated[bool, option(
+        "a prefix cache for each API key, so that its timing tells nothing about the prompts of other keys")] = False
+    min_priority: Annotated[int, option(
+        "lowest priority of requests without an admin key; waiting requests with the lowest one run first (default: "
+        "any)", "N")] | None = None
+    adapter_dir: Annotated[str, option(
+        "folder with LoRA adapters, the only one that they are loaded from (default: none)", "FOLDER")] | None = None
+    public_adapters: Annotated[bool, option(
+        "LoRA adapters may be loaded and unloaded without an admin key")] = False
     admin_port: Annotated[int, option(
         "port for updates of the weights and for trials (default: none)", "P", ge=1, le=65535)] | None = None
     admin_host: Annotated[str, option(
         "address of the admin port", "H")] = "127.0.0.1"
     admin_keys: Annotated[str, option(
-        "file of keys for the admin port (default: those in QWEN_JAX_ADMIN_KEYS)", "FILE")] | None = None
+        "file of keys for the admin port and for adapters (default: those in QWEN_JAX_ADMIN_KEYS)",
+        "FILE")] | None = None
     share_weights: Annotated[bool, option(
         "shared memory for converted checkpoints, decoded once for all servers of a machine")] = False
     log_format: Annotated[Literal["text", "json"], option(

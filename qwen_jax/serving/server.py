@@ -17,7 +17,8 @@ from fastapi import FastAPI
 from qwen_jax.errors import UserError
 from qwen_jax.serving.http.admin_routes import create_admin_app
 from qwen_jax.serving.http.app import Extension, create_app
-from qwen_jax.serving.http.limits import MAX_HEADER_BYTES, read_keys
+from qwen_jax.serving.http.connection import Connection
+from qwen_jax.serving.http.limits import Keys, read_keys
 from qwen_jax.serving.http.request_log import log_access
 from qwen_jax.serving.http.service import Service
 from qwen_jax.serving.http.tracing import tracer
@@ -72,7 +73,7 @@ class _DrainingServer(uvicorn.Server):
 
 def _config(app: FastAPI, host: str, port: int) -> uvicorn.Config:
     return uvicorn.Config(app, host, port, log_level="warning", access_log=False, timeout_graceful_shutdown=5,
-                          lifespan="off", h11_max_incomplete_event_size=2 * MAX_HEADER_BYTES)
+                          lifespan="off", http=Connection)
 
 
 def assemble(link: EngineBackend, model: str, options: ServerOptions, extend: Extend | None = None) -> Applications:
@@ -84,17 +85,17 @@ def assemble(link: EngineBackend, model: str, options: ServerOptions, extend: Ex
     Raises:
       UserError: a file of keys that cannot be read, an admin port without keys, or traces without their packages.
     """
-    keys = read_keys(options.api_keys, "QWEN_JAX_API_KEYS")
-    admin_keys = read_keys(options.admin_keys, "QWEN_JAX_ADMIN_KEYS")
-    if options.admin_port is not None and not admin_keys:
+    keys = Keys(read_keys(options.api_keys, "QWEN_JAX_API_KEYS"),
+                read_keys(options.admin_keys, "QWEN_JAX_ADMIN_KEYS"))
+    if options.admin_port is not None and not keys.admins:
         raise UserError("an admin port needs keys: --admin-keys FILE, or QWEN_JAX_ADMIN_KEYS")
     observers = [log_access, *([tracer(options.otlp_endpoint)] if options.otlp_endpoint else [])]
-    service = Service(link, options.name or model, options.stall_seconds, options.log_prompts)
+    service = Service(link, model, options)
     extension = extend(service) if extend else Extension()
     public = create_app(service, observers, keys, options.max_body_bytes, extension)
     if options.admin_port is None:
         return Applications(service, public, None)
-    return Applications(service, public, create_admin_app(service, observers, admin_keys, extension.admin))
+    return Applications(service, public, create_admin_app(service, observers, keys.admins, extension.admin))
 
 
 @asynccontextmanager

@@ -153,7 +153,7 @@ def main() -> int:
         model = model_with_tools(Path(root) / "model")
         options = ["--max-seq-len", "1024", "--max-batch-size", "8", "--dtype", "float32", "--max-adapters", "2",
                    "--kv-cache-bytes", str(32 * PAGE_BYTES), "--served-model-name", "bundled", "--admin-port",
-                   str(admin_port), "--admin-keys", str(keys)]
+                   str(admin_port), "--admin-keys", str(keys), "--public-adapters", "--adapter-dir", root]
         server = Live(*options, model=str(model), quick=False)
         try:
             return asyncio.run(soak(server, admin_port, adapter, args))

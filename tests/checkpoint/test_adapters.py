@@ -1,6 +1,7 @@
 """LoRA adapters compared with peft: peft loads ours, we load peft's, and the logits agree."""
 import dataclasses
 import json
+import os
 
 import jax.numpy as jnp
 import numpy as np
@@ -195,6 +196,14 @@ NAME = "base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"
     ({"settings": {"r": 0}}, "rank of an adapter must be a positive integer, not 0"),
     ({"settings": {"r": 8}}, r"does not fit this model: it has .* as \[4, 32\], should be \[8, 32\]"),
     ({"settings": {"lora_alpha": "x"}}, "r and lora_alpha must be numbers"),
+    ({"settings": {"lora_alpha": 1e300}}, "r and lora_alpha must be at most 16777216, not 4 and 1e.300"),
+    ({"settings": {"lora_alpha": float("inf")}}, "r and lora_alpha must be at most"),
+    ({"settings": {"lora_alpha": float("nan")}}, "alpha of an adapter must be a positive number"),
+    ({"settings": {"r": 10**400}}, "r and lora_alpha must be at most"),
+    ({"settings": {"r": -4, "use_rslora": True}}, "rank of an adapter must be a positive integer, not -4"),
+    ({"settings": {"target_modules": 5}}, "target_modules must be a list of names or a pattern, not 5"),
+    ({"settings": {"target_modules": "[("}}, "target_modules must be a pattern that can be matched, not '"),
+    ({"settings": {"target_modules": r"(\w|\.|[a-z])+\d\d"}}, "a pattern that can be matched, not .*timed out"),
     ({"tensors": {NAME: None}}, f"lacks {NAME}"),
     ({"tensors": {"extra": np.zeros(1, np.float32)}}, "has an unexpected extra"),
     ({"tensors": {NAME: np.zeros((4, 47), np.float32)}}, r"as \[4, 47\], should be \[4, 48\]"),
@@ -209,6 +218,20 @@ def test_an_adapter_of_another_architecture_is_refused(tmp_path):
     other = ModelConfig(**{**vars(CONFIG), "num_layers": 3})
     with pytest.raises(UserError, match="lacks base_model.model.model.layers.2"):
         load_adapter(broken(tmp_path / "a"), other)
+
+
+def test_a_file_that_is_no_settings_or_no_file_is_refused(tmp_path):
+    folder = broken(tmp_path / "a")
+    for text in (b"\xff", b"[" * 100_000, b"[]"):
+        (folder / "adapter_config.json").write_bytes(text)
+        with pytest.raises(UserError, match="is not"):
+            load_adapter(folder, CONFIG)
+    (folder / "adapter_config.json").unlink()
+    os.mkfifo(folder / "adapter_config.json")  # who reads a pipe waits for ever
+    with pytest.raises(UserError, match="it has no adapter_config.json"):
+        load_adapter(folder, CONFIG)
+    with pytest.raises(UserError, match="cannot be read: File name too long"):
+        load_adapter("x" * 5000, CONFIG)
 
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path):

@@ -9,6 +9,7 @@ import time
 
 import redis
 
+os.environ.setdefault("QWEN_JAX_CACHE_SECRET", "known to all tests")
 INSTALLED = shutil.which("redis-server") is not None
 
 

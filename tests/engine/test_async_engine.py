@@ -1,14 +1,18 @@
 """The engine for asyncio: concurrency, cancellation, deadlines, back-pressure, and what failures do."""
 import asyncio
+import json
 import time
 
+import numpy as np
 import pytest
 from test_engine_adapters import CONFIG, LIMITS, engine_of
 
 from qwen_jax import AsyncEngine, SamplingParams
+from qwen_jax.checkpoint.adapters import save_adapter
 from qwen_jax.engine.async_engine import EngineBusy, EngineDead
 from qwen_jax.errors import UserError
-from qwen_jax.model import init
+from qwen_jax.model import init, params_of
+from qwen_jax.model.lora import LoraConfig
 
 GREEDY = SamplingParams(max_tokens=20, temperature=0.0)
 LONG = SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True)
@@ -17,8 +21,13 @@ assert LIMITS.max_batch_size < len(PROMPTS)
 
 
 @pytest.fixture(scope="module")
-def inner():
-    return engine_of(init(CONFIG, 0, "float32"), max_adapters=1, max_adapter_rank=4)
+def model():
+    return init(CONFIG, 0, "float32")
+
+
+@pytest.fixture(scope="module")
+def inner(model):
+    return engine_of(model, max_adapters=1, max_adapter_rank=4)
 
 
 @pytest.fixture
@@ -38,6 +47,29 @@ def check(inner):
         return result
 
     return run
+
+
+def test_operations_that_fail_leave_the_engine_running(model, inner, check, tmp_path):
+    golden, layers = [(PROMPTS[1], [1, 2])], CONFIG.num_layers
+    adapter = {"q_proj.a": np.zeros((layers, 2, 32)), "q_proj.b": np.zeros((layers, 32, 2))}
+    save_adapter(adapter, CONFIG, LoraConfig(2, 4.0, ("q_proj",)), tmp_path / "a")
+    settings = tmp_path / "a" / "adapter_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "target_modules": 5}))
+    params = params_of(model)
+    overflowing = {path: np.full(value.shape, 3e38, np.float32) if "norm" in path else value
+                   for path, value in params.items()}
+
+    async def work(engine):
+        with pytest.raises(UserError, match="target_modules must be"):
+            await engine.load_adapter("a", tmp_path / "a")
+        for prompts in (golden, None):
+            with pytest.raises(UserError, match="fail on a golden prompt"):
+                await engine.update_weights(overflowing, golden=prompts)
+        with pytest.raises(UserError, match="expected"):
+            await engine.update_weights(dict(params), golden=golden)
+        return (await engine.generate(PROMPTS[0], GREEDY)).token_ids
+
+    assert check(work) == inner.generate(PROMPTS[0], GREEDY)[0].token_ids and inner.weights.versions == [0]
 
 
 def test_many_at_once_answer_as_one_after_the_other(inner, check):

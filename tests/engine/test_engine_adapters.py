@@ -120,6 +120,30 @@ def test_what_is_refused(engine, folders):
         engine.unload_adapter("b")
 
 
+def test_an_adapter_that_cannot_be_sent_to_the_devices_is_not_loaded(engine, folders, expected, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("qwen_jax.engine.weights.lora_table.put", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.load_adapter("a", folders / "a")
+    assert engine.adapters.names == []
+    engine.load_adapter("b", folders / "b")
+    engine.load_adapter("a", folders / "a")  # there is room for both
+    assert texts(engine.generate(PROMPTS, GREEDY, adapter="a")) == texts(expected["a"])
+    engine.unload_adapter("a")
+    engine.unload_adapter("b")
+
+
+def test_only_requests_with_the_same_salt_share_pages(engine):
+    prompt, params = [(3 * place) % 320 for place in range(130)], SamplingParams(max_tokens=1)
+
+    def hits(salt):
+        before = engine.stats().prefix_hits
+        engine.core.complete(engine.input_processor.requests(prompt, params, cache_salt=salt))
+        return engine.stats().prefix_hits - before
+
+    assert [hits(salt) for salt in ("a", "a", "b", "", "b", "")] == [0, 2, 0, 0, 2, 2]
+
+
 def test_settings_that_are_refused(folders):
     with pytest.raises(UserError, match="max_adapters must be an integer of at least 0, not -1"):
         engine_of(init(CONFIG), max_adapters=-1, warmup=False)

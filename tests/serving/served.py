@@ -1,6 +1,7 @@
 """What live servers of the tests serve, and with what limits."""
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 from qwen_jax.checkpoint.source import SHIPPED
@@ -9,7 +10,7 @@ PAGE_BYTES = 262_144  # of the bundled model in float32
 # One page less than a sequence may have, so that a request can be larger than the whole cache.
 SIZES = ("--max-seq-len", "1024", "--max-batch-size", "8", "--max-requests", "16", "--dtype", "float32",
          "--max-adapters", "2", "--kv-cache-bytes", str(15 * PAGE_BYTES), "--served-model-name", "bundled",
-         "--response-cache-mb", "0")
+         "--public-adapters", "--adapter-dir", tempfile.gettempdir(), "--response-cache-mb", "0")
 # Tools as Qwen2.5's own template has them; without any, it says what the bundled one says.
 TEMPLATE = """\
 {%- if tools %}{{ '<|im_start|>system\\n# Tools\\n<tools>' }}

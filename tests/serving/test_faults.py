@@ -1,4 +1,5 @@
 """Mistakes of clients, and faults in the processes of live servers."""
+import asyncio
 import json
 import signal
 import socket
@@ -7,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import aiohttp
 import httpx
 import pytest
 from faulty_worker import DEVICE, FREEZE, TEXT
@@ -135,6 +137,67 @@ def test_bodies_and_headers_that_are_too_large(server):
             yield b"x" * (1 << 16)
     assert server.http.post("/v1/completions", content=parts()).status_code == 413  # without a length beforehand
     assert server.post("/v1/completions", OK, headers={"X-Large": "x" * 20000}).status_code == 431
+    assert server.http.get("/v1/models?" + "x" * 20000).status_code == 431
+
+
+@pytest.mark.parametrize("begin, part", [
+    ("GET /health HTTP/1.1\r\nhost: x\r\nx-large: ", "x" * 65536),
+    ("GET /health HTTP/1.1\r\nhost: x\r\n", "x-many: y\r\n" * 5000),
+    ("GET /health?", "x" * 65536),
+    ("POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n",
+     "x-trailer: y\r\n" * 5000),
+    ("POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n2;x=", "x" * 65536)],
+    ids=["header", "headers", "address", "trailers", "extension"])
+def test_a_request_without_an_end_is_refused(server, begin, part):
+    sent = 0
+    with socket.create_connection(("127.0.0.1", server.port), 10) as client:
+        client.sendall(begin.encode())
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            while sent < 64 << 20:
+                client.sendall(part.encode())
+                sent += len(part)
+        if "chunked" not in begin:
+            assert client.recv(1000).startswith(b"HTTP/1.1 431 ")
+
+
+def test_answers_are_counted_and_inputs_wait_for_room(server):
+    many = server.post("/v1/completions", {**OK, "prompt": ["hello"] * 5, "n": 4, "temperature": 1})
+    assert many.status_code == 400 and "--max-requests" in many.text
+    embedded = server.post("/v1/embeddings", {"model": "bundled", "input": ["hello"] * 40})
+    assert embedded.status_code == 200 and len(embedded.json()["data"]) == 40
+
+
+def test_scrapers_without_a_pause_hold_up_no_answer(server):
+    async def load():
+        async with aiohttp.ClientSession(server.url, connector=aiohttp.TCPConnector(limit=0)) as http:
+            async def scrape(path):
+                while True:
+                    async with http.get(path) as answer:
+                        await answer.read()
+
+            scrapers = [asyncio.create_task(scrape(path)) for path in ["/metrics"] * 40 + ["/stats", "/ready"] * 5]
+            await asyncio.sleep(0.3)
+            began = time.monotonic()
+            async with http.post("/v1/completions", json={**LONG, "max_tokens": 40}) as answer:
+                status = answer.status
+                await answer.read()
+            seconds = time.monotonic() - began
+            for scraper in scrapers:
+                scraper.cancel()
+            return status, seconds
+
+    status, seconds = asyncio.run(load())
+    assert status == 200 and seconds < 2
+
+
+def test_a_salt_separates_the_prefix_cache(server):
+    def hits(salt):
+        before = server.wait_until_free()["prefix_hits"]
+        ask = {**OK, "prompt": [(3 * place) % 500 + 5 for place in range(130)], "max_tokens": 1, "cache_salt": salt}
+        assert server.post("/v1/completions", ask).status_code == 200
+        return server.wait_until_free()["prefix_hits"] - before
+
+    assert [hits(salt) for salt in ("first", "first", "second", "second")] == [0, 2, 0, 2]
 
 
 def test_a_client_that_leaves_frees_its_pages(server):
@@ -218,8 +281,21 @@ def test_adapters_loaded_and_unloaded_while_they_are_used(server, tmp_path):
 def test_adapters_that_cannot_be_loaded(server, tmp_path):
     load = lambda **body: server.post("/v1/load_lora_adapter", body)  # noqa: E731
     assert load(lora_name="a", lora_path=str(tmp_path)).status_code == 400
+    for path in ("/usr", "/tmp/../usr", "x" * 5000, "a\0b"):
+        began = time.monotonic()
+        assert load(lora_name="a", lora_path=path).status_code == 400 and time.monotonic() - began < 1
     assert load(lora_name="a").status_code == 400 and load(lora_name="bundled", lora_path="x").status_code == 400
     assert server.post("/v1/unload_lora_adapter", {"lora_name": "a"}).status_code == 404
+
+
+@pytest.mark.parametrize("change", [{"target_modules": 5}, {"target_modules": "[("}, {"lora_alpha": float("inf")},
+                                    {"lora_alpha": 10**400}, {"r": -4}, {"r": -4, "use_rslora": True}])
+def test_settings_of_an_adapter_that_cannot_be(server, tmp_path, change):
+    save_random_adapter(tmp_path / "a")
+    settings = tmp_path / "a" / "adapter_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), **change}))
+    answer = server.post("/v1/load_lora_adapter", {"lora_name": "a", "lora_path": str(tmp_path / "a")})
+    assert answer.status_code == 400 and " must be " in answer.json()["error"]["message"]
 
 
 # --- processes of their own

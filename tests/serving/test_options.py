@@ -61,7 +61,7 @@ def test_options_get_to_the_engine_and_to_the_routes(tmp_path):
     assert launch.options == msgspec.structs.asdict(engine) | {"progress": False}
     applications = assemble(link, "bundled", options)
     assert applications.admin is None and applications.service.model == "shown"
-    assert applications.service._log_prompts and link._max_requests == 3
+    assert applications.service.options is options and link.open_answers.limit == 3
     with pytest.raises(UserError, match="an admin port needs keys"):
         assemble(link, "bundled", ServerOptions(admin_port=1))
     keys = tmp_path / "keys"

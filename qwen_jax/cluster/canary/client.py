@@ -24,6 +24,7 @@ from qwen_jax.serving.ipc.errors import ApiError
 from qwen_jax.serving.ipc.messages import Piece, RequestOptions
 
 logger = logging.getLogger(__name__)
+MISSING = "the adapter is not loaded any more"
 
 
 class CanaryClient:
@@ -106,7 +107,7 @@ class CanaryClient:
             if self.canary is None or self.canary.name != self._update[0]:
                 raise ApiError(409, f"{self._update[0]} is being loaded for a trial: end that once it has begun")
             if self.canary.state == RUNNING:
-                self.canary.state, self.canary.why = TAKEN_BACK, "it was ended"
+                self.canary.take_back("it was ended")
                 self._end_weights_trial()
             await self._ending
         self.canary = None
@@ -119,7 +120,7 @@ class CanaryClient:
         if not self.is_adapter and canary.state != RUNNING:  # all engines have the same weights, or will have soon
             return self._link.generate(options, answers)
         if not self.is_adapter and not any(replica.on_trial for replica in self._link.replicas):
-            canary.state, canary.why = TAKEN_BACK, "the engine that had it has ended"
+            canary.take_back("the engine that had it has ended")
             self._on_verdict(canary)
             return self._link.generate(options, answers)
         if not canary.gets(options.user or repr(options.prompt)):
@@ -130,7 +131,22 @@ class CanaryClient:
         answer = self._link.generate(replace(options, **version), answers)
         if canary.state == RUNNING:
             self._compare(canary, answer, options, answers)
+        else:
+            _AnswerWatcher(answer, options, lambda new: new.missing and self._adapter_missing(canary))
         return answer
+
+    async def call(self, name: str, *arguments: Any, patient: bool = False) -> Any:
+        """Call a function of the engines. A trial, or a promotion, of an adapter ends before that is unloaded."""
+        canary = self.canary
+        if name == "unload_adapter" and self.is_adapter and canary and canary.weight and canary.name == arguments[0]:
+            self._adapter_missing(canary)
+        return await self._link.call(name, *arguments, patient=patient)
+
+    def _adapter_missing(self, canary: Canary) -> None:
+        """Give all requests to the base model again, because the adapter of a trial or promotion is not loaded."""
+        if canary is self.canary and canary.weight:
+            canary.take_back(MISSING)
+            self._on_verdict(canary)
 
     def _compare(self, canary: Canary, answer: Answer, options: RequestOptions, answers: int) -> None:
         """Record an answer of the new version, and for a share of the requests also ask the old version to compare."""
@@ -163,6 +179,8 @@ class CanaryClient:
         if new.void:
             return
         canary.new_answered(new.seconds, new.failed, new.tokens != old.tokens if comparable else None)
+        if new.missing and canary.state == RUNNING:
+            canary.take_back(MISSING)
         if canary.state != RUNNING and canary is self.canary:
             self._on_verdict(canary)
 
@@ -196,7 +214,8 @@ class _AnswerWatcher:
     Attributes:
       deterministic: true if the same version always answers with the same tokens.
       tokens: token ids of each answer, by its index.
-      failed: true if the engine is to blame for an error.
+      missing: true if the adapter was not loaded.
+      failed: true if the engine is to blame for an error, or the adapter was not loaded.
       void: true if the client or its deadline ended the request, which tells nothing about a version.
       seconds: time from arrival to the end.
     """
@@ -206,14 +225,15 @@ class _AnswerWatcher:
         # A seed draws the same only where logits are the same; scores and embeddings are not compared.
         self.deterministic = options.params.get("temperature") == 0
         self.tokens: dict[int, list[int]] = {}
-        self.failed, self.void, self.seconds = False, False, 0.0
+        self.missing, self.failed, self.void, self.seconds = False, False, False, 0.0
         answer.watcher = self._on_piece
 
     def _on_piece(self, piece: Piece | None) -> None:
         """Record a part of an answer that the engine sent; None if no more will come, though answers are incomplete."""
         if not self._open:
             return
-        if piece is None or piece.kind == "fault":
+        if piece is None or piece.kind in ("fault", "adapter"):
+            self.missing = piece is not None and piece.kind == "adapter"
             self.failed, self._open = True, 0
         elif piece.kind is not None:
             self.void, self._open = True, 0

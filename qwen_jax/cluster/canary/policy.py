@@ -188,6 +188,10 @@ class Canary:
             if self.step == len(self.options.weights):
                 self.state = PROMOTED
 
+    def take_back(self, why: str) -> None:
+        """End the trial, or the promotion, for a reason beside the tests."""
+        self.state, self.why = TAKEN_BACK, why
+
     def _fine(self) -> bool:
         """Return true if each of the three tests says "fine" or has no data (the old version may be asked nothing)."""
         return all(test.verdict == "fine" or not test.seen for test in self.tests.values())

@@ -1,6 +1,7 @@
 """A store of cached answers in Redis, shared by several processes.
 
-Redis may be slow, away, or hold nonsense: that costs a lookup a few milliseconds at most, and never an answer.
+Redis may be slow, away, or hold nonsense: that costs a lookup a few milliseconds at most, and never an answer. Who can
+write to it can make no answer: a value counts only with an HMAC under a secret that the servers share.
 
 Requests do not touch connections. A lookup is put in a list and waits at most `LOOKUP_SECONDS`; one task sends all
 lookups that have gathered as one pipeline, so a cancelled request cannot leave half a reply behind for the next lookup.
@@ -10,19 +11,22 @@ Connections are made and tried in the background, and lookups go only to a conne
 from __future__ import annotations
 
 import asyncio
+import hmac
 import logging
 import math
+import os
 import time
 from collections.abc import Awaitable, Sequence
 from contextlib import suppress
-from hashlib import blake2b
 from typing import Any
 
 from qwen_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
-FORMAT = b"QJR1"  # a value is FORMAT, the key, a checksum of all the rest, the answer; other formats do not verify
-CHECKSUM_BYTES = 16
+FORMAT = b"QJR2"  # a value is FORMAT, the key, the HMAC of all the rest, the answer; other formats do not verify
+SECRET = "QWEN_JAX_CACHE_SECRET"  # environment variable with the key of the HMAC
+MIN_SECRET_BYTES = 16
+MAC_BYTES = 32
 MAX_VALUE_BYTES = 1 << 18  # about what a network moves within LOOKUP_SECONDS; larger answers stay in their process
 MAX_WAITING_BYTES = 16 << 20  # of values that wait to be written; further values are not written
 BATCH = 32  # lookups, or writes, in one pipeline
@@ -34,25 +38,31 @@ RETRY_SECONDS = 1.0
 LOOP_TURNS = 4  # turns of the event loop from bytes in the socket to a reply
 
 
-def pack(key: bytes, value: bytes) -> bytes:
-    """Return the bytes to store in Redis for an answer: a mark of the format, the key, a checksum and the answer."""
-    return b"".join((FORMAT, key, _checksum(key, value), value))
+def pack(secret: bytes, key: bytes, value: bytes) -> bytes:
+    """Return the bytes to store in Redis for an answer: a mark of the format, the key, the HMAC and the answer."""
+    return b"".join((FORMAT, key, _mac(secret, key, value), value))
 
 
-def unpack(key: bytes, packed: Any) -> bytes | None:
-    """Return the answer in bytes read from Redis, or None if they are damaged or not `pack`'s for this key."""
+def unpack(secret: bytes, key: bytes, packed: Any) -> bytes | None:
+    """Return the answer in bytes read from Redis; None if `pack` did not make them, with this secret and this key."""
     start = len(FORMAT) + len(key)
     if not isinstance(packed, bytes) or packed[:start] != FORMAT + key:
         return None
-    value = packed[start + CHECKSUM_BYTES:]
-    return value if packed[start:start + CHECKSUM_BYTES] == _checksum(key, value) else None
+    value = packed[start + MAC_BYTES:]
+    return value if hmac.compare_digest(packed[start:start + MAC_BYTES], _mac(secret, key, value)) else None
 
 
-def _checksum(key: bytes, value: bytes) -> bytes:
-    checksum = blake2b(FORMAT, digest_size=CHECKSUM_BYTES)
-    checksum.update(key)
-    checksum.update(value)
-    return checksum.digest()
+def _mac(secret: bytes, key: bytes, value: bytes) -> bytes:
+    return hmac.digest(secret, FORMAT + key + value, "sha256")
+
+
+def _read_secret() -> bytes:
+    """Return the key of the HMAC from the environment. UserError if it is missing or too short."""
+    secret = os.environ.get(SECRET, "").encode()
+    if len(secret) < MIN_SECRET_BYTES:
+        raise UserError(f"{SECRET} must be {MIN_SECRET_BYTES} or more random bytes where answers are kept in Redis, "
+                        f"the same for all servers that share them, not {len(secret)}: openssl rand -hex 32")
+    return secret
 
 
 def _name(key: bytes) -> bytes:
@@ -71,10 +81,11 @@ class RedisStore:
       unwritten: number of values that were not stored.
 
     Raises:
-      UserError: redis-py is not installed, or the address is invalid.
+      UserError: redis-py is not installed, the address is invalid, or the environment has no secret.
     """
 
     def __init__(self, url: str) -> None:
+        self._secret = _read_secret()
         # Two clients of one connection each: a large write does not make lookups wait.
         self._reader, self._writer = _client(url), _client(url)
         self._connected, self._failures, self._retry_at = False, 0, -math.inf
@@ -126,11 +137,11 @@ class RedisStore:
 
     def put(self, key: bytes, value: bytes, seconds: float) -> None:
         """Store an answer under a key for ``seconds``. Returns at once; Redis is written to in the background."""
-        size = len(value) + len(FORMAT) + len(key) + CHECKSUM_BYTES
+        size = len(value) + len(FORMAT) + len(key) + MAC_BYTES
         if not self._connected or size > MAX_VALUE_BYTES or self._waiting_bytes + size > MAX_WAITING_BYTES:
             self.unwritten += 1
             return
-        self._waiting.append((_name(key), pack(key, value), math.ceil(seconds * 1000)))
+        self._waiting.append((_name(key), pack(self._secret, key, value), math.ceil(seconds * 1000)))
         self._waiting_bytes += size
         if not _running(self._writing):
             self._writing = asyncio.create_task(self._write())
@@ -181,7 +192,7 @@ class RedisStore:
     def _verified(self, key: bytes, packed: Any, milliseconds: Any) -> tuple[bytes, float] | None:
         if packed == b"" and milliseconds == -2:  # there is no such key
             return None
-        value = unpack(key, packed)
+        value = unpack(self._secret, key, packed)
         if value is None or not isinstance(milliseconds, int):
             self.garbage += 1
             return None

@@ -26,6 +26,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.serving.ipc.engine_client import Answer, EngineClient
 from qwen_jax.serving.ipc.errors import ApiError
 from qwen_jax.serving.ipc.messages import Gauges, Ready, RequestOptions
+from qwen_jax.serving.ipc.open_answers import OpenAnswers
 
 logger = logging.getLogger(__name__)
 REBALANCE_SECONDS = 0.1
@@ -40,7 +41,7 @@ class LoadBalancer:
 
     Args:
       make_links: for each replica, a function that makes a connection to a new engine, not yet started.
-      max_requests: open requests of all replicas, above which more are refused with 429.
+      max_requests: open answers of all replicas, above which more are refused with 429.
       stall_seconds: time without a step, with work, after which an engine is ended.
 
     Attributes:
@@ -52,7 +53,7 @@ class LoadBalancer:
 
     def __init__(self, make_links: Sequence[Callable[[], EngineClient]], max_requests: int, stall_seconds: float = 60.0,
                  seed: int | None = None) -> None:
-        self._max_requests, self._stall_seconds = max_requests, stall_seconds
+        self.open_answers, self._stall_seconds = OpenAnswers(max_requests), stall_seconds
         self._random = random.Random(seed)
         self._numbers = itertools.count()
         self.replicas = [self._new_replica(make_link) for make_link in make_links]
@@ -117,14 +118,18 @@ class LoadBalancer:
 
     def generate(self, options: RequestOptions, answers: int) -> Answer:
         self.check_alive()
-        if self.requests >= self._max_requests:
-            raise ApiError(429, f"{self.requests} requests are queued or running: try again later", retry_after=1)
         answer = Answer(answers)
-        request = PendingRequest(options, text_blocks(options.prompt, options.adapter))
-        self._send(self._choose(request), answer, request)
+        self.open_answers.add(answer, answers)
+        try:
+            request = PendingRequest(options, text_blocks(options.prompt, options.adapter, options.cache_salt))
+            self._send(self._choose(request), answer, request)
+        except BaseException:
+            self.open_answers.remove(answer)
+            raise
         return answer
 
     def close(self, answer: Answer) -> None:
+        self.open_answers.remove(answer)
         for replica in self.replicas:
             if replica.pending.pop(answer, None):
                 replica.link.close(answer)

@@ -79,14 +79,14 @@ class Replica:
             accepting=self.alive, prefix=self.prefix_index)
 
 
-def text_blocks(prompt: Any, adapter: str | None) -> tuple[bytes, ...]:
+def text_blocks(prompt: Any, adapter: str | None, cache_salt: str = "") -> tuple[bytes, ...]:
     """Return a key for each full block of a prompt: ``BLOCK_BYTES`` of its text, or of its JSON if it is not text.
 
     A key is 128 bits of BLAKE2 of the block and of the key before it, so it stands for the whole prompt up to there.
-    The adapter is part of the first key, because requests for different adapters share no cached prefix.
+    Adapter and salt are part of the first key, because requests in which these differ share no cached prefix.
     """
     text = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False, sort_keys=True)
-    content, key, keys = text.encode("utf-8", "replace"), repr(adapter).encode(), []
+    content, key, keys = text.encode("utf-8", "replace"), repr((adapter, cache_salt)).encode(), []
     for start in range(0, len(content) - BLOCK_BYTES + 1, BLOCK_BYTES):
         key = hashlib.blake2b(key + content[start:start + BLOCK_BYTES], digest_size=16).digest()
         keys.append(key)

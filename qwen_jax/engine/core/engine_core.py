@@ -334,7 +334,7 @@ class EngineCore:
         sequence.version = version
         scheduler.settle_attention(sequence)
         adapter = self.adapters.identity(request.adapter_slot) if request.adapter_name is not None else 0
-        sequence.salt = repr((version, adapter, scheduler.attention(sequence))).encode()
+        sequence.salt = repr((version, adapter, scheduler.attention(sequence), sequence.cache_salt)).encode()
 
 
 def _first_done(replicas: list[Replica]) -> Replica | None:

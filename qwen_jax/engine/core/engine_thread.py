@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from qwen_jax.engine.core.engine_core import EngineCore
 from qwen_jax.engine.frontend.request import Request
 from qwen_jax.errors import UserError
 
+logger = logging.getLogger(__name__)
 PREPARING_THREADS = 2  # tokenise prompts beside the steps; as many do so for requests with a grammar, which is compiled
 Value = TypeVar("Value")
 
@@ -101,7 +104,8 @@ class EngineThread:
         self._count = 0  # open ones that are counted
         self._draining = False
         self._drained: list[Future] = []
-        self._running: dict[Submission, None] = {}  # inside the core; used by the engine's thread only
+        self._running: dict[Submission, None] = {}  # inside the core; this and the next: the engine's thread only
+        self._calls: deque[_Action] = deque()  # taken from the inbox and not called yet
         self._pool = ThreadPoolExecutor(PREPARING_THREADS, "qwen-jax-prepare")
         self._grammar_pool = ThreadPoolExecutor(PREPARING_THREADS, "qwen-jax-grammar")  # seconds for a hostile one
         self._thread: threading.Thread | None = None
@@ -147,7 +151,7 @@ class EngineThread:
         return self.call(partial(self._withdraw, count))
 
     def call(self, function: Callable[[], Value]) -> Future[Value]:
-        """Have the engine's thread call a function between two steps.
+        """Have the engine's thread call a function between two steps. While requests run, a step follows every call.
 
         Returns a future of its result, its error, or `EngineDead`.
         """
@@ -223,14 +227,24 @@ class EngineThread:
         self._stop(failure)
 
     def _act(self) -> bool:
-        """Run the actions that other threads posted; without requests, wait for one. Returns False after `close`."""
+        """Run the actions that other threads posted; without requests, wait for one. Returns False after `close`.
+
+        While requests run it makes one call at most, so that many calls do not keep the engine from its steps.
+        """
+        called = False
         while True:
             try:
-                action = self._inbox.get(block=not self._running)
+                action = self._inbox.get(block=not self._running and not self._calls)
             except queue.Empty:
-                return True
-            if action is None:
-                return False
+                if not self._calls or (called and self._running):
+                    return True
+                action, called = self._calls.popleft(), True
+            else:
+                if action is None:
+                    return False
+                if action.future is not None:
+                    self._calls.append(action)
+                    continue
             action.run()
             if self.core.failure:
                 raise self.core.failure
@@ -251,7 +265,14 @@ class EngineThread:
             if all(request.closed for request in submission.requests):
                 del self._running[submission]
                 self._end(submission)  # its place is free before its client knows
-            submission.listener.after_step(submission.requests)
+            try:
+                submission.listener.after_step(submission.requests)
+            except Exception as error:  # it ends these requests alone
+                logger.exception("the answers to a request could not be passed on")
+                self._running.pop(submission, None)
+                self._abort_requests(submission)
+                self._end(submission)
+                submission.listener.failed(error)
         self._after_step()
 
     def _abort(self, submission: Submission) -> None:
@@ -284,9 +305,12 @@ class EngineThread:
             self._fail(submission, self._dead())
         self._running.clear()
         while not self._inbox.empty():
-            action = self._inbox.get()
-            if action and action.future and action.future.set_running_or_notify_cancel():
+            if (action := self._inbox.get()) and action.future:
+                self._calls.append(action)
+        for action in self._calls:
+            if action.future.set_running_or_notify_cancel():
                 action.future.set_exception(self._dead())
+        self._calls.clear()
 
     # --- shared
 
@@ -343,9 +367,10 @@ def _fulfil(future: Future, function: Callable[[], Any]) -> None:
         return
     try:
         result = function()
-    except BaseException as error:
+    except (KeyboardInterrupt, SystemExit) as error:
         future.set_exception(error)
-        if not isinstance(error, Exception):
-            raise
+        raise
+    except BaseException as error:  # a panic in Rust code is no Exception
+        future.set_exception(error)
     else:
         future.set_result(result)

@@ -86,7 +86,7 @@ class InputProcessor:
 
     def requests(self, prompt: Prompt | Messages, params: SamplingParams, score_from: int | None = None,
                  adapter: str | None = None, priority: int = 0, deadline: float | None = None,
-                 pooling: str | None = None, streams: bool = False) -> list[Request]:
+                 pooling: str | None = None, streams: bool = False, cache_salt: str = "") -> list[Request]:
         """Make ``params.n`` requests for a prompt, not yet submitted. UserError for requests that could not run.
 
         Args:
@@ -96,6 +96,7 @@ class InputProcessor:
           deadline: time at which the request is aborted, in seconds of ``time.monotonic``.
           pooling: kind of embedding that is wanted (`POOLINGS`); None for none.
           streams: whether the answers are read piece by piece.
+          cache_salt: only requests with the same text share pages of the prefix cache.
         """
         if pooling not in (None, *POOLINGS):
             raise UserError(f"pooling must be {' or '.join(POOLINGS)}, not {pooling!r}")
@@ -115,7 +116,8 @@ class InputProcessor:
         for index in range(params.n):
             own = replace(params, seed=(params.seed + index) % 2**64) if index else params
             sequence = Sequence(next(self._ids), tokens, own.max_tokens, params=own, priority=priority,
-                                deadline=deadline, min_new_tokens=own.min_tokens, reusable=reusable)
+                                deadline=deadline, min_new_tokens=own.min_tokens, reusable=reusable,
+                                cache_salt=cache_salt)
             if matcher:
                 sequence.burst = 1  # the host has to see each token
             self.scheduler.check(sequence)

@@ -30,8 +30,8 @@ def pages_for(num_tokens: int) -> int:
 def chain(before: bytes, tokens: Iterable[int]) -> bytes:
     """Return the prefix-cache key of a page: a hash of its `PAGE` tokens and of `before`, the previous page's key.
 
-    For a first page, `before` stands for everything else that decides its contents: weights, adapter, attention. Keys
-    are 128 bits of BLAKE2: two different prefixes never meet.
+    For a first page, `before` stands for everything else that decides its contents (weights, adapter, attention) or who
+    may use it. Keys are 128 bits of BLAKE2: two different prefixes never meet.
     """
     return hashlib.blake2b(before + array("i", tokens).tobytes(), digest_size=16).digest()
 

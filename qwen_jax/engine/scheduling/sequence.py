@@ -34,7 +34,8 @@ class Sequence:
     version: int = 0  # version of the weights that it runs with
     min_new_tokens: int = 0  # minimum length of the answer. No dispatch samples tokens on both sides of it.
     burst: int = UNLIMITED  # maximum tokens that one dispatch may sample
-    salt: bytes = b""  # stands for weights, adapter and attention: only sequences of the same salt share pages
+    cache_salt: str = ""  # of the client: part of ``salt``
+    salt: bytes = b""  # stands for weights, adapter, attention, client: only sequences of the same salt share pages
     reusable: int | None = None  # tokens that the prefix cache may provide; None for all but the last
     output: list[int] = field(default_factory=list)  # token ids sampled so far
     arrival: int = -1  # number given by `Scheduler.add`, ascending

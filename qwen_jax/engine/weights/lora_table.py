@@ -16,7 +16,7 @@ from qwen_jax.contents import digest_of
 from qwen_jax.engine.compiled.compile_counter import planned
 from qwen_jax.engine.compiled.lora_rows import NO_ADAPTER, Adapters
 from qwen_jax.engine.weights.model_shard import ModelShard
-from qwen_jax.errors import UserError
+from qwen_jax.errors import UnknownAdapter, UserError
 from qwen_jax.model.lora import TARGETS, split_axes, target_sizes
 from qwen_jax.parallel.layout import expand, expanded_shape
 from qwen_jax.parallel.placement import put
@@ -60,6 +60,11 @@ class AdapterTable:
         return len(self._users), self._max_rank
 
     @property
+    def max_adapters(self) -> int:
+        """Number of adapters that may be loaded at once."""
+        return len(self._users)
+
+    @property
     def names(self) -> list[str]:
         return sorted(self._slots)
 
@@ -78,11 +83,17 @@ class AdapterTable:
         if lora.rank > self._max_rank:
             raise UserError(f"the adapter in {folder} has rank {lora.rank}, this engine takes {self._max_rank}: raise "
                             "max_adapter_rank")
-        self._slots[name] = slot = self._free.pop()
+        slot = self._free[-1]
+        try:
+            self._fill(slot, adapter, lora.rank, lora.scale)
+            self._put()
+        except BaseException:
+            self._fill(slot, {}, 0, 0.0)
+            raise
+        self._slots[name] = self._free.pop()
         self._loads += 1
         self._identities[slot] = self._loads
         self.digests[name] = digest_of((lora, [(key, digest_of(adapter[key].tobytes())) for key in sorted(adapter)]))
-        self._fill(slot, adapter, lora.rank, lora.scale)
 
     def unload(self, name: str) -> None:
         """Remove an adapter and free its slot. UserError while requests use it."""
@@ -92,6 +103,7 @@ class AdapterTable:
         del self._slots[name], self.digests[name]
         self._free.append(slot)
         self._fill(slot, {}, 0, 0.0)
+        self._put()
 
     def acquire(self, name: str | None) -> int:
         """Return the slot of an adapter (None: no adapter), and keep it loaded until `release`."""
@@ -119,11 +131,11 @@ class AdapterTable:
 
     def _slot(self, name: str) -> int:
         if name not in self._slots:
-            raise UserError(f"no adapter named {name!r} is loaded; loaded: {', '.join(self.names) or 'none'}")
+            raise UnknownAdapter(f"no adapter named {name!r} is loaded; loaded: {', '.join(self.names) or 'none'}")
         return self._slots[name]
 
     def _fill(self, slot: int, adapter: Mapping[str, np.ndarray], rank: int, scale: float) -> None:
-        """Write an adapter's matrices to a slot, zeros where it has none, and send all slots to the devices."""
+        """Write an adapter's matrices to a slot, zeros where it has none, on the host alone: see `_put`."""
         for index, layer in enumerate(self._host):
             for name, values in layer.items():
                 values[slot] = 0
@@ -131,7 +143,6 @@ class AdapterTable:
                     used = (slot, slice(rank)) if name.endswith(".a") else (slot, slice(None), slice(rank))
                     values[used] = adapter[name][index]
         self._scale[slot] = scale
-        self._put()
 
     def rearrange(self, shards: Sequence[ModelShard]) -> None:
         """Move the adapters to the devices of other shards of the model."""
@@ -148,6 +159,7 @@ class AdapterTable:
         return Adapters(layers, jax.ShapeDtypeStruct(self._scale.shape, np.float32, sharding=shard.replicated))
 
     def _put(self) -> None:
+        """Send all slots to the devices."""
         # Copies: on CPU a device array may share the host's memory, and a step that runs must keep its values.
         self.values = tuple(Adapters(
             tuple({name: self._on_shard(shard, name, values.copy()) for name, values in layer.items()}

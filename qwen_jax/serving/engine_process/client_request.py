@@ -15,7 +15,7 @@ from qwen_jax.engine.core.engine_thread import EngineDead, Submission
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.frontend.input_processor import EMBEDDING_PARAMS
 from qwen_jax.engine.frontend.request import Request
-from qwen_jax.errors import UserError
+from qwen_jax.errors import UnknownAdapter, UserError
 from qwen_jax.serving.engine_process.calls import sentence_of
 from qwen_jax.serving.engine_process.engine_metrics import EngineMetrics
 from qwen_jax.serving.ipc.messages import (
@@ -92,11 +92,10 @@ class ClientRequest:
         self._open_requests.pop(self.number, None)
         if isinstance(error, EngineDead):  # the process ends, with a message for all requests
             return
-        user = isinstance(error, UserError)
-        if not user:
-            logger.error("request %d could not be prepared", self.number, exc_info=error)
-        piece = Piece(self.number, 0, error=sentence_of(error), kind="user" if user else "fault",
-                      finish_reason="error")
+        kind = "adapter" if isinstance(error, UnknownAdapter) else "user" if isinstance(error, UserError) else "fault"
+        if kind == "fault":
+            logger.error("request %d could not be answered", self.number, exc_info=error)
+        piece = Piece(self.number, 0, error=sentence_of(error), kind=kind, finish_reason="error")
         self._outbox.send(Step([piece]))
 
     def _observe_tokens(self, request: Request) -> None:
@@ -159,7 +158,7 @@ def requests_of(options: RequestOptions, engine: Engine) -> list[Request]:
         prompt = processor.tokens(prompt, allow_special_tokens=False)
     deadline = None if options.timeout is None else options.arrived + options.timeout
     common = {"adapter": options.adapter, "priority": options.priority, "deadline": deadline,
-              "streams": options.stream}
+              "streams": options.stream, "cache_salt": options.cache_salt}
     if options.continuation is not None:
         requests = processor.score_requests(prompt, options.continuation, **common)
     else:

@@ -70,7 +70,8 @@ class Worker:
     def run(self) -> None:
         """Run the engine until the HTTP process closes the connection. Raises the error that ends the engine before."""
         engine = self._engine
-        self._outbox.send(Ready(engine.limits.max_seq_len, engine.config.hidden_size, time.monotonic()))
+        self._outbox.send(Ready(engine.limits.max_seq_len, engine.config.hidden_size, time.monotonic(),
+                                engine.adapters.max_adapters))
         self._identity.note_weights(0, self._files)
         self._engine.when_program_arrives(lambda: self._outbox.send(Step([], self._gauges())))
         threading.Thread(target=self._read, name="read", daemon=True).start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -13,11 +14,13 @@ from pydantic import Field, StrictBool, StrictInt, StrictStr
 
 from qwen_jax.errors import UserError
 from qwen_jax.serving.http.app_factory import new_app
+from qwen_jax.serving.http.limits import Keys
 from qwen_jax.serving.http.protocol import Body
 from qwen_jax.serving.http.request_log import Observer
 from qwen_jax.serving.http.service import Service
 from qwen_jax.serving.ipc.errors import ApiError
 
+logger = logging.getLogger(__name__)
 MAX_BODY_BYTES = 1 << 20
 Prompt = StrictStr | list[StrictInt]
 
@@ -60,18 +63,26 @@ class WeightUpdates:
         self._running = asyncio.create_task(self._run(body))
         return self._running
 
-    async def _run(self, body: WeightsRequest) -> None:
-        """Update the weights and record the outcome in ``state``; a failure is recorded there too and is not raised."""
-        began = time.monotonic()
+    async def _run(self, body: WeightsRequest) -> ApiError | None:
+        """Update the weights and record the outcome in ``state``. A failure is returned too, and not raised."""
+        began, failure = time.monotonic(), None
         try:
             await self._service.update_weights(body.source, body.policy, body.golden)
             self.state["state"] = "current"
         except (UserError, ApiError) as error:
-            self.state |= {"state": "refused", "error": str(error)}
+            self.state["state"], failure = "refused", ApiError(400, str(error))
+        except OSError as error:
+            self.state["state"], failure = "failed", ApiError(400, f"source cannot be read: {error.strerror}")
+        except Exception as error:
+            logger.exception("an update of the weights failed")
+            self.state["state"], failure = "failed", ApiError(500, f"{type(error).__name__}: {error}")
+        if failure:
+            self.state["error"] = failure.message
         self.state["seconds"] = round(time.monotonic() - began, 3)
+        return failure
 
 
-def create_admin_app(service: Service, observers: Sequence[Observer], keys: Sequence[bytes],
+def create_admin_app(service: Service, observers: Sequence[Observer], keys: tuple[bytes, ...],
                      routers: Sequence[APIRouter] = ()) -> FastAPI:
     """Return the FastAPI application of the admin port.
 
@@ -80,7 +91,7 @@ def create_admin_app(service: Service, observers: Sequence[Observer], keys: Sequ
       keys: API keys, of which a request needs one.
       routers: routes to add to those for weights.
     """
-    app = new_app("qwen-jax admin", observers, keys, MAX_BODY_BYTES)
+    app = new_app("qwen-jax admin", observers, Keys(admins=keys, clients=keys), MAX_BODY_BYTES)
     updates = WeightUpdates(service)
 
     @app.get("/admin/weights")
@@ -95,9 +106,8 @@ def create_admin_app(service: Service, observers: Sequence[Observer], keys: Sequ
         task = updates.begin(body)
         if not body.wait:
             return JSONResponse(updates.state, 202)
-        await asyncio.shield(task)
-        if updates.state["state"] == "refused":
-            raise ApiError(400, updates.state["error"])
+        if failure := await asyncio.shield(task):
+            raise failure
         return JSONResponse({**await service.link.call("versions"), "update": updates.state}, 200)
 
     @app.post("/admin/weights/rollback")

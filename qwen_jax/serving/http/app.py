@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 from qwen_jax.serving.http.app_factory import Middleware, new_app
 from qwen_jax.serving.http.generation_routes import generation_routes
 from qwen_jax.serving.http.http_metrics import HttpMetrics
+from qwen_jax.serving.http.limits import Keys
 from qwen_jax.serving.http.model_routes import model_routes
 from qwen_jax.serving.http.monitoring_routes import monitoring_routes
 from qwen_jax.serving.http.request_log import Observer
@@ -36,13 +37,12 @@ class Extension:
     public: Sequence[APIRouter] = ()
 
 
-def create_app(service: Service, observers: Sequence[Observer], keys: Sequence[bytes], max_body_bytes: int,
+def create_app(service: Service, observers: Sequence[Observer], keys: Keys, max_body_bytes: int,
                extension: Extension) -> FastAPI:
     """Return the FastAPI application of the public port.
 
     Args:
       observers: called with the record of every request that has ended, such as `log_access`.
-      keys: API keys, of which a request needs one; without any, every request is taken.
     """
     metrics = HttpMetrics(extension.collectors)
     app = new_app("qwen-jax", (metrics.answered, *observers), keys, max_body_bytes, extension.inner)

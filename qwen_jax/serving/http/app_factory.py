@@ -12,24 +12,23 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from qwen_jax.errors import UserError
-from qwen_jax.serving.http.limits import Limits
+from qwen_jax.serving.http.limits import Keys, Limits
 from qwen_jax.serving.http.openai_objects import VERSION
 from qwen_jax.serving.http.request_log import Observed, Observer
 from qwen_jax.serving.ipc.errors import ApiError
 
 # Statuses that every route may answer with, for the OpenAPI schema.
 ERRORS = {status: {"description": "An error object."}
-          for status in (400, 401, 404, 405, 408, 409, 413, 429, 431, 500, 503)}
+          for status in (400, 401, 403, 404, 405, 408, 409, 413, 429, 431, 500, 503)}
 Middleware = Callable[[Any], Any]  # from an ASGI application to another one around it
 
 
-def new_app(title: str, observers: Sequence[Observer], keys: Sequence[bytes], max_body_bytes: int,
+def new_app(title: str, observers: Sequence[Observer], keys: Keys, max_body_bytes: int,
             inner: Middleware | None = None) -> FastAPI:
     """Return a FastAPI application without routes that checks size and API key and answers errors as OpenAI's objects.
 
     Args:
       observers: called with the record of every request that has ended.
-      keys: API keys, of which a request needs one; without any, every request is taken.
       inner: middleware that runs after the checks of size and API key and before the routes.
     """
     app = FastAPI(title=title, version=VERSION, responses=ERRORS, docs_url=None, redoc_url=None)
@@ -39,6 +38,7 @@ def new_app(title: str, observers: Sequence[Observer], keys: Sequence[bytes], ma
     app.add_middleware(Observed, observers=observers)  # the last is the outermost
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(UserError, _user_error)
+    app.add_exception_handler(RecursionError, _too_deep)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
     fastapi_schema = app.openapi
@@ -61,6 +61,10 @@ async def _api_error(_request: Request, error: ApiError) -> Response:
 
 async def _user_error(request: Request, error: UserError) -> Response:
     return await _api_error(request, ApiError(400, str(error)))
+
+
+async def _too_deep(request: Request, _error: RecursionError) -> Response:
+    return await _api_error(request, ApiError(400, "the body must be nested less deeply"))
 
 
 async def _invalid(request: Request, error: RequestValidationError) -> Response:

@@ -26,7 +26,7 @@ def generation_routes(service: Service) -> APIRouter:
         reply = Reply(body.model, chat=True, count=body.n or 1, tools=bool(conversation["tools"]),
                       logprobs=bool(body.logprobs))
         service.note_prompt(request, conversation)
-        return await respond(service, body, request, reply, [service.start(body, conversation, params)])
+        return await respond(service, body, request, reply, [service.start(request, body, conversation, params)])
 
     @routes.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
@@ -36,12 +36,13 @@ def generation_routes(service: Service) -> APIRouter:
         if body.logprobs is not None:
             params["logprobs"] = body.logprobs
         service.note_prompt(request, prompts)
-        reply = Reply(body.model, chat=False, count=len(prompts) * (body.n or 1), tools=False,
-                      logprobs=body.logprobs is not None)
+        count = len(prompts) * (body.n or 1)
+        service.link.open_answers.check(count)
+        reply = Reply(body.model, chat=False, count=count, tools=False, logprobs=body.logprobs is not None)
         answers: list[Answer] = []
         try:
             for prompt in prompts:
-                answers.append(service.start(body, prompt, params))
+                answers.append(service.start(request, body, prompt, params))
         except ApiError:
             for answer in answers:
                 service.link.close(answer)

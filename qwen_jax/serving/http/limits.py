@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hmac
 import os
-from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.serving.ipc.errors import ApiError
 
 MAX_HEADER_BYTES = 16 << 10
+HEADERS_TOO_LARGE = f"the request's address and headers have more than {MAX_HEADER_BYTES} bytes"
 OPEN_PATHS = frozenset(("/", "/cluster", "/health", "/metrics", "/ready"))  # probes, metrics, the page
 
 
@@ -34,16 +35,48 @@ def read_keys(path: str | None, variable: str) -> tuple[bytes, ...]:
     return keys
 
 
+@dataclass(frozen=True)
+class Caller:
+    """Sender of a request, by the API key in its header; ``scope["caller"]`` of the request.
+
+    Attributes:
+      key: the key, valid or not; empty without one.
+      admin: whether it is an admin key, with which more is allowed.
+    """
+
+    key: bytes
+    admin: bool
+
+
+@dataclass(frozen=True)
+class Keys:
+    """API keys of a port.
+
+    Attributes:
+      clients: keys of which a request needs one as ``Authorization: Bearer``; without any, every request is taken.
+      admins: keys that are taken too, and with which more is allowed.
+    """
+
+    clients: tuple[bytes, ...] = ()
+    admins: tuple[bytes, ...] = ()
+
+    def caller(self, authorization: bytes) -> Caller | None:
+        """Return who sends a request with this header, in a time that does not depend on it; None for an unknown key.
+        """
+        given = authorization.removeprefix(b"Bearer ").strip()
+        known, admin = (any([hmac.compare_digest(given, key) for key in keys]) for keys in (self.clients, self.admins))
+        return Caller(given, admin) if known or admin or not self.clients else None
+
+
 class Limits:
     """ASGI middleware that refuses requests with too large a body, too many headers or no valid API key.
 
     Args:
-      keys: API keys, of which a request needs one as ``Authorization: Bearer``; without any, every request is taken.
       max_body_bytes: bytes of the largest body that is accepted.
     """
 
-    def __init__(self, app: Any, keys: Iterable[bytes], max_body_bytes: int) -> None:
-        self._app, self._keys, self._max_body_bytes = app, tuple(keys), max_body_bytes
+    def __init__(self, app: Any, keys: Keys, max_body_bytes: int) -> None:
+        self._app, self._keys, self._max_body_bytes = app, keys, max_body_bytes
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
@@ -59,7 +92,7 @@ class Limits:
             if read > self._max_body_bytes and not began:
                 refused = True
                 began = True
-                await _send_error(send, self._too_large())
+                await send_error(send, self._too_large())
                 return
             began = began or message["type"] == "http.response.start"
             await send(message)
@@ -79,30 +112,28 @@ class Limits:
         except ApiError as error:
             if began:
                 raise
-            await _send_error(send, error)
+            await send_error(send, error)
 
     def _check(self, scope) -> None:
         """Raise ApiError if headers or declared body size are too large, or the API key is missing or unknown."""
         headers = scope["headers"]
-        if sum(len(name) + len(value) for name, value in headers) > MAX_HEADER_BYTES:
-            raise ApiError(431, f"the headers have more than {MAX_HEADER_BYTES} bytes")
+        address = len(scope.get("raw_path") or b"") + len(scope["query_string"])
+        if sum(len(name) + len(value) for name, value in headers) + address > MAX_HEADER_BYTES:
+            raise ApiError(431, HEADERS_TOO_LARGE)
         by_name = dict(headers)
         length = by_name.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._max_body_bytes:
             raise self._too_large()
-        if self._keys and scope["path"] not in OPEN_PATHS and not self._is_known(by_name.get(b"authorization", b"")):
+        scope["caller"] = self._keys.caller(by_name.get(b"authorization", b""))
+        if scope["caller"] is None and scope["path"] not in OPEN_PATHS:
             raise ApiError(401, "this server needs an API key: Authorization: Bearer KEY", "invalid_api_key")
-
-    def _is_known(self, authorization: bytes) -> bool:
-        """Return whether the ``Authorization`` header has a known API key, in a time that does not depend on it."""
-        given = authorization.removeprefix(b"Bearer ").strip()
-        return any([hmac.compare_digest(given, key) for key in self._keys])
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body has more than {self._max_body_bytes} bytes")
 
 
-async def _send_error(send, error: ApiError) -> None:
+async def send_error(send, error: ApiError) -> None:
+    """Answer a request with an error, through the ASGI callable ``send``, and close its connection."""
     body = msgspec.json.encode(error.body)
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()),
                (b"connection", b"close")]

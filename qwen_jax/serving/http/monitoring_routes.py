@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Awaitable, Callable
 from importlib.resources import files
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from fastapi import APIRouter
 from fastapi.responses import HTMLResponse, PlainTextResponse, Response
@@ -16,6 +18,28 @@ from qwen_jax.serving.http.service import Service
 from qwen_jax.serving.ipc.errors import ApiError
 
 SCRAPE_SECONDS = 1.0  # a scrape waits this long for the engine, which may be in a long step
+SNAPSHOT_SECONDS = 1.0  # between two looks at the metrics, however many ask for them
+T = TypeVar("T")
+
+
+class Snapshot(Generic[T]):
+    """A value for which many may ask and which is not made for each of them: those who wait meanwhile get the same one.
+
+    Args:
+      make: makes the value.
+      seconds: time for which a value is given to later callers too.
+    """
+
+    def __init__(self, make: Callable[[], Awaitable[T]], seconds: float = 0.0) -> None:
+        self._make, self._seconds = make, seconds
+        self._began, self._making = 0.0, None
+
+    async def get(self) -> T:
+        """Return the value, made anew if the last one is too old. Raises what making it raised."""
+        now = time.monotonic()
+        if self._making is None or self._making.done() and now >= self._began + self._seconds:
+            self._began, self._making = now, asyncio.ensure_future(self._make())
+        return await asyncio.shield(self._making)
 
 
 def monitoring_routes(service: Service, metrics: HttpMetrics) -> APIRouter:
@@ -23,6 +47,20 @@ def monitoring_routes(service: Service, metrics: HttpMetrics) -> APIRouter:
     routes = APIRouter()
     page = files("qwen_jax.serving.http").joinpath("page.html").read_text()
     engine_metrics = b""
+
+    async def metrics_text() -> bytes:
+        """Return all metrics as text; those of an engine that does not answer in time as they last were."""
+        nonlocal engine_metrics
+        try:
+            async with asyncio.timeout(SCRAPE_SECONDS):
+                engine_metrics = await service.link.call("metrics")
+        except (TimeoutError, ApiError):
+            pass
+        up = service.healthy and service.link.facts is not None
+        return metrics.text(service.link.requests, up) + engine_metrics
+
+    metrics_now = Snapshot(metrics_text, SNAPSHOT_SECONDS)
+    stats_now = Snapshot(lambda: service.link.call("stats"))
 
     @routes.get("/health")
     async def health() -> Any:
@@ -43,19 +81,12 @@ def monitoring_routes(service: Service, metrics: HttpMetrics) -> APIRouter:
     async def stats() -> Any:
         """Return the number of open requests, the engine's statistics, and its state after the last step, as JSON."""
         return {"requests": service.link.requests, "last_step": asdict(service.link.gauges),
-                "engine": await service.link.call("stats")}
+                "engine": await stats_now.get()}
 
     @routes.get("/metrics", response_class=PlainTextResponse)
     async def scrape() -> Response:
-        """Return metrics in Prometheus' text format; an engine that does not answer in time is shown as it last was."""
-        nonlocal engine_metrics
-        try:
-            async with asyncio.timeout(SCRAPE_SECONDS):
-                engine_metrics = await service.link.call("metrics")
-        except (TimeoutError, ApiError):
-            pass
-        text = metrics.text(service.link.requests, service.healthy and service.link.facts is not None)
-        return Response(text + engine_metrics, media_type=CONTENT_TYPE_PLAIN_0_0_4)
+        """Return metrics in Prometheus' text format, as of the last second."""
+        return Response(await metrics_now.get(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     @routes.get("/", include_in_schema=False)
     async def chat_page() -> Response:

@@ -64,10 +64,24 @@ class StreamOptions(BaseModel):
     include_usage: StrictBool = False
 
 
-class GenerationRequest(Body):
-    """Fields that the bodies of completions and chat completions have in common."""
+class EngineRequest(Body):
+    """Fields that the bodies of all requests for the engine have in common.
+
+    Attributes:
+      priority: number; waiting requests with the lowest one run first.
+      timeout: seconds after which the request is aborted.
+      cache_salt: only requests with the same text share pages of the prefix cache.
+    """
 
     model: StrictStr
+    priority: Annotated[StrictInt, Field(ge=-2**30, le=2**30)] = 0
+    timeout: Annotated[Number, Field(gt=0, le=86400)] | None = None
+    cache_salt: Annotated[StrictStr, Field(min_length=1, max_length=256)] | None = None
+
+
+class GenerationRequest(EngineRequest):
+    """Fields that the bodies of completions and chat completions have in common."""
+
     max_tokens: StrictInt | None = None
     min_tokens: StrictInt | None = None
     temperature: Number | None = None
@@ -90,8 +104,6 @@ class GenerationRequest(Body):
     guided_regex: StrictStr | None = None
     guided_choice: list[StrictStr] | None = None
     guided_grammar: StrictStr | None = None
-    priority: Annotated[StrictInt, Field(ge=-2**30, le=2**30)] = 0
-    timeout: Annotated[Number, Field(gt=0, le=86400)] | None = None
 
     def params(self) -> dict[str, Any]:
         """Return the sampling options as keywords of `SamplingParams`. ApiError or UserError for a wrong value."""
@@ -268,12 +280,9 @@ class ChatRequest(GenerationRequest):
                 "tools": [tool.model_dump(exclude_none=True) for tool in self.tools] if tools else None}
 
 
-class PrefillRequest(Body):
+class PrefillRequest(EngineRequest):
     """Fields that the bodies of scores, classifications and embeddings, which generate no text, have in common."""
 
-    model: StrictStr
-    priority: Annotated[StrictInt, Field(ge=-2**30, le=2**30)] = 0
-    timeout: Annotated[Number, Field(gt=0, le=86400)] | None = None
     stream: Literal[False] = False
     allow_special_tokens: StrictBool = True
 
@@ -331,7 +340,7 @@ class DetokenizeRequest(Body):
 
 
 class AdapterRequest(Body):
-    """Body of the routes that load and unload a LoRA adapter; ``lora_path`` is a folder on the server."""
+    """Body of the routes that load and unload a LoRA adapter; ``lora_path`` is a folder inside that of adapters."""
 
     lora_name: Annotated[StrictStr, Field(min_length=1, max_length=256)]
-    lora_path: StrictStr | None = None
+    lora_path: Annotated[StrictStr, Field(min_length=1, max_length=4096)] | None = None

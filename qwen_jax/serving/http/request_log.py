@@ -10,6 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from qwen_jax.serving.http.limits import send_error
+from qwen_jax.serving.ipc.errors import ApiError
+
 logger = logging.getLogger("qwen_jax.access")
 _ID = re.compile(rb"[\w.:-]{1,128}")
 
@@ -42,7 +45,10 @@ Observer = Callable[[Exchange], None]
 
 
 class Observed:
-    """ASGI middleware that gives every request an id and, when it has ended, calls the observers with its record."""
+    """ASGI middleware that gives every request an id and, when it has ended, calls the observers with its record.
+
+    A request in which an exception was not handled is answered with status 500 and its id.
+    """
 
     def __init__(self, app: Any, observers: Sequence[Observer]) -> None:
         self._app, self._observers = app, observers
@@ -66,6 +72,12 @@ class Observed:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except Exception:
+            name = request_id.decode()
+            logger.exception("request %s failed", name)
+            if status:  # the answer has begun: its connection is closed
+                raise
+            await send_error(send_with_id, ApiError(500, f"an internal error: the server's log has it under {name}"))
         finally:
             route = scope.get("route")
             traceparent = headers.get(b"traceparent", b"").decode("latin-1") or None

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import math
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,11 @@ from qwen_jax.serving.http.protocol import ClassifyRequest, EmbeddingRequest, Pr
 from qwen_jax.serving.http.service import Service
 from qwen_jax.serving.http.streaming import gone, note, unless
 from qwen_jax.serving.ipc.engine_client import Answer, pieces
+from qwen_jax.serving.ipc.errors import ApiError
 from qwen_jax.serving.ipc.messages import Piece
 
 MAX_KNOWN_LABELS = 1000
+MAX_AT_ONCE = 256  # prompts of a request that the engine has at once, so that other requests find room
 TOP_TOKENS = {"max_tokens": 1, "temperature": 0.0, "logprobs": 20}  # options that show the likely first tokens
 
 Prefills = Sequence[tuple[Any, dict[str, Any]]]  # prompts, each with further options of `Service.start`
@@ -120,27 +124,45 @@ def _classification(index: int, labels: Sequence[str], logprobs: Sequence[float]
 
 async def _run_prefills(service: Service, body: PrefillRequest, request: Request, response: Response,
                         prefills: Prefills) -> list[Piece]:
-    """Run all prompts through the model at once and return the result of each. ApiError 408 when the client leaves."""
+    """Run all prompts through the model and return the result of each. ApiError 408 when the client leaves."""
     service.check_open()
     body.check_fields()
-    answers: list[Answer] = []
+    starts = [partial(service.start, request, body, prompt, **{"params": {}, **options})
+              for prompt, options in prefills]
     watching = asyncio.ensure_future(gone(request.receive))
     try:
-        for prompt, options in prefills:
-            answers.append(service.start(body, prompt, **{"params": {}, **options}))
-        ended = await unless(watching, _last_pieces(answers))
+        ended = await unless(watching, _last_pieces(service, starts))
     finally:
         watching.cancel()
-        for answer in answers:
-            service.link.close(answer)
     versions = {piece.weight_version for piece in ended}  # several when the weights were updated in between
     response.headers["X-Weight-Version"] = ",".join(map(str, sorted(versions)))
     note(request, model=body.model, **_usage(ended))
     return ended
 
 
-async def _last_pieces(answers: Sequence[Answer]) -> list[Piece]:
-    return [[piece async for arrived in pieces(answer) for piece in arrived][-1] for answer in answers]
+async def _last_pieces(service: Service, starts: Sequence[Callable[[], Answer]]) -> list[Piece]:
+    """Start requests and return the last piece of each answer, in order.
+
+    At most `MAX_AT_ONCE` are open at once, and fewer where the server has no room for more: then the next one starts
+    when another has ended. ApiError 429 if there is no room for the first.
+    """
+    waiting, open_answers, ended = deque(starts), deque(), []
+    try:
+        while waiting or open_answers:
+            while waiting and len(open_answers) < MAX_AT_ONCE:
+                try:
+                    open_answers.append(waiting[0]())
+                except ApiError as error:
+                    if error.status != 429 or not open_answers:
+                        raise
+                    break
+                waiting.popleft()
+            ended.append([piece async for arrived in pieces(open_answers[0]) for piece in arrived][-1])
+            service.link.close(open_answers.popleft())
+        return ended
+    finally:
+        for answer in open_answers:
+            service.link.close(answer)
 
 
 def _usage(ended: Sequence[Piece]) -> dict[str, int]:

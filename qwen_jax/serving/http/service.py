@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
 from typing import Any
 
 from fastapi import Request
 
-from qwen_jax.serving.http.protocol import Body
+from qwen_jax.serving.http.limits import Caller
+from qwen_jax.serving.http.protocol import EngineRequest
 from qwen_jax.serving.ipc.engine_client import Answer, EngineBackend
 from qwen_jax.serving.ipc.errors import ApiError
 from qwen_jax.serving.ipc.messages import RequestOptions
+from qwen_jax.serving.options import ServerOptions
 
 
 class Service:
@@ -19,11 +22,11 @@ class Service:
 
     Args:
       link: the engine, or several that act as one.
-      model: the model's name for clients.
-      stall_seconds: time without a step of a busy engine, after which the server is unhealthy.
-      log_prompts: whether log lines have the prompts.
+      path: the model that the server was started with: a folder, a hub id or ``bundled``.
+      options: the server's options.
 
     Attributes:
+      model: the model's name for clients.
       draining: whether new requests are refused because the server is shutting down.
       adapters: names of loaded adapters, which clients may ask for as models.
       weight_version: the engine's number for the weights that new requests run with.
@@ -31,8 +34,8 @@ class Service:
         between clients, so that no response may be cached.
     """
 
-    def __init__(self, link: EngineBackend, model: str, stall_seconds: float, log_prompts: bool = False) -> None:
-        self.link, self.model, self._stall_seconds, self._log_prompts = link, model, stall_seconds, log_prompts
+    def __init__(self, link: EngineBackend, path: str, options: ServerOptions) -> None:
+        self.link, self.options, self.model = link, options, options.name or path
         self.draining = False
         self.adapters: set[str] = set()
         self.weight_version = 0
@@ -57,7 +60,7 @@ class Service:
         """Raise ApiError 503 when the engine has stopped, or has work but made no step for ``stall_seconds``."""
         if self.link.failure:
             raise ApiError(503, f"the engine has stopped: {self.link.failure}")
-        if self.link.silent_seconds() > self._stall_seconds:
+        if self.link.silent_seconds() > self.options.stall_seconds:
             raise ApiError(503, f"the engine has had work for {self.link.silent_seconds():.0f} s and made no step")
 
     @property
@@ -87,20 +90,29 @@ class Service:
 
     def note_prompt(self, request: Request, prompt: Any) -> None:
         """Add a prompt to the request's log line, if the server was started with ``--log-prompts``."""
-        if self._log_prompts:
+        if self.options.log_prompts:
             request.scope["details"]["prompt"] = prompt
 
-    def start(self, body: Body, prompt: Any, params: dict[str, Any], **more: Any) -> Answer:
+    def start(self, request: Request, body: EngineRequest, prompt: Any, params: dict[str, Any],
+              **more: Any) -> Answer:
         """Send a client's request to the engine; return its answers-to-be. ApiError when the engine does not take it.
 
         Args:
-          body: a `GenerationRequest` or a `PrefillRequest`.
+          body: body of the HTTP ``request``.
           prompt: a text, token ids, or a conversation: ``{"messages": [...], "tools": [...]}``.
           params: keywords of `SamplingParams`.
           more: further fields of `RequestOptions`, such as ``continuation``.
         """
+        caller: Caller = request.scope["caller"]
+        least = self.options.min_priority
+        if least is not None and body.priority < least and not caller.admin:
+            raise ApiError(403, f"priority must be at least {least} without an admin key, not {body.priority}",
+                           param="priority")
+        salt = body.cache_salt or ""
+        if self.options.salt_by_key:
+            salt = f"{hashlib.blake2b(caller.key, digest_size=16).hexdigest()}:{salt}"
         options = {"adapter": self.adapter(body.model), "priority": body.priority, "timeout": body.timeout,
-                   "stream": bool(body.stream), "user": (body.model_extra or {}).get("user"),
+                   "stream": bool(body.stream), "user": (body.model_extra or {}).get("user"), "cache_salt": salt,
                    "allow_special_tokens": getattr(body, "allow_special_tokens", True), **more}
         return self.link.generate(RequestOptions(prompt=prompt, params=params, arrived=time.monotonic(), **options),
                                   params.get("n", 1))

@@ -39,6 +39,7 @@ from qwen_jax.serving.ipc.messages import (
     decode_from_engine,
     frame,
 )
+from qwen_jax.serving.ipc.open_answers import OpenAnswers
 
 logger = logging.getLogger(__name__)
 MAX_UNREAD_PIECES = 4096  # that an answer's client has not taken; then the answer is aborted
@@ -108,6 +109,7 @@ class EngineBackend(Protocol):
     refused: str | None
     ended: asyncio.Event
     requests: int
+    open_answers: OpenAnswers
 
     async def start(self) -> None: ...
     async def stop(self) -> int: ...
@@ -125,7 +127,7 @@ class EngineClient:
     Args:
       model: the checkpoint: a folder, a hub id or ``bundled``.
       options: keywords of ``Engine.from_pretrained``.
-      max_requests: largest number of requests open at once; more are answered with status 429.
+      max_requests: largest number of answers open at once; requests for more are answered with status 429.
       process: other fields of `Launch`.
       environment: environment variables for the engine's process, besides this one's.
       command: command line of the engine's process, to which a socket's file descriptor is added.
@@ -134,6 +136,7 @@ class EngineClient:
       model: the checkpoint, as it was given.
       facts: the engine's limits and sizes, once it is ready; None before.
       gauges: state of the engine after its last step.
+      open_answers: count of the answers that `generate` was asked for and that are not closed.
       failure: why the engine has stopped; None while it has not.
       refused: why no engine could be made, which is the user's mistake; None otherwise.
       ended: event that is set when the connection to the engine's process has ended.
@@ -147,7 +150,7 @@ class EngineClient:
         self.model = model
         self._launch = Launch(model, dict(options), **process)
         self._command, self._environment = command, {**os.environ, **environment}
-        self._max_requests = max_requests
+        self.open_answers = OpenAnswers(max_requests)
         self._numbers = itertools.count(1)
         self._answers: dict[int, Answer] = {}
         self._results: dict[int, asyncio.Future] = {}
@@ -192,11 +195,15 @@ class EngineClient:
         return f"{base} {adapters[adapter]}" if adapter in adapters else None
 
     def generate(self, options: RequestOptions, answers: int) -> Answer:
-        """Send a request for ``answers`` answers. ApiError if the engine is not ready or ``max_requests`` are open."""
+        """Send a request for ``answers`` answers. ApiError if the engine is not ready or has no room."""
         self.check_alive()
-        if len(self._answers) >= self._max_requests:
-            raise ApiError(429, f"{len(self._answers)} requests are queued or running: try again later", retry_after=1)
-        return self.send(options, Answer(answers))
+        answer = Answer(answers)
+        self.open_answers.add(answer, answers)
+        try:
+            return self.send(options, answer)
+        except BaseException:
+            self.open_answers.remove(answer)
+            raise
 
     def send(self, options: RequestOptions, answer: Answer) -> Answer:
         """Send a request whose results are put into ``answer``, which must be new, and return ``answer``."""
@@ -209,6 +216,7 @@ class EngineClient:
 
     def close(self, answer: Answer) -> None:
         """Forget a request, and tell the engine to abort those of its answers that have not ended."""
+        self.open_answers.remove(answer)
         if self._answers.pop(answer.number, None) and answer.open and not self.failure:
             self._writer.write(frame(Abort(answer.number)))
 
@@ -304,7 +312,7 @@ class EngineClient:
         if answer is None:
             return
         if piece.finish_reason:
-            answer.open = 0 if piece.kind == "user" else answer.open - 1
+            answer.open = 0 if piece.kind in ("user", "adapter") else answer.open - 1
         answer.put(piece)
         if answer.unread > MAX_UNREAD_PIECES:
             logger.warning("request %d is aborted: its client does not read", piece.id)
@@ -334,10 +342,9 @@ async def pieces(answer: Answer) -> AsyncIterator[list[Piece]]:
 
 
 def _error_of(piece: Piece) -> ApiError:
-    if piece.kind == "user":
-        missing = "no adapter named" in piece.error
-        return ApiError(404 if missing else 400, piece.error, "model_not_found" if missing else None)
-    if piece.kind == "refused":
+    if piece.kind == "adapter":
+        return ApiError(404, piece.error, "model_not_found")
+    if piece.kind in ("user", "refused"):
         return ApiError(400, piece.error)
     if piece.kind == "deadline":
         return ApiError(408, piece.error)

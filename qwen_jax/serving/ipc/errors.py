@@ -29,7 +29,8 @@ class ApiError(Exception):
     @property
     def body(self) -> dict[str, Any]:
         """OpenAI's error object, the body of the response."""
-        return {"error": {"message": self.message, "type": TYPES[self.status], "param": self.param, "code": self.code}}
+        message = self.message.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair is no JSON
+        return {"error": {"message": message, "type": TYPES[self.status], "param": self.param, "code": self.code}}
 
     @property
     def headers(self) -> dict[str, str]:

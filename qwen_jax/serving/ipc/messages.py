@@ -35,6 +35,7 @@ class RequestOptions(msgspec.Struct, array_like=True, kw_only=True):
       on_trial: whether an engine with weights on trial is to answer. It routes requests; the engine does not use it.
       allow_special_tokens: whether names of control tokens in a text become these tokens; else they are text. Those in
         conversations always are.
+      cache_salt: text that is part of the keys of cached pages: only requests with the same one share them.
     """
 
     prompt: str | list[int] | dict[str, Any]
@@ -50,6 +51,7 @@ class RequestOptions(msgspec.Struct, array_like=True, kw_only=True):
     user: Any = None
     on_trial: bool = False
     allow_special_tokens: bool = True
+    cache_salt: str = ""
 
 
 class Launch(msgspec.Struct, array_like=True, tag=True):
@@ -122,8 +124,9 @@ class Piece(msgspec.Struct, array_like=True):
       times: when the request arrived, its first step began, its first token was there and it ended, by
         ``time.monotonic`` of the engine's machine.
       error: what went wrong.
-      kind: whose mistake ``error`` is: "user" for the client's, found before the request began, "refused" for the
-        client's, found later, "fault" for the engine's, "deadline" for a timeout.
+      kind: whose mistake ``error`` is: "user" for the client's, found before the request began, "adapter" where the
+        adapter is not loaded, "refused" for the client's, found later, "fault" for the engine's, "deadline" for a
+        timeout.
       score: log-probabilities of the continuation's tokens; None unless a continuation was given.
       vector: embedding, as little-endian float32; None unless one was asked for.
     """
@@ -174,11 +177,13 @@ class Ready(msgspec.Struct, array_like=True, tag=True):
       max_seq_len: largest number of tokens that a prompt and its answer may have together.
       hidden_size: length of embeddings.
       clock: time when the message was sent, by ``time.monotonic`` of the engine's machine.
+      max_adapters: number of LoRA adapters that may be loaded at once.
     """
 
     max_seq_len: int
     hidden_size: int
     clock: float
+    max_adapters: int = 0
 
 
 class Computes(msgspec.Struct, array_like=True, tag=True):

@@ -1,11 +1,19 @@
 """Tests of trials of adapters in a live server."""
 
+import asyncio
+import time
+
 import httpx
 import pytest
+from fake_engine import FakeEngine
 from live import Live, free_port
 from random_adapter import save_random_adapter
 from served import SIZES
 from trial_traffic import ASK, until
+
+from qwen_jax.cluster.canary.client import CanaryClient
+from qwen_jax.cluster.canary.policy import PROMOTED, RUNNING, TAKEN_BACK, CanaryOptions
+from qwen_jax.serving.ipc.messages import Piece, RequestOptions
 
 
 @pytest.fixture
@@ -76,3 +84,54 @@ def test_trials(pair, tmp_path):
     figures = server.wait_until_free()
     assert figures["compiles_after_warmup"] == 0
     assert server.post("/v1/unload_lora_adapter", {"lora_name": "other"}).status_code == 200
+
+    # When the promoted adapter is unloaded, users get the model itself again.
+    assert server.post("/v1/unload_lora_adapter", {"lora_name": "same"}).status_code == 200
+    found = admin.get("/canary").json()
+    assert found["state"] == "taken back" and "not loaded" in found["why"]
+    assert server.post("/v1/completions", ASK).json()["choices"][0]["text"] == text["bundled"]
+
+
+@pytest.mark.parametrize("weights", [(1.0,), (0.5, 1.0)])
+@pytest.mark.parametrize("promoted", [False, True])
+def test_a_missing_adapter_ends_a_trial(weights, promoted):
+    """The engine says that the adapter is not loaded, as after a race with its unloading."""
+    class WithoutAdapters(FakeEngine):
+        def _end(self, answer):
+            named = self.asked[answer.number].adapter
+            answer.put(Piece(0, 0, finish_reason="error", error="no adapter", kind="adapter") if named else
+                       Piece(0, 0, "text", [1], finish_reason="length"))
+
+        def generate(self, options, answers):
+            answer = super().generate(options, answers)
+            answer.number = len(self.asked) - 1
+            return answer
+
+    async def work():
+        client = CanaryClient(WithoutAdapters(max_requests=100))
+        client.try_adapter("it", CanaryOptions(weights=weights))
+        if promoted:
+            client.canary.state = PROMOTED
+        for number in range(8):
+            client.generate(RequestOptions(prompt=f"{number}", arrived=time.monotonic()), 1)
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        return client.canary, [options.adapter for options in client._link.asked]
+
+    canary, adapters = asyncio.run(work())
+    assert canary.state == TAKEN_BACK and "not loaded" in canary.why
+    assert adapters.count("it") == 1 and adapters[-1] is None
+    assert promoted or canary.tests["failed"].happened == 1
+
+
+def test_a_trial_ends_before_its_adapter_is_unloaded():
+    async def work():
+        states = []
+        client = CanaryClient(link := FakeEngine())
+        client.try_adapter("it", CanaryOptions())
+        link.calls["unload_adapter"] = lambda name: states.append((name, client.canary.state))
+        await client.call("unload_adapter", "another")
+        await client.call("unload_adapter", "it")
+        return states
+
+    assert asyncio.run(work()) == [("another", RUNNING), ("it", TAKEN_BACK)]

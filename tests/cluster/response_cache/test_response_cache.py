@@ -331,15 +331,26 @@ def test_closing_ends_what_is_computed():
 
 def test_only_what_was_packed_under_a_key_is_unpacked():
     key, other = KEYS[:2]
-    packed = pack(key, b"value")
-    assert unpack(key, packed) == b"value" and unpack(key, pack(key, b"")) == b""
-    assert unpack(other, packed) is None
-    assert all(unpack(key, packed[:length]) is None for length in range(len(packed)))
+    secret, foreign = b"secret", pack(b"another", key, b"value")
+    packed = pack(secret, key, b"value")
+    assert unpack(secret, key, packed) == b"value" and unpack(secret, key, pack(secret, key, b"")) == b""
+    assert unpack(secret, other, packed) is None and unpack(secret, key, foreign) is None
+    assert all(unpack(secret, key, packed[:length]) is None for length in range(len(packed)))
     for place in range(len(packed)):
         flipped = bytearray(packed)
         flipped[place] ^= 1
-        assert unpack(key, bytes(flipped)) is None
-    assert unpack(key, packed + b"x") is None and unpack(key, None) is None and unpack(key, packed.hex()) is None
+        assert unpack(secret, key, bytes(flipped)) is None
+    for wrong in (packed + b"x", None, packed.hex()):
+        assert unpack(secret, key, wrong) is None
+
+
+@pytest.mark.parametrize("secret", [None, "", "too short"])
+def test_answers_are_kept_in_redis_only_under_a_secret(monkeypatch, secret):
+    monkeypatch.delenv(redis_store.SECRET)
+    if secret is not None:
+        monkeypatch.setenv(redis_store.SECRET, secret)
+    with pytest.raises(UserError, match="openssl"):
+        RedisStore("redis://127.0.0.1")
 
 
 @pytest.mark.parametrize("url, said", [("http://x", "scheme"), ("redis://x:y", "y"), ("", "scheme")])

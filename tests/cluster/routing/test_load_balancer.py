@@ -3,10 +3,12 @@ import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import faulty_worker
 import psutil
 import pytest
+from fake_engine import FakeEngine
 from faulty_worker import DEVICE, FREEZE
 from live import Live, quick_environment
 from random_adapter import save_random_adapter
@@ -17,6 +19,7 @@ from qwen_jax.cluster.routing.load_balancer import LoadBalancer
 from qwen_jax.cluster.routing.replica import PendingRequest, text_blocks
 from qwen_jax.errors import UserError
 from qwen_jax.serving.ipc.engine_client import Answer, EngineClient, pieces
+from qwen_jax.serving.ipc.errors import ApiError
 from qwen_jax.serving.ipc.messages import RequestOptions
 
 # As `SIZES` has it: the same executables.
@@ -153,10 +156,34 @@ def test_a_request_that_ends_engines_is_not_passed_on_for_ever(executable_cache,
         live.output()
 
 
+@pytest.mark.parametrize("make", [
+    lambda limit: LoadBalancer([FakeEngine, FakeEngine], limit, seed=0), lambda limit: EngineClient("m", {}, limit)],
+    ids=["balancer", "client"])
+def test_answers_are_counted_until_their_request_is_closed(make):
+    link = make(8)
+    link.check_alive = lambda: None
+    link._writer = SimpleNamespace(write=lambda data: None)
+    first, second = link.generate(options(0), 3), link.generate(options(1), 5)
+    for count, status in ((1, 429), (9, 400)):
+        with pytest.raises(ApiError) as error:
+            link.generate(options(2), count)
+        assert error.value.status == status
+    assert link.requests == 2
+    for _ in range(2):
+        link.close(first)
+    with pytest.raises(ApiError):
+        link.generate(options(2), 4)
+    third = link.generate(options(2), 3)
+    link.close(second)
+    link.close(third)
+    assert link.open_answers.count == link.requests == 0
+
+
 def test_blocks_of_text():
     long = "x" * 700
     assert len(text_blocks(long, None)) == 2 and text_blocks(long, None)[:1] == text_blocks(long[:256], None)
     assert text_blocks(long, None) != text_blocks(long, "adapter")
+    assert text_blocks(long, None) != text_blocks(long, None, "salt")
     assert text_blocks("y" + long[1:], None)[1] != text_blocks(long, None)[1]
     assert text_blocks([1, 2, 3], None) == ()
 

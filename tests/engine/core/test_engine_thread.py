@@ -221,6 +221,45 @@ def test_a_failed_step_is_told_to_all_that_is_open(make, core):
     assert thread.drain().result(1) is None and [len(record.errors) for record in records] == [1, 1]
 
 
+def test_a_call_that_panics_leaves_the_engine_running(make):
+    class Panic(BaseException):
+        """Stands for a panic in Rust code."""
+
+    def panic():
+        raise Panic
+
+    thread = make()
+    with pytest.raises(Panic):
+        thread.between_steps(panic)
+    assert thread.between_steps(lambda: 7) == 7 and not thread.failure
+
+
+def test_a_step_follows_every_call_while_requests_run(make, core):
+    thread, record = make(), Record()
+    submission = thread.submit(lambda: [new_request(10**9)], record)
+    while not record.steps:
+        time.sleep(0.001)
+    calls = [thread.call(lambda: core.steps) for _ in range(30)]
+    steps = [call.result(10) for call in calls]
+    assert steps == sorted(set(steps))
+    thread.abort(submission)
+    record.wait()
+    assert [thread.call(lambda: core.steps).result(10) for _ in range(3)] == [core.steps] * 3
+
+
+def test_a_listener_that_raises_ends_its_own_requests(make, core):
+    class Broken(Record):
+        def after_step(self, requests):
+            super().after_step(requests)
+            raise ZeroDivisionError
+
+    thread, broken, other = make(), Broken(), Record()
+    thread.submit(lambda: [new_request(10**9)], broken)
+    thread.submit(lambda: [new_request(20)], other)
+    assert isinstance(broken.wait().errors[0], ZeroDivisionError) and broken.steps == 1
+    assert other.wait().steps == 20 and not core.requests and not thread.failure
+
+
 def test_a_call_that_breaks_the_engine_ends_the_thread(make, core):
     thread = make()
     assert thread.between_steps(lambda: 7) == 7

@@ -41,6 +41,8 @@ def folders(tmp_path_factory):
     variant("nan", lambda found: found.update({key: np.full_like(found[key], np.nan)}))
     variant("shape", lambda found: found.update({key: found[key][:, :-2].copy()}))
     variant("missing", lambda found: found.pop(key))
+    variant("overflow", lambda found: found.update({
+        name: np.full_like(value, 3e38) for name, value in found.items() if "norm" in name}))
     variant("corrupt", lambda found: None)
     path = root / "corrupt" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
@@ -102,12 +104,16 @@ def test_what_is_refused_changes_nothing(pair, folders, keys):
     before = server.post("/v1/completions", ASK).json()["choices"]
     assert admin.post("/admin/weights/rollback").status_code == 400  # there is nothing before
     for name, said in (("nan", "NaN"), ("shape", "up_proj"), ("missing", "up_proj"), ("corrupt", "truncated"),
-                       ("absent", "no model")):
+                       ("absent", "no model"), ("overflow", "golden prompt")):
         answer = admin.post("/admin/weights", json={"source": str(folders / name), "wait": True})
         assert answer.status_code == 400 and said in answer.json()["error"]["message"], answer.text
         assert admin.get("/admin/weights").json()["update"]["state"] == "refused"
     golden = {"source": str(folders / "other"), "wait": True, "golden": [["hello", [1, 2, 3]]]}
     assert "golden prompt" in admin.post("/admin/weights", json=golden).text
+    assert "golden prompt" in admin.post("/admin/weights", json={**golden, "source": str(folders / "overflow")}).text
+    unreadable = admin.post("/admin/weights", json={"source": "x" * 5000, "wait": True})
+    assert unreadable.status_code == 400 and "too long" in unreadable.text
+    assert admin.get("/admin/weights").json()["update"]["state"] == "failed"
     for body in ({"source": ""}, {"policy": "x"}, {"source": "x", "colour": 1}, [], {"source": "x", "golden": [1]}):
         assert admin.post("/admin/weights", json=body).status_code == 400
     assert server.post("/v1/completions", ASK).json()["choices"] == before
