@@ -11,13 +11,16 @@ os.environ.setdefault("XLA_FLAGS", f"{QUICK} {EIGHT_DEVICES}")
 # A test of the engine is one of all its programs, unless it says otherwise; and there is no second process beside it.
 os.environ.setdefault("QWEN_JAX_WARMUP", "full")
 # Programs of one layer, as models of many layers have them: they compile in less than half the time of whole steps.
-# Servers of tests run whole steps (`serving/live.py`), and test_piecewise_steps.py compares the two.
+# test_engine.py and test_start.py have whole steps, and test_piecewise_steps.py compares the two.
 os.environ.setdefault("QWEN_JAX_LAYERS_PER_PROGRAM", "1")
 
 import pytest  # noqa: E402
 
 # Files that take longest, in this order: they start first, so that no worker is left alone with one at the end.
-SLOWEST = ()
+SLOWEST = (
+    "tests/test_docs.py", "tests/engine/test_parallel_engine.py", "tests/cluster/ray_serve", "tests/engine/runner",
+    "tests/cluster/routing", "tests/engine/test_resharding.py", "tests/serving/test_faults.py", "tests/test_cli.py",
+    "tests/engine/multihost", "tests/training", "tests/model", "tests/engine", "tests/kernels", "tests/checkpoint")
 
 
 def pytest_collection_modifyitems(items):

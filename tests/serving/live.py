@@ -23,8 +23,8 @@ def free_port() -> int:
 
 
 def quick_environment() -> dict[str, str]:
-    """Of an engine's process, for tests: it compiles quickly (`quick_xla`), and programs of whole steps."""
-    return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK, "QWEN_JAX_LAYERS_PER_PROGRAM": ""}
+    """Of an engine's process, for tests: it compiles quickly (`quick_xla`)."""
+    return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK}
 
 
 class Live:

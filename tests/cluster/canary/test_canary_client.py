@@ -74,22 +74,24 @@ def test_trials(pair, tmp_path):
     assert [one.headers["x-cache"] for one in answers] == ["miss", "hit"]
     assert [one.json()["choices"][0]["text"] for one in answers] == [text["same"]] * 2
 
-    # Another adapter that is loaded under its name answers anew.
-    assert server.post("/v1/unload_lora_adapter", {"lora_name": "same"}).status_code == 200
-    replaced = {"lora_name": "same", "lora_path": str(tmp_path / "other")}
-    assert server.post("/v1/load_lora_adapter", replaced).status_code == 200
-    answers = [server.post("/v1/completions", ASK) for _ in range(2)]
-    assert [one.headers["x-cache"] for one in answers] == ["miss", "hit"]
-    assert [one.json()["choices"][0]["text"] for one in answers] == [text["other"]] * 2
-    figures = server.wait_until_free()
-    assert figures["compiles_after_warmup"] == 0
-    assert server.post("/v1/unload_lora_adapter", {"lora_name": "other"}).status_code == 200
-
     # When the promoted adapter is unloaded, users get the model itself again.
+    named = {**ASK, "model": "same"}
+    assert [server.post("/v1/completions", named).headers["x-cache"] for _ in range(2)][1] == "hit"
     assert server.post("/v1/unload_lora_adapter", {"lora_name": "same"}).status_code == 200
     found = admin.get("/canary").json()
     assert found["state"] == "taken back" and "not loaded" in found["why"]
     assert server.post("/v1/completions", ASK).json()["choices"][0]["text"] == text["bundled"]
+
+    # Another adapter that is loaded under its name answers anew.
+    replaced = {"lora_name": "same", "lora_path": str(tmp_path / "other")}
+    assert server.post("/v1/load_lora_adapter", replaced).status_code == 200
+    answers = [server.post("/v1/completions", named) for _ in range(2)]
+    assert [one.headers["x-cache"] for one in answers] == ["miss", "hit"]
+    assert [one.json()["choices"][0]["text"] for one in answers] == [text["other"]] * 2
+    figures = server.wait_until_free()
+    assert figures["compiles_after_warmup"] == 0
+    for name in ("same", "other"):
+        assert server.post("/v1/unload_lora_adapter", {"lora_name": name}).status_code == 200
 
 
 @pytest.mark.parametrize("weights", [(1.0,), (0.5, 1.0)])
