@@ -101,7 +101,8 @@ def test_help_does_not_import_jax():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-def test_programs_compiled_ahead_are_found_by_the_engine(folder, tmp_path):
+def test_programs_compiled_ahead_are_found_by_the_engine(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("QWEN_JAX_LAYERS_PER_PROGRAM", "")
     sizes = ["--max-batch-size", "1", "--max-seq-len", "64", "--kv-cache-bytes", "100000", "--dtype", "float32"]
     assert "2 programs" in run("compile", folder, "-o", tmp_path / "programs", *sizes, check=True).stdout
     rows = [json.loads(line) for line in run("info", folder, "--buckets", "--json", *sizes, check=True

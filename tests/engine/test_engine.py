@@ -252,6 +252,7 @@ def test_vocabulary_ends_at_the_tokenizer(hf, prompts):
 
     class Tokenizer:
         chat_template, backend_tokenizer = None, tokenizers.Tokenizer(tokenizers.models.BPE({}, []))
+        added_tokens_decoder = {}
 
         def __len__(self):
             return 200
@@ -337,6 +338,6 @@ def test_an_engine_that_was_not_warmed_up_says_so(hf):
 
 def test_a_module_of_ours_serves_too(hf, tmp_path, prompts):
     hf.save_pretrained(tmp_path)
-    engine = Engine(load_model(tmp_path, dtype="float32"), limits=LIMITS, progress=False)
+    engine = Engine(load_model(tmp_path, dtype="float32"), limits=LIMITS, progress=False, layers_per_program=2)
     assert engine.generate(prompts[2], GREEDY)[0].token_ids == hf_greedy(hf, prompts[2], 64)
     assert all(bucket.from_disk for bucket in engine.stats().buckets), "the same programs come from the disk cache"

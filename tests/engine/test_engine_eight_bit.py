@@ -145,7 +145,7 @@ def in_8_bits(fragile):
 def poison(engine, prompt, page, layer):
     """Writes NaN into a page that the prefix cache holds for a prompt, and returns its id."""
     sequence = engine.input_processor.requests(prompt, GREEDY)[0].sequence
-    sequence.salt = repr((0, engine.runner.adapters.identity(0), "full_attention")).encode()
+    sequence.salt = repr((0, engine.runner.adapters.identity(0), "full_attention", sequence.cache_salt)).encode()
     found = engine.pool.match(sequence.page_keys(len(prompt) // PAGE))
     state = engine.runner.state
     pages = list(state.v_pages)

@@ -9,10 +9,10 @@ from qwen_jax.cluster.ray_serve.config import Autoscaling
 
 
 class Autoscaler:
-    """A rule for the number of engines, from the number of open requests over time.
+    """Decides how many engines there should be, from the number of open requests over time.
 
-    The number rises once more engines have been needed for ``up_seconds``, to the fewest that were needed in that time.
-    It falls once fewer have been needed for ``down_seconds``, to the most that were needed in that time.
+    The number rises once more engines have been needed for ``up_seconds``, and falls once fewer have been needed for
+    ``down_seconds``; it becomes the one nearest to the present number that was needed in all that time.
     """
 
     def __init__(self, options: Autoscaling) -> None:
@@ -21,7 +21,7 @@ class Autoscaler:
         self._fewer: tuple[float, int] | None = None  # time since which fewer are needed, and the most needed since
 
     def wanted(self, now: float, requests: int, engines: int) -> int:
-        """Return the number of engines that the cluster should have now.
+        """Return the number of engines that there should be.
 
         Args:
           now: seconds of any clock.
@@ -41,8 +41,5 @@ class Autoscaler:
 
 def _extend(period: tuple[float, int] | None, now: float, needed: int, combine: Callable[[int, int], int],
             ) -> tuple[float, int]:
-    """Return a period (its start, and the fewest or most engines needed in it) updated by the number needed now.
-
-    Without a period, one begins now.
-    """
+    """Return a period, of its begin and a number of engines, that goes on or begins now."""
     return (period[0], combine(period[1], needed)) if period else (now, needed)
