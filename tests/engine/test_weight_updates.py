@@ -155,11 +155,13 @@ def update_server(engine, folder, golden=None):
     """Update as the engine's process does when the HTTP process calls it."""
     from qwen_jax.serving.engine_process.calls import EngineCalls
     from qwen_jax.serving.engine_process.engine_metrics import EngineMetrics
+    from qwen_jax.serving.engine_process.identity import AnswerIdentity
 
     thread = EngineThread(engine.core)
     thread.start()
     try:
-        calls = EngineCalls(engine, thread, EngineMetrics(engine), str)
+        identity = AnswerIdentity(engine, lambda message: None)
+        calls = EngineCalls(engine, thread, EngineMetrics(engine), identity, str)
         return calls.start("update_weights", [str(folder), "finish_old", golden]).result(60)["version"]
     finally:
         thread.close()

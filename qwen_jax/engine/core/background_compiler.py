@@ -7,6 +7,7 @@ does it, because a second process has no devices to compile for.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import pickle
 import subprocess
@@ -141,7 +142,8 @@ class BackgroundCompiler:
         except (BrokenPipeError, EOFError, pickle.UnpicklingError):
             pass
         finally:
-            process.stdin.close()  # on which the process ends
+            with contextlib.suppress(BrokenPipeError):  # where it ended before it had read the job
+                process.stdin.close()  # on which the process ends
             code = process.wait()
             process.stdout.close()
         return error or f"exit code {code}"

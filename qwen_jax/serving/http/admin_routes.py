@@ -71,8 +71,6 @@ class WeightUpdates:
             self.state["state"] = "current"
         except (UserError, ApiError) as error:
             self.state["state"], failure = "refused", ApiError(400, str(error))
-        except OSError as error:
-            self.state["state"], failure = "failed", ApiError(400, f"source cannot be read: {error.strerror}")
         except Exception as error:
             logger.exception("an update of the weights failed")
             self.state["state"], failure = "failed", ApiError(500, f"{type(error).__name__}: {error}")

@@ -113,7 +113,7 @@ def test_what_is_refused_changes_nothing(pair, folders, keys):
     assert "golden prompt" in admin.post("/admin/weights", json={**golden, "source": str(folders / "overflow")}).text
     unreadable = admin.post("/admin/weights", json={"source": "x" * 5000, "wait": True})
     assert unreadable.status_code == 400 and "too long" in unreadable.text
-    assert admin.get("/admin/weights").json()["update"]["state"] == "failed"
+    assert admin.get("/admin/weights").json()["update"]["state"] == "refused"
     for body in ({"source": ""}, {"policy": "x"}, {"source": "x", "colour": 1}, [], {"source": "x", "golden": [1]}):
         assert admin.post("/admin/weights", json=body).status_code == 400
     assert server.post("/v1/completions", ASK).json()["choices"] == before

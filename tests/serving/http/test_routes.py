@@ -1,6 +1,7 @@
 """Tests of routes in front of a stand-in for the engine: who may do what, limits, metrics, unhandled exceptions."""
 
 import asyncio
+import itertools
 import json
 import os
 import time
@@ -169,7 +170,7 @@ def test_a_body_that_is_nested_too_deeply_is_refused():
     call = {"function": {"name": "f", "arguments": "[" * 5000 + "]" * 5000}}
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}]
     answer, = ask(("/v1/chat/completions", {"model": "m", "messages": messages}, None))
-    assert answer.status_code == 400 and "less deeply" in answer.json()["error"]["message"]
+    assert answer.status_code == 400 and "recursion" in answer.json()["error"]["message"]
 
 
 def test_metrics_are_made_once_in_a_while_for_all(monkeypatch):
@@ -189,4 +190,4 @@ def test_metrics_are_made_once_in_a_while_for_all(monkeypatch):
             await asyncio.gather(*(loop() for _ in range(10)))
 
     asyncio.run(work())
-    assert len(made) == 2 and made[1] - made[0] > 0.29
+    assert len(made) >= 2 and min(after - before for before, after in itertools.pairwise(made)) > 0.29
