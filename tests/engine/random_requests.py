@@ -165,7 +165,7 @@ class Cases:
         room = self._longest - 1
         kind, length = pick.random(), round(room ** pick.random())
         if kind < 0.45:  # shared with others, often up to a page's border
-            cut = pick.choice((64, 128, 192, pick.randrange(room)))
+            cut = pick.choice((64, 128, 192, 256, pick.randrange(room)))
             return (pick.choice(self._documents)[:cut] + self._tokens(pick.randrange(1, 30)))[:room]
         if kind < 0.7:
             phrase = self._tokens(pick.randrange(1, 12))
