@@ -59,6 +59,7 @@ CASES = {
     "prefill from zero": (64, [0, 0, 0], [64, 1, 40]),
     "prefill chunk after context": (64, [64, 512, 0], [64, 13, 0]),
     "several query blocks": (256, [0, 128], [256, 200]),
+    "query blocks of an odd number of pages": (192, [0, 64], [192, 150]),
     "nothing at all": (1, [0, 0], [0, 0]),
 }
 

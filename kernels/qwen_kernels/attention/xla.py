@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -24,9 +25,7 @@ def paged_attention(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_t
     Chunks after the queries are skipped.
     """
     tokens = q.shape[1]
-    size = min(tokens, QUERY_BLOCK)
-    if tokens % size:
-        raise ValueError(f"the number of query tokens must be a multiple of {size}, not {tokens}: pad the queries")
+    size = tokens if tokens <= QUERY_BLOCK else math.gcd(tokens, QUERY_BLOCK)  # an odd number of pages: a page
     attend = partial(_attend_block, k_pages=k_pages, v_pages=v_pages, page_table=page_table, start=start, length=length)
     if tokens == size:
         return attend(q, offset=0)
