@@ -38,6 +38,21 @@ PATHS = ("/usr", "/", "..", "../..", ".", "", "/proc/self/root", "/proc/self/fd/
          "/proc/1/environ")
 
 
+def wrong_items(rng: random.Random, n: int) -> Hostile:
+    """Return a request with a list, or an object, of ``n`` parts that are all wrong."""
+    item = rng.choice((1.5, {}, [], None, "a", {"type": "text"}, {"role": 1}))
+    path, field = rng.choice([(COMPLETIONS, "prompt"), (COMPLETIONS, "stop"), (COMPLETIONS, "stop_token_ids"),
+                              (COMPLETIONS, "guided_choice"), (CHAT, "messages"), (CHAT, "tools"),
+                              (EMBEDDINGS, "input"), ("/classify", "labels"), ("/detokenize", "tokens"),
+                              ("/score", "continuation")])
+    message = {"role": "user", "content": [item] * n}
+    parts = dict.fromkeys(range(n // 2), item)
+    return rng.choice([lambda: post(path, {**VALID[path], field: [item] * n}),
+                       lambda: post(COMPLETIONS, {**VALID[COMPLETIONS], "logit_bias": parts}),
+                       lambda: post(CHAT, {**VALID[CHAT], "messages": [message]}),
+                       lambda: post(CHAT, {**VALID[CHAT], "messages": [parts]})])()
+
+
 def sizes(rng: random.Random) -> Hostile:
     """Return a request in which a text, a list or the body itself is long."""
     n = count(rng, 1_000_000)
@@ -61,6 +76,7 @@ def sizes(rng: random.Random) -> Hostile:
         lambda: post(EMBEDDINGS, {"model": "bundled", "input": "a " * n, "encoding_format": "base64"}),
         lambda: post("/classify", {"model": "bundled", "input": ["a"] * few, "labels": ["x" * few, "y"]}),
         lambda: post("/tokenize", {"prompt": "a " * n}), lambda: post("/detokenize", {"tokens": [300] * n}),
+        lambda: wrong_items(rng, n),
         lambda: post(COMPLETIONS, b"[" + b"1," * n + b"1]"), lambda: post(COMPLETIONS, b" " * 6 * n)])()
 
 

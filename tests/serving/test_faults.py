@@ -179,6 +179,20 @@ def test_an_error_does_not_repeat_the_whole_request(server, change):
     assert answer.status_code in (400, 404) and len(answer.content) < 8000 and answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("path, change", [
+    ("/v1/completions", {"prompt": [1.5] * 300_000}), ("/v1/completions", {"stop": [{}] * 500_000}),
+    ("/v1/completions", {"logit_bias": dict.fromkeys(range(200_000))}),
+    ("/v1/chat/completions", {"tools": [[]] * 500_000}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{}] * 500_000}]}),
+    ("/v1/chat/completions", {"messages": [dict.fromkeys(range(300_000))]})], ids=range(6))
+def test_a_body_of_wrong_parts_is_refused_without_a_list_of_all_of_them(server, path, change):
+    began = time.monotonic()
+    answer = server.post(path, {**(OK if path == "/v1/completions" else CHAT), **change})
+    assert answer.status_code == 400 and time.monotonic() - began < 2
+    memory = psutil.Process(server.process.pid).memory_info().rss
+    assert memory < 600 << 20
+
+
 def test_answers_are_counted_and_inputs_wait_for_room(server):
     many = server.post("/v1/completions", {**OK, "prompt": ["hello"] * 5, "n": 4, "temperature": 1})
     assert many.status_code == 400 and "--max-requests" in many.text
