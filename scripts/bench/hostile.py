@@ -191,6 +191,8 @@ def main() -> int:
                    "--adapter-dir", root, "--served-model-name", "bundled", "--response-cache-mb", "0"]
         server = Live(*options, model=str(model), quick=False)
         try:
+            while server.http.get("/ready").json()["programs_to_come"]:  # they would disturb the quiet period
+                time.sleep(1)
             return asyncio.run(run(server, args))
         finally:
             for line in server.output().splitlines():
