@@ -199,7 +199,7 @@ class CalledFunction(BaseModel):
         """Return the call for a chat template: its arguments as an object, since templates write JSON themselves."""
         try:
             arguments = json.loads(self.arguments or "{}")
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise ApiError(400, f"the arguments of the call of {self.name!r} are not JSON: {error}",
                            param="messages") from None
         return {"name": self.name, "arguments": arguments}
