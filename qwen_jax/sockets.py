@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import resource
 import socket
 import struct
 import threading
@@ -13,6 +14,15 @@ from typing import TypeVar
 Peer = TypeVar("Peer")
 GREETING_SECONDS = 10  # in which a connection has to send what is awaited next, until its peer is recognized
 POLL_SECONDS = 0.05
+
+
+def allow_many_connections() -> None:
+    """Let this process, and processes that it starts, have as many open connections and files as the system allows.
+
+    Systems begin with few, 1,024 mostly, which a server's clients, or strangers who connect, use up.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def accept_peers(listener: socket.socket, count: int, recognize: Callable[[socket.socket], Peer],

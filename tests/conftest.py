@@ -37,3 +37,22 @@ def executable_cache(tmp_path_factory):
         directory.mkdir(exist_ok=True)
         patch.setenv("QWEN_JAX_CACHE", str(directory))
         yield directory
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> str:
+    """Folder of the model that live servers of the tests serve."""
+    from served import model_with_tools
+
+    return str(model_with_tools(tmp_path_factory.mktemp("served") / "model"))
+
+
+@pytest.fixture(scope="session")
+def server(executable_cache, model):
+    """Live server that many tests use; it has small limits."""
+    from live import Live
+    from served import SIZES
+
+    live = Live(*SIZES, model=model)
+    yield live
+    live.output()

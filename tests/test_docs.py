@@ -137,6 +137,24 @@ def test_files_that_are_named_exist(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_tests_that_are_named_exist(page):
+    named = [span.split("::") for span in code_spans(page) if span.startswith("tests/") and "::" in span]
+    assert not [(path, name) for path, name in named if f"def {name}(" not in (ROOT / path).read_text()]
+
+
+def test_limits_are_those_of_the_code():
+    commands_of, = (action.choices for action in _parser()._actions if isinstance(action.choices, dict))
+    arguments = commands_of["serve"]._option_string_actions
+    rows = re.findall(r"^\| [^|]+ \| ([\d,.]+) \| `([^`]+)` \|$", (ROOT / "SECURITY.md").read_text(), re.MULTILINE)
+    assert len(rows) > 20
+    for value, name in rows:
+        module, _, constant = name.rpartition(".")
+        known = getattr(importlib.import_module(f"qwen_jax.{module}"), constant) if module else (
+            arguments[name].default)
+        assert float(value.replace(",", "")) == known, name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page):
     wrong = []
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):

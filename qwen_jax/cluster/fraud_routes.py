@@ -14,12 +14,12 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
+from pydantic import Field, StrictInt, StrictStr
 
 from qwen_jax.cluster.canary.client import CanaryClient
 from qwen_jax.evaluation.fraud.accounts import CATEGORIES, DAYS, PATTERNS
 from qwen_jax.evaluation.fraud.request import evidence_of, prompt_of
-from qwen_jax.serving.http.protocol import EngineRequest
+from qwen_jax.serving.http.protocol import EngineRequest, Items, Part
 from qwen_jax.serving.http.service import Service
 from qwen_jax.serving.http.streaming import gone, note, unless
 from qwen_jax.serving.ipc.engine_client import Answer, pieces
@@ -37,11 +37,7 @@ Amount = Annotated[StrictInt, Field(ge=0, le=10_000_000, examples=[436])]
 Day = Literal[*DAYS]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class ItemStatus(_Section):
+class ItemStatus(Part):
     """A card, device or other item of an account, and its status.
 
     Attributes:
@@ -53,10 +49,10 @@ class ItemStatus(_Section):
     standing: Word
 
 
-Pair = Annotated[list[ItemStatus], Field(min_length=2, max_length=2)]
+Pair = Annotated[Items[ItemStatus], Field(min_length=2, max_length=2)]
 
 
-class PastPayment(_Section):
+class PastPayment(Part):
     """An earlier payment in an account's history."""
 
     day: Day
@@ -67,7 +63,7 @@ class PastPayment(_Section):
     claim: Annotated[Word, Field(description="settled or disputed")]
 
 
-class AccountProfile(_Section):
+class AccountProfile(Part):
     """Profile and history of an account before the payment to screen.
 
     Attributes:
@@ -90,10 +86,10 @@ class AccountProfile(_Section):
     user: Pair
     category: Pair
     travel: Pair
-    history: Annotated[list[PastPayment], Field(min_length=4, max_length=4)]
+    history: Annotated[Items[PastPayment], Field(min_length=4, max_length=4)]
 
 
-class NewPayment(_Section):
+class NewPayment(Part):
     """The payment to screen for fraud."""
 
     day: Day
@@ -125,7 +121,7 @@ class ScreenRequest(ScreeningRequest):
     payment: NewPayment
 
 
-class Screening(_Section):
+class Screening(Part):
     """A payment of a batch to screen, and its account."""
 
     account: AccountProfile
@@ -135,7 +131,7 @@ class Screening(_Section):
 class ScreenBatchRequest(ScreeningRequest):
     """Request to screen a batch of payments for fraud."""
 
-    screenings: Annotated[list[Screening], Field(min_length=1, max_length=MAX_BATCH)]
+    screenings: Annotated[Items[Screening], Field(min_length=1, max_length=MAX_BATCH)]
 
 
 def user_of(options: dict[str, Any]) -> str:

@@ -24,6 +24,7 @@ from qwen_jax.serving.http.service import Service
 from qwen_jax.serving.http.tracing import tracer
 from qwen_jax.serving.ipc.engine_client import EngineBackend, EngineClient
 from qwen_jax.serving.options import EngineOptions, ServerOptions
+from qwen_jax.sockets import allow_many_connections
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ class _DrainingServer(uvicorn.Server):
 
 def _config(app: FastAPI, host: str, port: int) -> uvicorn.Config:
     return uvicorn.Config(app, host, port, log_level="warning", access_log=False, timeout_graceful_shutdown=5,
-                          lifespan="off", http=Connection)
+                          lifespan="off", http=Connection, ws="none")
 
 
 def assemble(link: EngineBackend, model: str, options: ServerOptions, extend: Extend | None = None) -> Applications:
@@ -139,6 +140,7 @@ async def serve(link: EngineBackend, model: str, options: ServerOptions, extend:
     applications = assemble(link, model, options, extend)
     server = _DrainingServer(_config(applications.public, options.host, options.port), applications.service,
                              options.drain_seconds)
+    allow_many_connections()
     await link.start()
     serving = asyncio.create_task(server.serve())
     ended = asyncio.create_task(link.ended.wait())

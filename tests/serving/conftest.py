@@ -1,18 +1,6 @@
 import pytest
 from live import Live
-from served import SIZES, model_with_tools
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory) -> str:
-    return str(model_with_tools(tmp_path_factory.mktemp("served") / "model"))
-
-
-@pytest.fixture(scope="session")
-def server(executable_cache, model):
-    live = Live(*SIZES, model=model)
-    yield live
-    live.output()
+from served import SIZES
 
 
 @pytest.fixture

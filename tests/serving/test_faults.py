@@ -10,6 +10,7 @@ from pathlib import Path
 
 import aiohttp
 import httpx
+import psutil
 import pytest
 from faulty_worker import DEVICE, FREEZE, TEXT
 from random_adapter import save_random_adapter
@@ -158,6 +159,38 @@ def test_a_request_without_an_end_is_refused(server, begin, part):
                 sent += len(part)
         if "chunked" not in begin:
             assert client.recv(1000).startswith(b"HTTP/1.1 431 ")
+
+
+def test_a_websocket_is_not_opened(server):
+    headers = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13",
+               "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="}
+    assert server.http.get("/v1/models", headers=headers).json()["object"] == "list"
+
+
+def test_a_server_has_as_many_connections_as_the_system_allows(server):
+    few, most = psutil.Process(server.process.pid).rlimit(psutil.RLIMIT_NOFILE)
+    assert few == most
+
+
+@pytest.mark.parametrize("change", [{"model": "m" * 100_000}, {"f" * 100_000: 1}, {"logit_bias": {"\0" * 100_000: 1}},
+                                    {"stop": ["s"] * 50_000 + [3]}])
+def test_an_error_does_not_repeat_the_whole_request(server, change):
+    answer = server.post("/v1/completions", {**OK, **change})
+    assert answer.status_code in (400, 404) and len(answer.content) < 8000 and answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path, change", [
+    ("/v1/completions", {"prompt": [1.5] * 300_000}), ("/v1/completions", {"stop": [{}] * 500_000}),
+    ("/v1/completions", {"logit_bias": dict.fromkeys(range(200_000))}),
+    ("/v1/chat/completions", {"tools": [[]] * 500_000}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{}] * 500_000}]}),
+    ("/v1/chat/completions", {"messages": [dict.fromkeys(range(300_000))]})], ids=range(6))
+def test_a_body_of_wrong_parts_is_refused_without_a_list_of_all_of_them(server, path, change):
+    began = time.monotonic()
+    answer = server.post(path, {**(OK if path == "/v1/completions" else CHAT), **change})
+    assert answer.status_code == 400 and time.monotonic() - began < 2
+    memory = psutil.Process(server.process.pid).memory_info().rss
+    assert memory < 600 << 20
 
 
 def test_answers_are_counted_and_inputs_wait_for_room(server):

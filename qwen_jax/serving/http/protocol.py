@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    model_validator,
+)
 
+from qwen_jax.engine.api.sampling_params import MAX_LOGIT_BIAS
 from qwen_jax.engine.api.structured_output import StructuredOutput, from_guided, from_response_format
 from qwen_jax.errors import UserError
 from qwen_jax.serving.http.tool_calls import forced_calls
@@ -15,7 +27,12 @@ from qwen_jax.serving.ipc.messages import Ready
 
 MAX_ANSWERS = 128  # to one prompt: n
 MAX_INPUTS = 2048  # of one request; the limit is OpenAI's
+MAX_PARTS = 100  # fields of an object inside a body
 Number = StrictInt | StrictFloat
+Item = TypeVar("Item")
+# A list whose validation ends with its first wrong item. Errors about each of a million items take seconds, and
+# gigabytes, for a body of 4 MB. Objects whose parts may be wrong are limited for the same reason.
+Items = Annotated[list[Item], Field(fail_fast=True)]
 # OpenAI's fields that are accepted and do not change an answer here.
 HARMLESS = frozenset(("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"))
 
@@ -58,6 +75,24 @@ def as_list(given: str | list[Any], name: str) -> list[str | list[int]]:
     return prompts
 
 
+def few_parts(most: int) -> Callable[[Any], Any]:
+    """Return a function that returns its argument; ValueError for an object, or an array, of more than ``most`` parts.
+    """
+    def check(value: Any) -> Any:
+        if isinstance(value, dict | list) and len(value) > most:
+            raise ValueError(f"it must have at most {most} entries, not {len(value)}")
+        return value
+
+    return check
+
+
+class Part(BaseModel):
+    """Base class of objects inside a body, which have no unknown fields."""
+
+    model_config = ConfigDict(extra="forbid")
+    _few = model_validator(mode="before")(few_parts(MAX_PARTS))
+
+
 class StreamOptions(BaseModel):
     """Options of a streamed answer: ``include_usage`` adds a last chunk with the numbers of tokens."""
 
@@ -90,19 +125,19 @@ class GenerationRequest(EngineRequest):
     min_p: Number | None = None
     n: Annotated[StrictInt, Field(ge=1, le=MAX_ANSWERS)] | None = None
     seed: Annotated[StrictInt, Field(ge=-2**63, lt=2**64)] | None = None
-    stop: StrictStr | list[StrictStr] | None = None
-    stop_token_ids: list[StrictInt] | None = None
+    stop: StrictStr | Items[StrictStr] | None = None
+    stop_token_ids: Items[StrictInt] | None = None
     ignore_eos: StrictBool | None = None
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
     repetition_penalty: Number | None = None
-    logit_bias: dict[str, Number] | None = None
+    logit_bias: Annotated[dict[str, Number], BeforeValidator(few_parts(MAX_LOGIT_BIAS))] | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     response_format: dict[str, Any] | None = None
     guided_json: dict[str, Any] | StrictStr | None = None
     guided_regex: StrictStr | None = None
-    guided_choice: list[StrictStr] | None = None
+    guided_choice: Items[StrictStr] | None = None
     guided_grammar: StrictStr | None = None
 
     def params(self) -> dict[str, Any]:
@@ -132,7 +167,7 @@ class GenerationRequest(EngineRequest):
 class CompletionRequest(GenerationRequest):
     """Body of ``POST /v1/completions``."""
 
-    prompt: StrictStr | list[StrictInt] | list[StrictStr] | list[list[StrictInt]]
+    prompt: StrictStr | Items[StrictInt] | Items[StrictStr] | Items[Items[StrictInt]]
     logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
     echo: StrictBool | None = None
     suffix: StrictStr | None = None
@@ -164,7 +199,7 @@ class CalledFunction(BaseModel):
         """Return the call for a chat template: its arguments as an object, since templates write JSON themselves."""
         try:
             arguments = json.loads(self.arguments or "{}")
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise ApiError(400, f"the arguments of the call of {self.name!r} are not JSON: {error}",
                            param="messages") from None
         return {"name": self.name, "arguments": arguments}
@@ -178,15 +213,13 @@ class Call(BaseModel):
     function: CalledFunction
 
 
-class Message(BaseModel):
+class Message(Part):
     """A message of a conversation."""
 
-    model_config = ConfigDict(extra="forbid")
-
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: StrictStr | list[TextPart] | None = None
+    content: StrictStr | Items[TextPart] | None = None
     name: StrictStr | None = None
-    tool_calls: list[Call] | None = None
+    tool_calls: Items[Call] | None = None
     tool_call_id: StrictStr | None = None
     refusal: StrictStr | None = None
 
@@ -202,10 +235,8 @@ class Message(BaseModel):
         return message
 
 
-class Function(BaseModel):
+class Function(Part):
     """A function that the model may call; ``parameters`` is a JSON schema of its arguments."""
-
-    model_config = ConfigDict(extra="forbid")
 
     name: Annotated[StrictStr, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
     description: StrictStr | None = None
@@ -213,10 +244,8 @@ class Function(BaseModel):
     strict: StrictBool | None = None
 
 
-class Tool(BaseModel):
+class Tool(Part):
     """A tool that the model may call."""
-
-    model_config = ConfigDict(extra="forbid")
 
     type: Literal["function"]
     function: Function
@@ -238,11 +267,11 @@ class NamedTool(BaseModel):
 class ChatRequest(GenerationRequest):
     """Body of ``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[Items[Message], Field(min_length=1)]
     max_completion_tokens: StrictInt | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
-    tools: list[Tool] | None = None
+    tools: Items[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: StrictBool | None = None
 
@@ -290,15 +319,15 @@ class PrefillRequest(EngineRequest):
 class ScoreRequest(PrefillRequest):
     """Body of ``POST /score``: a prompt, and a continuation whose log-probability is wanted."""
 
-    prompt: StrictStr | list[StrictInt]
-    continuation: StrictStr | list[StrictInt]
+    prompt: StrictStr | Items[StrictInt]
+    continuation: StrictStr | Items[StrictInt]
 
 
 class ClassifyRequest(PrefillRequest):
     """Body of ``POST /classify``: inputs, and the labels among which the model chooses one for each."""
 
-    input: StrictStr | Annotated[list[StrictStr], Field(min_length=1, max_length=256)]
-    labels: Annotated[list[StrictStr], Field(min_length=2, max_length=64)]
+    input: StrictStr | Annotated[Items[StrictStr], Field(min_length=1, max_length=256)]
+    labels: Annotated[Items[StrictStr], Field(min_length=2, max_length=64)]
 
     def inputs(self) -> list[str]:
         return [self.input] if isinstance(self.input, str) else self.input
@@ -307,7 +336,7 @@ class ClassifyRequest(PrefillRequest):
 class EmbeddingRequest(PrefillRequest):
     """Body of ``POST /v1/embeddings``."""
 
-    input: StrictStr | list[StrictInt] | list[StrictStr] | list[list[StrictInt]]
+    input: StrictStr | Items[StrictInt] | Items[StrictStr] | Items[Items[StrictInt]]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: StrictInt | None = None
     pooling: Literal["mean", "last"] = "mean"
@@ -328,7 +357,7 @@ class TokenizeRequest(Body):
 
     model: StrictStr | None = None
     prompt: StrictStr | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Annotated[Items[Message], Field(min_length=1)] | None = None
     allow_special_tokens: StrictBool = True
 
 
@@ -336,7 +365,7 @@ class DetokenizeRequest(Body):
     """Body of ``POST /detokenize``: token ids to turn into text."""
 
     model: StrictStr | None = None
-    tokens: list[StrictInt]
+    tokens: Items[StrictInt]
 
 
 class AdapterRequest(Body):

@@ -10,6 +10,9 @@ TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permis
          431: "invalid_request_error", 500: "server_error", 503: "service_unavailable_error"}
 
 
+MAX_TEXT = 1000  # characters of a message or of a field's name: what a client sent is not sent back whole
+
+
 class ApiError(Exception):
     """An error that ends an HTTP request and is its answer.
 
@@ -29,10 +32,18 @@ class ApiError(Exception):
     @property
     def body(self) -> dict[str, Any]:
         """OpenAI's error object, the body of the response."""
-        message = self.message.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair is no JSON
-        return {"error": {"message": message, "type": TYPES[self.status], "param": self.param, "code": self.code}}
+        return {"error": {"message": _text(self.message), "type": TYPES[self.status],
+                          "param": None if self.param is None else _text(self.param), "code": self.code}}
 
     @property
     def headers(self) -> dict[str, str]:
         """Additional headers of the response: ``Retry-After``, if the error has it."""
         return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+
+
+def _text(text: str) -> str:
+    """Return a text as JSON can carry it, which has no half of a surrogate pair; the middle of a long one is left out.
+    """
+    if len(text) > MAX_TEXT:
+        text = f"{text[: MAX_TEXT // 2]} ... {text[-MAX_TEXT // 2 :]}"
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -7,7 +7,6 @@ a busy client holds it back would be in no figure (coordinated omission).
 from __future__ import annotations
 
 import asyncio
-import resource
 import sys
 import time
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from qwen_jax.errors import UserError
 from qwen_jax.serving.load_test.workload import PATHS, Load, arrivals, inputs
+from qwen_jax.sockets import allow_many_connections
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +86,7 @@ async def run(url: str, load: Load, rate: float, progress: bool = False) -> list
         raise UserError(f"the server's URL must begin with http:// or https://, not {url!r}")
     times = arrivals(load, rate).tolist()
     prompts = inputs(load, rate, load.warmup + len(times))
-    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))  # every open request has a connection
+    allow_many_connections()  # every open request has one
     async with _session(load) as session:
         options = {"model": await _model(session, base, load.model), "max_tokens": load.max_tokens, "stream": True,
                    "stream_options": {"include_usage": True}} | ({"ignore_eos": True} if load.ignore_eos else {})
