@@ -63,7 +63,7 @@ def test_what_would_end_or_freeze_the_engine_is_refused(compiler, spec, message)
     before, began, processor = process(compiler), time.monotonic(), time.process_time()
     with pytest.raises(UserError, match=message):
         compiler.matcher(spec)
-    assert time.monotonic() - began < 12 and time.process_time() - processor < 0.5
+    assert time.monotonic() - began < 12 and time.process_time() - processor < 1
     assert process(compiler).pid == before.pid
     assert psutil.wait_procs(before.children(), timeout=5)[1] == [], "a trial goes on"
 
