@@ -22,7 +22,9 @@ def pair(executable_cache, tmp_path):
     keys = tmp_path / "keys"
     keys.write_text("admin")
     port = free_port()
-    options = ("--admin-port", str(port), "--admin-keys", str(keys), "--response-cache-mb", "8")
+    # Answers that a trial compares take room too, and on a busy machine they pile up.
+    options = ("--admin-port", str(port), "--admin-keys", str(keys), "--response-cache-mb", "8",
+               "--max-requests", "128")
     server = Live(*SIZES, *options)
     for name, scale in (("same", 0.0), ("other", 0.3)):
         save_random_adapter(tmp_path / name, scale=scale)
