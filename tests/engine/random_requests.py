@@ -25,7 +25,7 @@ END, STOP = 264, 265  # ids of <|im_end|>, which ends answers, and <|stop|>, whi
 VOCAB = 266  # of the tokenizer; the model has a few ids more, which do not exist
 CONFIG = ModelConfig(vocab_size=270, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, num_kv_heads=2,
                      head_dim=8, max_position_embeddings=1024, rope=Rope(10_000.0), dtype="float32", eos_token_id=END)
-ADAPTERS = ("narrow", "wide")
+ADAPTERS = ("narrow", "wide", "loud")  # values of the last one can leave the range of 8 bits
 PRINTABLE = [chr(code) for code in range(33, 127)]
 FORMS = (
     StructuredOutput(regex=r"[A-C]{2}-[0-9]{3}"), StructuredOutput(regex=r"(ab|ba){2,14}!"),
@@ -71,9 +71,10 @@ def near_model() -> Qwen2:
 def save_adapters(folder: Path) -> None:
     """Save the LoRA adapters named by `ADAPTERS` into folders of their names."""
     rng = np.random.default_rng(1)
-    for name, rank, targets in zip(ADAPTERS, (2, 4), (("q_proj", "down_proj"), TARGETS), strict=True):
+    sizes = (2, 0.1, ("q_proj", "down_proj")), (4, 0.1, TARGETS), (1, 1.0, ("v_proj",))
+    for name, (rank, scale, targets) in zip(ADAPTERS, sizes, strict=True):
         lora = LoraConfig(rank, 2.0 * rank, targets)
-        adapter = {key: jnp.asarray(0.3 * rng.normal(size=value.shape), jnp.float32)
+        adapter = {key: jnp.asarray(scale * rng.normal(size=value.shape), jnp.float32)
                    for key, value in init_adapter(CONFIG, lora).items()}
         save_adapter(adapter, CONFIG, lora, folder / name)
 
