@@ -187,6 +187,6 @@ def add_calibrate(commands: Any) -> None:
     parser.add_argument("--data", metavar="FILE", help="JSONL as for training, with texts like those of the model's "
                         "work (default: conversations of the long-context suite)")
     parser.add_argument("--length", type=int, default=4096, metavar="N", help="tokens of each text (default: 4096)")
-    parser.add_argument("--budget", type=float, default=2.0, metavar="X", help="pages by rank: X * log2(pages) "
-                        "(default: 2)")
+    parser.add_argument("--budget", type=float, default=3.0, metavar="X", help="pages by rank: X * log2(pages) "
+                        "(default: 3)")
     parser.add_argument("-o", "--output", metavar="DIR", help="folder to write to (default: the model's own)")

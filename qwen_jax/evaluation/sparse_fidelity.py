@@ -82,18 +82,18 @@ def _measure(graph, layers: tuple[Sparsity, ...], params, tokens: jax.Array, len
         def attend_fully(q, k, v, index=index, sparsity=sparsity, observed=observed):
             pages = Paged(k, v, length)
             selection = pages.select(q, sparsity)
-            observed["selection"] = _with_dense(selection, dense[index], length)
+            observed["selection"] = with_dense(selection, dense[index], length)
             observed["per_head"] = recall_of(true_shares(q, k, length), observed["selection"], sparsity, length)
-            return pages.attend(q, _with_dense(selection, True, length))
+            return pages.attend(q, with_dense(selection, True, length))
 
         def attend_sparsely(q, k, v, index=index, sparsity=sparsity):
             pages = Paged(k, v, length)
-            return pages.attend(q, _with_dense(pages.select(q, sparsity), dense[index], length))
+            return pages.attend(q, with_dense(pages.select(q, sparsity), dense[index], length))
 
         full = layer(full, cos, sin, attend_fully)
         sparse = layer(sparse, cos, sin, attend_sparsely)
         attended += jnp.sum(observed["selection"].count)
-        visible += jnp.sum(_with_dense(observed["selection"], True, length).count)
+        visible += jnp.sum(with_dense(observed["selection"], True, length).count)
         per_head.append(observed["per_head"])
         real = jnp.arange(len(tokens)) < length
         similar = jnp.sum(full * sparse, -1) / (jnp.linalg.norm(full, axis=-1) * jnp.linalg.norm(sparse, axis=-1))
@@ -102,7 +102,7 @@ def _measure(graph, layers: tuple[Sparsity, ...], params, tokens: jax.Array, len
     return attended, visible, jax.tree.map(lambda *x: jnp.stack(x), *per_head), jnp.stack(cosines), both
 
 
-def _with_dense(selection: Selection, dense, length) -> Selection:
+def with_dense(selection: Selection, dense, length) -> Selection:
     """Return the selection of pages, changed so that the heads in `dense`, bool ``[K]``, attend to every page."""
     block = jnp.arange(selection.count.shape[1])[:, None]
     everything = jnp.where(block * PAGE < length, block + 1, 0)

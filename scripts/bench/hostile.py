@@ -5,9 +5,9 @@
 The kinds are those of tests/hostile/. First the normal streams run alone; then hostile requests come beside them, kind
 after kind, until the minutes have passed and the requests were sent. The time between tokens is that between two pieces
 of a stream, of streams which run from beginning to end in one of the two periods. Memory is the resident memory of the
-server's two processes, before the hostile requests and in a quiet period after them. Hostile requests come from a
-process of their own, so that making them delays no stream's reader. Exits with 1 when the server has ended, or failed,
-or a normal answer has changed.
+server's two processes, a median of some seconds before the hostile requests and in a quiet period after them. Hostile
+requests come from a process of their own, so that making them delays no stream's reader. Exits with 1 when the server
+has ended, or failed, or a normal answer has changed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -39,7 +40,7 @@ from served import PAGE_BYTES, model_with_tools  # noqa: E402
 
 STREAMS = 8
 STREAM_TOKENS = 200
-QUIET_SHARE, SETTLE_SECONDS = 0.15, 10  # of the time for the quiet period; until memory is read after the attack
+QUIET_SHARE, SETTLE_SECONDS = 0.15, 15  # of the time for the quiet period; of looking at the memory
 PROMPTS = tuple(f"amount {number} card limit user {number % 7}" for number in range(STREAMS))
 
 
@@ -100,11 +101,15 @@ def batch(name: str, seed: str, port: int) -> tuple[list[Outcome], str, float]:
     return asyncio.run(run())
 
 
-async def send_hostile(port: int, args: argparse.Namespace, bar: tqdm, normal: Counter) -> dict[str, list[Outcome]]:
-    """Send hostile requests, kind after kind in random order, until time and number are reached; return the outcomes.
+async def send_hostile(port: int, args: argparse.Namespace, bar: tqdm, normal: Counter,
+                       memory: Callable[[], int]) -> tuple[dict[str, list[Outcome]], Counter]:
+    """Send hostile requests, kind after kind in random order, until time and number are reached.
+
+    Returns the outcomes, and the bytes by which the server's memory grew beside each kind.
 
     normal: is told the texts of normal answers between them, and under "seconds" the longest time.
     """
+    grown, last = Counter(), memory()
     rng, outcomes, end = random.Random(args.seed), defaultdict(list), time.monotonic() + 60 * args.minutes
     sent, order, loop = 0, [], asyncio.get_running_loop()
     pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
@@ -120,12 +125,24 @@ async def send_hostile(port: int, args: argparse.Namespace, bar: tqdm, normal: C
         normal[text] += 1
         normal["seconds"] = max(normal["seconds"], seconds)
         outcomes[name] += found
+        now = memory()
+        grown[name] += now - last
+        last = now
         sent += len(found)
         for problem in {outcome.problem for outcome in found if outcome.problem}:
             bar.write(f"{name}: {problem[:200]}")
         bar.update(len(found))
     pool.shutdown()
-    return outcomes
+    return outcomes, grown
+
+
+async def settled(memory: Callable[[], int]) -> float:
+    """Return the median memory of some seconds, in which the normal streams go on: buffers of steps come and go."""
+    seen = []
+    for _ in range(2 * SETTLE_SECONDS):
+        await asyncio.sleep(0.5)
+        seen.append(memory())
+    return float(np.median(seen))
 
 
 async def run(server: Live, args: argparse.Namespace) -> int:
@@ -141,17 +158,17 @@ async def run(server: Live, args: argparse.Namespace) -> int:
     await asyncio.sleep(5)
     streams.period = "quiet"
     await asyncio.sleep(max(10, 60 * args.minutes * QUIET_SHARE))
-    before, streams.period, began = memory(), "hostile", time.monotonic()
+    before = await settled(memory)
+    streams.period, began = "hostile", time.monotonic()
     with tqdm(total=args.requests, unit="request", desc="hostile", file=sys.stderr) as bar:
-        outcomes = await send_hostile(server.port, args, bar, normal)
+        outcomes, grown = await send_hostile(server.port, args, bar, normal, memory)
     seconds, streams.period = time.monotonic() - began, "after"
     ended = server.process.poll() is not None
-    await asyncio.sleep(0 if ended else SETTLE_SECONDS)
+    after = memory() if ended else await settled(memory)
     running.cancel()
-    after = memory()
     ended = ended or server.process.poll() is not None
     slowest, changed = normal.pop("seconds", 0), len(normal) > 1
-    report(outcomes, streams, seconds)
+    report(outcomes, grown, streams, seconds)
     print(f"resident memory {before / 1e6:,.1f} MB before, {after / 1e6:,.1f} MB after: {after / before - 1:+.1%}")
     failed = sum(outcome.problem is not None for found in outcomes.values() for outcome in found)
     different = sum(len(texts) > 1 for texts in streams.texts)
@@ -160,13 +177,14 @@ async def run(server: Live, args: argparse.Namespace) -> int:
     return int(ended or changed or failed > 0 or different > 0)
 
 
-def report(outcomes: dict[str, list[Outcome]], streams: Streams, seconds: float) -> None:
+def report(outcomes: dict[str, list[Outcome]], grown: Counter, streams: Streams, seconds: float) -> None:
     """Print what came of the requests by kind, and the times between tokens of the normal streams."""
     print(f"{sum(map(len, outcomes.values())):,} hostile requests in {seconds / 60:.1f} minutes")
     for name, found in sorted(outcomes.items()):
         statuses = Counter("none" if outcome.status is None else str(outcome.status) for outcome in found)
         worst = sum(outcome.status is not None and outcome.status >= 500 for outcome in found)
         print(f"  {name:15} {len(found):6,}  5xx: {worst}  slowest {max(o.seconds for o in found):6.2f} s  "
+              f"{grown[name] / 1e6:+7.1f} MB  "
               + ", ".join(f"{status}: {number}" for status, number in sorted(statuses.items())))
     quiet, hostile = streams.p99("quiet"), streams.p99("hostile")
     for period in ("quiet", "hostile", "after"):

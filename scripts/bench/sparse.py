@@ -36,7 +36,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--full-up-to", type=int, default=16384, help="longest context for our full attention")
     parser.add_argument("--torch-up-to", type=int, default=16384, help="longest context for torch's attention")
-    parser.add_argument("--budget", type=float, default=2.0)
+    parser.add_argument("--budget", type=float, default=Sparsity.budget)
     args = parser.parse_args()
     lengths = [int(length) for length in args.lengths.split(",")]
     medians = {}

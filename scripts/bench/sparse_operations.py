@@ -1,6 +1,6 @@
 """Count the arithmetic operations of sparse attention by context length: selecting pages, and attending to them.
 
-    python scripts/bench/sparse_operations.py [--lengths 4096,...,262144] [--budget 2]
+    python scripts/bench/sparse_operations.py [--lengths 4096,...,262144] [--budget 3]
 
 Nothing runs. The operations of selection are counted in its traced program: every product, sum, comparison and
 exponential of every block of queries, padding included. Attention is counted from the pages that a block of queries
@@ -33,7 +33,7 @@ MOVES = {"broadcast_in_dim", "reshape", "transpose", "slice", "dynamic_slice", "
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", default="4096,8192,16384,32768,65536,131072,262144")
-    parser.add_argument("--budget", type=float, default=2.0)
+    parser.add_argument("--budget", type=float, default=Sparsity.budget)
     args = parser.parse_args()
     sparsity = Sparsity(budget=args.budget)
     print(f"{'tokens':>8}{'summaries':>12}{'selection':>12}{'attention':>12}{'dense tail':>12}{'sum':>12}{'full':>12}"

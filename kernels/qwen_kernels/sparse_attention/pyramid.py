@@ -19,15 +19,13 @@ SPREAD = 1.5  # measured (docs/sparse_attention.md)
 def estimate(q: jax.Array, nodes: jax.Array) -> jax.Array:
     """Estimate the largest product of each query with the keys of each node, ``[B, K, C, R]``.
 
-    Arguments are those of ``bound``.
+    q: ``[B, K, R, H]``. nodes: mean and deviation of each node's keys, ``[B, K, C, 2, H]``.
 
-    Channels are taken for independent: then the product strays from the middle of the node's box by the root of the
-    squares of what each channel may add, where the bound adds them all up.
+    Channels are taken for independent: then the standard deviation of the products is the root of the sum of squares of
+    what each channel adds to it.
     """
-    least, greatest = nodes[..., 0, :], nodes[..., 1, :]
-    middle, half = (least + greatest) / 2, (greatest - least) / 2
-    stray = jnp.einsum("bkrh,bkch->bkcr", q * q, half * half)
-    return jnp.einsum("bkrh,bkch->bkcr", q, middle) + SPREAD * jnp.sqrt(stray)
+    variance = jnp.einsum("bkrh,bkch->bkcr", q * q, jnp.square(nodes[..., 1, :]))
+    return jnp.einsum("bkrh,bkch->bkcr", q, nodes[..., 0, :]) + SPREAD * jnp.sqrt(variance)
 
 
 def pyramid(q, view: View, first, last, wanted):

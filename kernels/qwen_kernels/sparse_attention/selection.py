@@ -31,7 +31,7 @@ class Sparsity:
     """
 
     selector: str = "pyramid"
-    budget: float = 2.0
+    budget: float = 3.0
     sink: int = 1
     local: int = 2
     dense_tail: int = 128

@@ -31,19 +31,15 @@ def page_shares(scores: jax.Array, view: View) -> jax.Array:
     return jnp.max(jnp.where(view.real[..., None], shares, -jnp.inf), axis=2)
 
 
-def bound(q: jax.Array, nodes: jax.Array) -> jax.Array:
-    """Return an upper bound of a query's product with any key of each node, ``[B, K, R, C]``.
-
-    q: ``[B, K, R, H]``. nodes: ``[B, K, C, 2, H]``.
-    """
-    parts = jnp.concatenate([jnp.minimum(q, 0), jnp.maximum(q, 0)], axis=-1)  # with the least, and with the greatest
-    return jnp.einsum("bkrx,bkcx->bkrc", parts, nodes.reshape(*nodes.shape[:3], -1))
-
-
 def quest(q, view: View, first, last, wanted):
-    """Rank pages by upper bounds of their attention scores, as Quest does (https://arxiv.org/abs/2406.10774)."""
-    places = view.pages()
-    return places, page_shares(bound(q, view.nodes(0, places)), view)
+    """Rank pages by upper bounds of their attention scores, as Quest does (https://arxiv.org/abs/2406.10774).
+
+    No key's product with a query is larger than that of the page's least and greatest values, channel by channel.
+    """
+    keys = view.keys()
+    ends = jnp.concatenate([jnp.min(keys, axis=3), jnp.max(keys, axis=3)], axis=-1)
+    signed = jnp.concatenate([jnp.minimum(q, 0), jnp.maximum(q, 0)], axis=-1)
+    return view.pages(), page_shares(jnp.einsum("bkrx,bkcx->bkrc", signed, ends), view)
 
 
 def mean_pooled(q, view: View, first, last, wanted):

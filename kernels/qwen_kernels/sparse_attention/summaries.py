@@ -1,4 +1,4 @@
-"""Summaries of keys, by which pages are selected: least and greatest value of every channel, over several spans.
+"""Summaries of keys, by which pages are selected: mean and standard deviation of every channel, over several spans.
 
 A page has four leaves of 16 tokens, and is a leaf of a pyramid itself: a node of level l spans 4**l pages of a row. A
 node of a level above 0 is kept with its last page, so pages alone decide what is in it: rows that share a prefix share
@@ -37,7 +37,7 @@ def nodes_per_page(pages: int) -> int:
 def new_summaries(k_pages: jax.Array, width: int, dtype=None) -> jax.Array:
     """Return empty summaries for ``k_pages[P, K, PAGE, H]``: zeros ``[P, K, nodes, 2, H]``.
 
-    Nodes are in the order leaves, page, levels; the axis of size 2 is least, greatest.
+    Nodes are in the order leaves, page, levels; the axis of size 2 is mean, standard deviation.
 
     width: largest number of pages of a row. dtype: stored element type, by default that of the pages; 8-bit pages need
     another.
@@ -65,11 +65,13 @@ def update_summaries(summaries: jax.Array, k_pages: jax.Array, page_table: jax.A
     known = (positions < length[:, None, None]).reshape((rows, touched, 1, LEAVES, LEAF, 1))
     keys = read_pages(k_pages, ids[:, None], jnp.arange(heads)[:, None], places[:, None]).swapaxes(1, 2)
     keys = keys.reshape((rows, touched, heads, LEAVES, LEAF, dim)).astype(jnp.float32)
-    any_known = jnp.any(known, axis=4)
-    least = jnp.where(any_known, jnp.min(jnp.where(known, keys, jnp.inf), axis=4), 0)
-    greatest = jnp.where(any_known, jnp.max(jnp.where(known, keys, -jnp.inf), axis=4), 0)
-    leaves = jnp.stack([least, greatest], axis=4)  # [B, touched, K, LEAVES, 2, H]
-    whole = _join(jnp.where(any_known[..., None, :], leaves, _empty_node(leaves.dtype)))
+    keys = jnp.where(known, keys, 0)
+    count = jnp.sum(known, axis=4)
+    mean = jnp.sum(keys, axis=4) / jnp.maximum(count, 1)
+    squares = jnp.where(known, jnp.square(keys - mean[..., None, :]), 0)
+    deviation = jnp.sqrt(jnp.sum(squares, axis=4) / jnp.maximum(count, 1))
+    leaves = jnp.stack([mean, deviation], axis=4)  # [B, touched, K, LEAVES, 2, H]
+    whole = _join(leaves, count / jnp.maximum(jnp.sum(count, axis=3, keepdims=True), 1))
     nodes = jnp.concatenate([leaves, whole[:, :, :, None]], axis=3)
     summaries = summaries.at[ids, :, : LEAVES + 1].set(to_storage(nodes, summaries.dtype))
 
@@ -79,20 +81,23 @@ def update_summaries(summaries: jax.Array, k_pages: jax.Array, page_table: jax.A
         done = (ends <= places[:, -1:]) & ((ends + 1) * page <= length[:, None])
         parts = ends[..., None] - jnp.arange(RADIX) * (span // RADIX)
         children = from_storage(summaries[_ids(page_table, parts, done[..., None]), :, LEAVES + level - 1])
-        joined = _join(jnp.moveaxis(children, 2, 3))  # [B, nodes, K, 2, H]
+        joined = _join(jnp.moveaxis(children, 2, 3), 1 / RADIX)  # [B, nodes, K, 2, H]
         slot = _ids(page_table, ends, done)
         summaries = summaries.at[slot, :, LEAVES + level].set(to_storage(joined, summaries.dtype))
     return summaries
 
 
-def _join(nodes: jax.Array) -> jax.Array:
-    """Join the key ranges of nodes ``[..., n, 2, H]`` to one node ``[..., 2, H]`` that spans all of them."""
-    return jnp.stack([jnp.min(nodes[..., 0, :], axis=-2), jnp.max(nodes[..., 1, :], axis=-2)], axis=-2)
+def _join(nodes: jax.Array, shares: jax.Array | float) -> jax.Array:
+    """Join the summaries of nodes ``[..., n, 2, H]`` to that of all their keys, ``[..., 2, H]``.
 
+    shares: each node's share of the keys, broadcast to ``[..., n, H]``.
 
-def _empty_node(dtype) -> jax.Array:
-    """Return the summary ``[2, 1]`` of no keys, which changes nothing when it is joined to other nodes."""
-    return jnp.array([[jnp.inf], [-jnp.inf]], dtype)
+    The variance of all keys is the mean of the nodes' variances and of their means' squared distances from the mean.
+    """
+    means, deviations = nodes[..., 0, :], nodes[..., 1, :]
+    mean = jnp.sum(shares * means, axis=-2, keepdims=True)
+    variance = jnp.sum(shares * (jnp.square(deviations) + jnp.square(means - mean)), axis=-2)
+    return jnp.stack([mean[..., 0, :], jnp.sqrt(variance)], axis=-2)
 
 
 def _ids(page_table: jax.Array, places: jax.Array, valid: jax.Array) -> jax.Array:

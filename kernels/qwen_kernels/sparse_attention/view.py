@@ -42,14 +42,14 @@ class View(NamedTuple):
         return read_pages(self.k_pages, self.page_table[:, None], self.heads[:, None], places).astype(jnp.float32)
 
     def nodes(self, level: int, index: jax.Array) -> jax.Array:
-        """Return least and greatest key values of a level's nodes ``index`` i32 ``[B, K, C]``: ``[B, K, C, 2, H]``.
+        """Return mean and deviation of the keys of a level's nodes ``index`` i32 ``[B, K, C]``: ``[B, K, C, 2, H]``.
 
         Level 0 are pages. Nodes that are not whole hold arbitrary values.
         """
         return self._stored(index, RADIX**level, LEAVES + level)
 
     def leaves(self, places: jax.Array) -> jax.Array:
-        """Return least and greatest key values of pages' leaves of 16 tokens, f32 ``[B, K, C, LEAVES, 2, H]``."""
+        """Return mean and deviation of the keys of pages' leaves of 16 tokens, f32 ``[B, K, C, LEAVES, 2, H]``."""
         return self._stored(places, 1, slice(0, LEAVES))
 
     def _stored(self, index: jax.Array, span: int, slot: int | slice) -> jax.Array:

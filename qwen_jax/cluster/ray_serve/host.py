@@ -7,11 +7,11 @@ import os
 import secrets
 import socket
 import subprocess
-import sys
 from collections.abc import Mapping
 
 import ray
 
+from qwen_jax.serving.ipc.engine_client import ENGINE_COMMAND, ENGINE_ENVIRONMENT
 from qwen_jax.serving.ipc.messages import Launch, frame
 from qwen_jax.sockets import accept_peers, receive_exactly, set_keepalive, without_timeout
 
@@ -71,5 +71,5 @@ class Host:
 
     def _start(self, connection: socket.socket, environment: Mapping[str, str]) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "qwen_jax.serving.engine_process.process", str(connection.fileno())],
-            pass_fds=[connection.fileno()], env={**os.environ, **environment})
+            [*ENGINE_COMMAND, str(connection.fileno())], pass_fds=[connection.fileno()],
+            env={**ENGINE_ENVIRONMENT, **os.environ, **environment})

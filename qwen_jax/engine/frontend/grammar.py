@@ -21,7 +21,7 @@ from qwen_jax.engine.frontend.grammar_definition import compiled, definition_of,
 from qwen_jax.engine.frontend.grammar_trial import STACK_BYTES, GrammarTrial
 from qwen_jax.errors import UserError
 
-CACHE_BYTES = 64 << 20  # of compiled grammars that are kept
+CACHE_BYTES = 32 << 20  # of compiled grammars that are kept
 ENTRY_BYTES = 64 << 10  # that each of them counts for besides its text and what its trial took
 # Time that an answer's grammar may take of the engine's thread: per token, and at once. A schema takes 0.05 ms a token,
 # an ambiguous grammar more with each token.

@@ -46,6 +46,8 @@ MAX_UNREAD_PIECES = 4096  # that an answer's client has not taken; then the answ
 READ_BUFFER_BYTES = 1 << 24
 STOP_SECONDS = 10  # that the process has to end by itself
 ENGINE_COMMAND = (sys.executable, "-m", "qwen_jax.serving.engine_process.process")
+# With one heap for each thread, as is the C library's default, memory that requests free is not used for later ones.
+ENGINE_ENVIRONMENT = {"MALLOC_ARENA_MAX": "2"}
 
 
 class Answer:
@@ -69,15 +71,13 @@ class Answer:
         """Add a part of an answer that has arrived from the engine, and wake the reader."""
         self._pieces.append(piece)
         self.begun = True
-        if self.watcher:
-            self.watcher(piece)
+        self._tell_watcher(piece)
         self._wake()
 
     def fail(self, error: ApiError) -> None:
         """End the request with an error, which the reader gets after the parts of answers that have arrived."""
         self._failure = self._failure or error
-        if self.watcher:
-            self.watcher(None)
+        self._tell_watcher(None)
         self._wake()
 
     @property
@@ -94,6 +94,15 @@ class Answer:
             await self._waiting
         pieces, self._pieces = self._pieces, []
         return pieces
+
+    def _tell_watcher(self, piece: Piece | None) -> None:
+        if self.watcher is None:
+            return
+        try:
+            self.watcher(piece)
+        except Exception:  # what watches one request must not end the reading for all
+            logger.exception("request %d is no longer watched", self.number)
+            self.watcher = None
 
     def _wake(self) -> None:
         if self._waiting and not self._waiting.done():
@@ -149,7 +158,7 @@ class EngineClient:
                  command: Sequence[str] = ENGINE_COMMAND) -> None:
         self.model = model
         self._launch = Launch(model, dict(options), **process)
-        self._command, self._environment = command, {**os.environ, **environment}
+        self._command, self._environment = command, {**ENGINE_ENVIRONMENT, **os.environ, **environment}
         self.open_answers = OpenAnswers(max_requests)
         self._numbers = itertools.count(1)
         self._answers: dict[int, Answer] = {}
@@ -283,6 +292,9 @@ class EngineClient:
                 self._take(decode_from_engine(await self._reader.readexactly(LENGTH.unpack(header)[0])))
         except (asyncio.IncompleteReadError, ConnectionResetError, msgspec.DecodeError):  # it died, perhaps half-way
             self._fail(self.failure or self.refused or "its process has ended")
+        except Exception as error:
+            logger.exception("messages of the engine's process are read no more")
+            self._fail(f"a message of its process could not be handled: {error!r}")
 
     def _take(self, message: FromEngine) -> None:
         self._last_message = time.monotonic()
