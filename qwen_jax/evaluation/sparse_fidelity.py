@@ -29,7 +29,6 @@ class Fidelity:
       needed: ``[L, K]`` number of pages per block that get over `sparse_recall.NEEDED` of some query's attention and
         are not among the first and last pages, which are always selected.
       found: ``[L, K]`` number of needed pages that were selected.
-      cosine: ``[L]`` cosine of the residual streams of both models after each layer.
       loss: mean negative log-likelihood of the next token with sparse attention, in nats.
       full_loss: the same with full attention.
       divergence: mean Kullback-Leibler divergence of the next token's distribution from full attention's, in nats.
@@ -39,7 +38,6 @@ class Fidelity:
     reachable: np.ndarray
     needed: np.ndarray
     found: np.ndarray
-    cosine: np.ndarray
     loss: float
     full_loss: float
     divergence: float
@@ -53,53 +51,52 @@ def fidelity(model: Qwen2, tokens: Sequence[int], layers: Sequence[Sparsity]) ->
     length = len(tokens)
     padded = np.zeros(-(-length // PAGE) * PAGE, np.int32)
     padded[:length] = tokens
-    # Dense heads are an array, so that other choices of dense heads need no other program.
-    dense = np.zeros((model.config.num_layers, model.config.num_kv_heads), bool)
-    for layer, sparsity in enumerate(layers):
-        dense[layer, list(sparsity.dense_heads)] = True
-    ranked = tuple(replace(layer, dense_heads=()) for layer in layers)
-    graph, params = nnx.split(model)
-    measured = _measure(graph, ranked, params, jnp.asarray(padded), length=length, dense=dense)
-    attended, visible, per_head, cosine, losses = jax.device_get(measured)
-    return Fidelity(float(attended / visible), *per_head, cosine, *map(float, losses))
+    rope = rope_tables(model.config.rope, model.config.head_dim, jnp.arange(len(padded))[None])
+    full = sparse = rows(model.embed.weight.get_value(), jnp.asarray(padded), model.dtype)[None]
+    attended, visible, per_head = 0, 0, []
+    for layer, sparsity in zip(model.layers, layers, strict=True):
+        # Dense heads are an array, so that other choices of dense heads need no other program.
+        dense = np.isin(np.arange(model.config.num_kv_heads), sparsity.dense_heads)
+        full, sparse, counts, recall = _run_layer(*nnx.split(layer), full, sparse, rope=rope, dense=dense,
+                                                  sparsity=replace(sparsity, dense_heads=()), length=length)
+        attended, visible = attended + counts[0], visible + counts[1]
+        per_head.append(recall)
+    both = _losses_of(*nnx.split(model), sparse, full, jnp.asarray(padded), length)
+    per_head = jax.tree.map(lambda *x: np.stack(x), *jax.device_get(per_head))
+    return Fidelity(float(attended / visible), *per_head, *map(float, both))
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _measure(graph, layers: tuple[Sparsity, ...], params, tokens: jax.Array, length, dense: jax.Array):
-    """Run a text with full and sparse attention, and return the measures of which `fidelity` makes a `Fidelity`.
+@partial(jax.jit, static_argnames=("graph", "sparsity"))
+def _run_layer(graph, params, full, sparse, *, rope, dense, sparsity: Sparsity, length):
+    """Run a layer with full attention on ``full`` and with sparse attention on ``sparse``, both ``[1, S, D]``.
 
-    They are pages attended to and visible, recall by layer and head, cosines, and (loss, full loss, divergence).
+    Equal layers with equal settings share the compiled program. dense: heads that attend to everything, bool ``[K]``.
+
+    Returns both outputs, pages attended to and visible, and the recall of every head, of full attention's queries.
     """
+    layer, seen = nnx.merge(graph, params), {}
+
+    def attend_fully(q, k, v):
+        pages = Paged(k, v, length)
+        selection = with_dense(pages.select(q, sparsity), dense, length)
+        everything = with_dense(selection, True, length)
+        seen["counts"] = jnp.sum(selection.count), jnp.sum(everything.count)
+        seen["recall"] = recall_of(true_shares(q, k, length), selection, sparsity, length)
+        return pages.attend(q, everything)
+
+    def attend_sparsely(q, k, v):
+        pages = Paged(k, v, length)
+        return pages.attend(q, with_dense(pages.select(q, sparsity), dense, length))
+
+    full, sparse = layer(full, *rope, attend_fully), layer(sparse, *rope, attend_sparsely)
+    return full, sparse, seen["counts"], seen["recall"]
+
+
+@partial(jax.jit, static_argnums=0)
+def _losses_of(graph, params, sparse, full, tokens: jax.Array, length) -> tuple[jax.Array, ...]:
+    """Return `losses` of the model's final states ``[1, S, D]`` with sparse and with full attention."""
     model: Qwen2 = nnx.merge(graph, params)
-    positions = jnp.arange(len(tokens))[None]
-    cos, sin = rope_tables(model.config.rope, model.config.head_dim, positions)
-    full = sparse = rows(model.embed.weight.get_value(), tokens, model.dtype)[None]
-    per_head, cosines = [], []
-    attended = visible = 0
-    for index, (layer, sparsity) in enumerate(zip(model.layers, layers, strict=True)):
-        observed = {}
-
-        def attend_fully(q, k, v, index=index, sparsity=sparsity, observed=observed):
-            pages = Paged(k, v, length)
-            selection = pages.select(q, sparsity)
-            observed["selection"] = with_dense(selection, dense[index], length)
-            observed["per_head"] = recall_of(true_shares(q, k, length), observed["selection"], sparsity, length)
-            return pages.attend(q, with_dense(selection, True, length))
-
-        def attend_sparsely(q, k, v, index=index, sparsity=sparsity):
-            pages = Paged(k, v, length)
-            return pages.attend(q, with_dense(pages.select(q, sparsity), dense[index], length))
-
-        full = layer(full, cos, sin, attend_fully)
-        sparse = layer(sparse, cos, sin, attend_sparsely)
-        attended += jnp.sum(observed["selection"].count)
-        visible += jnp.sum(with_dense(observed["selection"], True, length).count)
-        per_head.append(observed["per_head"])
-        real = jnp.arange(len(tokens)) < length
-        similar = jnp.sum(full * sparse, -1) / (jnp.linalg.norm(full, axis=-1) * jnp.linalg.norm(sparse, axis=-1))
-        cosines.append(jnp.sum(jnp.where(real, similar[0], 0)) / length)
-    both = losses((model.logits,) * 2, (model.norm(sparse)[0], model.norm(full)[0]), tokens, length)
-    return attended, visible, jax.tree.map(lambda *x: jnp.stack(x), *per_head), jnp.stack(cosines), both
+    return losses((model.logits,) * 2, (model.norm(sparse)[0], model.norm(full)[0]), tokens, length)
 
 
 def with_dense(selection: Selection, dense, length) -> Selection:

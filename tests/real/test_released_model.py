@@ -1,0 +1,59 @@
+"""A released model, which scripts/real_model.sh names: its answers are those of transformers, and sparse attention
+costs it little.
+
+`greedy.json` has transformers' greedy answers in float32 to ten conversations of one turn, by
+Qwen2.5-Coder-0.5B-Instruct.
+"""
+import argparse
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qwen_jax import Engine, SamplingParams
+from qwen_jax.checkpoint import load_model, load_tokenizer, resolve
+
+pytestmark = pytest.mark.real
+ANSWERS = json.loads((Path(__file__).parent / "greedy.json").read_text())
+BENCH = Path(__file__).resolve().parents[2] / "scripts/bench"
+TEXT = Path(argparse.__file__)
+TOKENS = 3072
+
+
+@pytest.fixture(scope="module")
+def source():
+    name = os.environ.get("QWEN_JAX_REAL_MODEL")
+    if not name:
+        pytest.fail("QWEN_JAX_REAL_MODEL names no checkpoint: run scripts/real_model.sh FOLDER")
+    return resolve(name)
+
+
+def test_greedy_answers_are_those_of_transformers(source):
+    tokenizer = load_tokenizer(source)
+    for answer in ANSWERS:
+        turn = [{"role": "user", "content": answer["prompt"]}]
+        assert tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False) == answer[
+            "prompt_ids"]
+    if (source.config.num_layers, source.config.hidden_size) != (24, 896):
+        pytest.skip("greedy.json is of a 0.5B: scripts/verify_release.sh compares other models with transformers")
+    engine = Engine.from_pretrained(source.path, dtype="float32", max_batch_size=10, max_seq_len=256)
+    outs = engine.generate([answer["prompt_ids"] for answer in ANSWERS],
+                           [SamplingParams(max_tokens=len(answer["greedy_ids"]), temperature=0.0, ignore_eos=True)
+                            for answer in ANSWERS])
+    assert [out.token_ids for out in outs] == [answer["greedy_ids"] for answer in ANSWERS]
+
+
+def test_sparse_attention_adds_little_to_the_loss(source, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    from sparse_loss import forward, policy_of
+
+    model, tokenizer = load_model(source, "float32"), load_tokenizer(source)
+    tokens = np.array(tokenizer.encode(TEXT.read_text())[:TOKENS], np.int32)
+    shape = model.config.num_layers, model.config.num_kv_heads
+    full, _, _ = forward(model, tokens, None, np.ones(shape, bool))
+    sparse, density, _ = forward(model, tokens, *policy_of("default", *shape))
+    assert density.max() < 0.65, "some pages must be left out"
+    assert 0.5 < full.mean() < 3, "a model of code knows code"
+    assert (sparse - full).mean() <= 0.02
