@@ -29,6 +29,7 @@ class Fidelity:
       needed: ``[L, K]`` number of pages per block that get over `sparse_recall.NEEDED` of some query's attention and
         are not among the first and last pages, which are always selected.
       found: ``[L, K]`` number of needed pages that were selected.
+      cosine: ``[L]`` cosine of the residual streams of both models after each layer.
       loss: mean negative log-likelihood of the next token with sparse attention, in nats.
       full_loss: the same with full attention.
       divergence: mean Kullback-Leibler divergence of the next token's distribution from full attention's, in nats.
@@ -38,6 +39,7 @@ class Fidelity:
     reachable: np.ndarray
     needed: np.ndarray
     found: np.ndarray
+    cosine: np.ndarray
     loss: float
     full_loss: float
     divergence: float
@@ -53,17 +55,18 @@ def fidelity(model: Qwen2, tokens: Sequence[int], layers: Sequence[Sparsity]) ->
     padded[:length] = tokens
     rope = rope_tables(model.config.rope, model.config.head_dim, jnp.arange(len(padded))[None])
     full = sparse = rows(model.embed.weight.get_value(), jnp.asarray(padded), model.dtype)[None]
-    attended, visible, per_head = 0, 0, []
+    attended, visible, per_head, cosines = 0, 0, [], []
     for layer, sparsity in zip(model.layers, layers, strict=True):
         # Dense heads are an array, so that other choices of dense heads need no other program.
         dense = np.isin(np.arange(model.config.num_kv_heads), sparsity.dense_heads)
-        full, sparse, counts, recall = _run_layer(*nnx.split(layer), full, sparse, rope=rope, dense=dense,
-                                                  sparsity=replace(sparsity, dense_heads=()), length=length)
+        full, sparse, counts, recall, cosine = _run_layer(*nnx.split(layer), full, sparse, rope=rope, dense=dense,
+                                                          sparsity=replace(sparsity, dense_heads=()), length=length)
         attended, visible = attended + counts[0], visible + counts[1]
         per_head.append(recall)
+        cosines.append(cosine)
     both = _losses_of(*nnx.split(model), sparse, full, jnp.asarray(padded), length)
     per_head = jax.tree.map(lambda *x: np.stack(x), *jax.device_get(per_head))
-    return Fidelity(float(attended / visible), *per_head, *map(float, both))
+    return Fidelity(float(attended / visible), *per_head, np.array(cosines), *map(float, both))
 
 
 @partial(jax.jit, static_argnames=("graph", "sparsity"))
@@ -72,7 +75,8 @@ def _run_layer(graph, params, full, sparse, *, rope, dense, sparsity: Sparsity, 
 
     Equal layers with equal settings share the compiled program. dense: heads that attend to everything, bool ``[K]``.
 
-    Returns both outputs, pages attended to and visible, and the recall of every head, of full attention's queries.
+    Returns both outputs, pages attended to and visible, the recall of every head, of full attention's queries, and the
+    mean cosine of the outputs.
     """
     layer, seen = nnx.merge(graph, params), {}
 
@@ -89,7 +93,9 @@ def _run_layer(graph, params, full, sparse, *, rope, dense, sparsity: Sparsity, 
         return pages.attend(q, with_dense(pages.select(q, sparsity), dense, length))
 
     full, sparse = layer(full, *rope, attend_fully), layer(sparse, *rope, attend_sparsely)
-    return full, sparse, seen["counts"], seen["recall"]
+    similar = jnp.sum(full * sparse, -1) / (jnp.linalg.norm(full, axis=-1) * jnp.linalg.norm(sparse, axis=-1))
+    cosine = jnp.sum(jnp.where(jnp.arange(full.shape[1]) < length, similar[0], 0)) / length
+    return full, sparse, seen["counts"], seen["recall"], cosine
 
 
 @partial(jax.jit, static_argnums=0)

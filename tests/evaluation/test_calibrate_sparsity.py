@@ -42,6 +42,7 @@ def test_fidelity_of_a_text(model):
     assert 0.3 < measured.density < 0.8
     assert (measured.recall <= measured.reachable + 1e-6).all() and (measured.recall > 0.3).all()
     assert (measured.found <= measured.needed).all()
+    assert (measured.cosine < 1).all() and (measured.cosine > 0.5).all()
     logits = np.asarray(jax.nn.log_softmax(model(np.array([TEXT]))[0], axis=-1))
     want = -np.mean(logits[np.arange(len(TEXT) - 1), TEXT[1:]])
     assert measured.full_loss == pytest.approx(want, abs=1e-4)
@@ -52,6 +53,7 @@ def test_full_attention_is_faithful(model):
     for everything in (Sparsity(budget=9), replace(SPARSITY, dense_heads=(0, 1))):
         measured = fidelity(model, TEXT, (everything,) * 2)
         assert measured.density == 1 and measured.divergence == pytest.approx(0, abs=1e-5)
+        np.testing.assert_allclose(measured.cosine, 1, atol=1e-5)
         np.testing.assert_allclose([measured.recall, measured.reachable], 1)
 
 
