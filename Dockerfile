@@ -16,9 +16,12 @@ RUN pip install --no-cache-dir "$(echo /wheels/qwen_jax-*.whl)[serve,otel,redis]
     && install --directory --owner=qwen --group=qwen --mode=0700 /cache
 # Compiled programs and downloads. Compiled programs are code, so only the server's user may write to the folder.
 ENV QWEN_JAX_CACHE=/cache/qwen-jax HF_HOME=/cache/huggingface PYTHONUNBUFFERED=1
-VOLUME /cache
 USER 10001
 WORKDIR /home/qwen
+# Programs for processors like the builder's; another kind compiles its own and says why. A new volume starts with them.
+ARG MODEL=bundled
+RUN qwen-jax compile "$MODEL" --output /cache/qwen-jax/executables
+VOLUME /cache
 EXPOSE 8000
 # /health answers from the beginning, /ready once the first programs are compiled.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s \

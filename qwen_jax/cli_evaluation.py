@@ -8,11 +8,14 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from qwen_jax.cli_options import add_command, add_model, add_options
 from qwen_jax.errors import UserError
 from qwen_jax.serving.options import EngineOptions
+
+SELECTED_ABOVE = 1024  # tokens: longer prompts use the selector that `eval --selector` names
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -33,7 +36,8 @@ def evaluate(args: argparse.Namespace) -> None:
     if engine.tokenizer is None:
         raise UserError(f"{args.model} has no tokenizer, and the tasks are text")
     cells = []
-    for cell in evaluate(_greedy(engine), engine.tokenizer, lengths, families, samples=args.samples, seed=args.seed):
+    for cell in evaluate(_greedy(engine), engine.tokenizer, lengths, families, samples=args.samples, seed=args.seed,
+                         batch_size=args.batch_size):
         cells.append(cell)
         low, high = cell.interval
         if args.json:
@@ -91,8 +95,9 @@ def _attention(model: str, selector: str) -> dict[str, Any]:
     if selector == "dense":
         return {"policy": SchedulePolicy(sparse_above_tokens=1 << 30)}
     source = resolve(model)
-    layers = read_sparsity(source.path, source.config) or (Sparsity(),) * source.config.num_layers
-    return {"sparsity": [dataclasses.replace(layer, selector=selector) for layer in layers]}
+    layers = read_sparsity(source, source.config) or (Sparsity(),) * source.config.num_layers
+    return {"sparsity": [dataclasses.replace(layer, selector=selector) for layer in layers],
+            "policy": SchedulePolicy(sparse_above_tokens=SELECTED_ABOVE)}
 
 
 def _greedy(engine: Any) -> Callable[[list[list[int]], list[int]], list[str]]:
@@ -107,49 +112,69 @@ def _greedy(engine: Any) -> Callable[[list[list[int]], list[int]], list[str]]:
 
 
 def calibrate(args: argparse.Namespace) -> None:
+    import jax
+
     from qwen_jax.checkpoint import load_model, load_tokenizer, resolve
+    from qwen_jax.checkpoint.source import EIGHT_BIT, SPARSITY
     from qwen_jax.evaluation.calibrate_sparsity import default_texts
+    from qwen_jax.evaluation.measured import Measured
     from qwen_jax.training.examples import read_examples
 
-    source = resolve(args.model)
+    source, length = resolve(args.model), args.length or (2048 if args.fp8 else 4096)
     tokenizer = load_tokenizer(source)
     if tokenizer is None:
         raise UserError(f"{args.model} has no tokenizer, and the texts to calibrate with are text")
     if args.data:
-        texts = [example.tokens for example in read_examples([args.data], tokenizer, args.length, skip_bad=True)]
+        texts = [example.tokens for example in read_examples([args.data], tokenizer, length, skip_bad=True)]
     else:
-        texts = default_texts(tokenizer, args.length)
-    (_calibrate_eight_bit if args.fp8 else _calibrate_sparsity)(args, source, load_model(source, "float32"), texts)
+        texts = default_texts(tokenizer, length, count=args.texts)
+    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else None)  # a CPU computes slowly in bfloat16
+    model, folder = load_model(source, dtype), Path(args.output or source.path)
+    kind = EIGHT_BIT if args.fp8 else SPARSITY
+    measured = Measured(folder / f".{kind}.partial", _subject(model, texts, args), _say)
+    (_calibrate_eight_bit if args.fp8 else _calibrate_sparsity)(args, model, texts, folder, measured)
+    measured.finish()
 
 
-def _calibrate_sparsity(args: argparse.Namespace, source: Any, model: Any, texts: list[Any]) -> None:
+def _subject(model: Any, texts: list[Any], args: argparse.Namespace) -> list[Any]:
+    """Return what a calibration measures, as JSON: digests of weights and texts, and the settings."""
+    import hashlib
+
+    import numpy as np
+
+    weights = hashlib.sha256(np.asarray(model.norm.scale[...]).tobytes())
+    for layer in model.layers:
+        weights.update(np.asarray(layer.attention.wqkv[...][0, 0]).tobytes())
+    return [weights.hexdigest(), hashlib.sha256(repr(texts).encode()).hexdigest(), str(model.dtype), args.budget]
+
+
+def _calibrate_sparsity(args: argparse.Namespace, model: Any, texts: list[Any], folder: Path, measured: Any) -> None:
     from qwen_kernels.sparse_attention import Sparsity
 
     from qwen_jax.checkpoint import write_sparsity
     from qwen_jax.evaluation.calibrate_sparsity import calibrate
 
-    result = calibrate(model, texts, Sparsity(budget=args.budget), _say)
-    measured = {"tokens": args.length, "density": float(result.after.density),
-                "divergence": float(result.after.divergence),
-                "divergence_before": float(result.before.divergence)}
-    path = write_sparsity(args.output or source.path, result.layers, measured)
+    result = calibrate(model, texts, Sparsity(budget=args.budget), measured)
+    path = write_sparsity(folder, result.layers, {
+        "tokens": sum(map(len, texts)), "density": result.after.density, "divergence": result.after.divergence,
+        "divergence_before": result.before.divergence})
     dense = sum(len(layer.dense_heads) for layer in result.layers)
-    print(f"{dense} of {source.config.num_layers * source.config.num_kv_heads} heads dense, budgets "
+    print(f"{dense} of {model.config.num_layers * model.config.num_kv_heads} heads dense, budgets "
           f"{', '.join(f'{layer.budget:g}' for layer in result.layers)}: density {result.after.density:.3f}, "
           f"divergence {result.before.divergence:.4f} to {result.after.divergence:.4f} nats: {path}")
 
 
-def _calibrate_eight_bit(args: argparse.Namespace, source: Any, model: Any, texts: list[Any]) -> None:
+def _calibrate_eight_bit(args: argparse.Namespace, model: Any, texts: list[Any], folder: Path, measured: Any) -> None:
     from qwen_jax.checkpoint import write_calibrated
     from qwen_jax.evaluation.calibrate_precision import calibrate_eight_bit
 
-    result = calibrate_eight_bit(model, texts, _say)
+    result = calibrate_eight_bit(model, texts, measured)
     precision = result.found.precision
-    path = write_calibrated(args.output or source.path, result.found, {
+    path = write_calibrated(folder, result.found, {
         "tokens": sum(map(len, texts)), "divergence": result.divergence, "loss": result.loss,
         "loss_in_full_precision": result.full_loss})
     pages = ", ".join(f"{count} {kind}" for kind, count in Counter(precision.kv_cache).items())
-    print(f"8-bit matrices in {sum(precision.weights)} of {source.config.num_layers} layers, embedding and head "
+    print(f"8-bit matrices in {sum(precision.weights)} of {model.config.num_layers} layers, embedding and head "
           f"{'8-bit' if precision.tables else '16-bit'}, pages of layers: {pages}; divergence {result.divergence:.4f} "
           f"nats, loss {result.loss - result.full_loss:+.4f} nats: {path}")
 
@@ -170,8 +195,8 @@ def add_eval(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default: 0)")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at once (default: 8)")
     parser.add_argument("--picture", metavar="FILE.png", help="heat map of the scores")
-    parser.add_argument("--selector", help="attention of long prompts: dense (full attention), pyramid (the default), "
-                        "quest, strided, ...")
+    parser.add_argument("--selector", help="attention of prompts of more than 1,024 tokens: dense (full attention), "
+                        "pyramid, quest, strided, ... (default: the engine's, sparse above 6,144 tokens)")
     parser.add_argument("--recall", metavar="FILE.png", help="picture of how much of full attention every selector "
                         "finds, by density")
     parser.add_argument("--json", action="store_true", help="one JSON object per family and length")
@@ -186,7 +211,10 @@ def add_calibrate(commands: Any) -> None:
                         "pages")
     parser.add_argument("--data", metavar="FILE", help="JSONL as for training, with texts like those of the model's "
                         "work (default: conversations of the long-context suite)")
-    parser.add_argument("--length", type=int, default=4096, metavar="N", help="tokens of each text (default: 4096)")
+    parser.add_argument("--length", type=int, metavar="N", help="tokens of each text (default: 4096, with --fp8 2048)")
+    parser.add_argument("--texts", type=int, default=3, metavar="N", choices=range(1, 7),
+                        help="conversations of the suite, 1 to 6 (default: 3)")
     parser.add_argument("--budget", type=float, default=3.0, metavar="X", help="pages by rank: X * log2(pages) "
                         "(default: 3)")
     parser.add_argument("-o", "--output", metavar="DIR", help="folder to write to (default: the model's own)")
+    add_options(parser, EngineOptions, ("dtype",))

@@ -5,6 +5,7 @@ import email
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -129,6 +130,17 @@ def test_images_run_as_a_user_with_a_cache_of_its_own_and_say_whether_they_are_w
     probe = json.loads(command)[-1]
     compile(probe, name, "exec")
     assert f":{dict(steps)['EXPOSE']}/health" in probe
+
+
+def test_the_cpu_image_has_the_programs_of_the_model_that_it_serves():
+    steps = instructions("Dockerfile")
+    run = next(rest for keyword, rest in steps if keyword == "RUN" and rest.startswith("qwen-jax "))
+    model = dict(steps)["ARG"].split("=")[1]
+    args = _parser().parse_args(shlex.split(run.replace('"$MODEL"', model))[1:])
+    cache = re.search(r"QWEN_JAX_CACHE=(\S+)", dict(steps)["ENV"]).group(1)
+    assert args.model == model == json.loads(dict(steps)["CMD"])[1] and args.output == f"{cache}/executables"
+    keywords = [keyword for keyword, _ in steps]
+    assert keywords.index("USER") < steps.index(("RUN", run)) < keywords.index("VOLUME"), "else the folder is not kept"
 
 
 @pytest.mark.parametrize("name", DOCKERFILES)

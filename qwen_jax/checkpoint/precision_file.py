@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 from qwen_kernels.attention.eight_bit import LARGEST
 
-from qwen_jax.checkpoint.source import EIGHT_BIT
+from qwen_jax.checkpoint.shipped_calibration import calibration_folder
+from qwen_jax.checkpoint.source import EIGHT_BIT, Source
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.quantization import Calibrated, Precision, Ranges
@@ -28,12 +29,14 @@ def write_calibrated(folder: str | Path, calibrated: Calibrated, measured: dict[
     return path
 
 
-def read_calibrated(folder: str | Path, config: ModelConfig) -> Calibrated | None:
-    """Read which parameters and KV caches of a model may be 8-bit; None when its folder has no such file.
+def read_calibrated(where: str | Path | Source, config: ModelConfig) -> Calibrated | None:
+    """Read which parameters and KV caches of a model may be 8-bit; None when there is no such file.
+
+    where: a folder, or a model's source, for which files of this package are looked for too.
 
     Raises UserError for a file that is damaged or of another model.
     """
-    path = Path(folder) / EIGHT_BIT
+    path = (calibration_folder(where, EIGHT_BIT) if isinstance(where, Source) else Path(where)) / EIGHT_BIT
     if not path.is_file():
         return None
     try:

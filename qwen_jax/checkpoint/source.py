@@ -169,14 +169,15 @@ def copy_side_files(src: Path, dst: Path, config: ModelConfig | None = None) -> 
     config: of the model in ``dst``, when it may differ from the model in ``src``. Calibration files are measured layer
     by layer, so they are not copied to a model of another shape.
     """
-    same_shape = config is None or not (src / "config.json").is_file() or _shape(config) == _shape(
+    same_shape = config is None or not (src / "config.json").is_file() or shape_of(config) == shape_of(
         ModelConfig.from_hf(src))
     for name in SIDE_FILES:
         if (src / name).is_file() and (same_shape or name not in (SPARSITY, EIGHT_BIT)):
             shutil.copyfile(src / name, dst / name)
 
 
-def _shape(config: ModelConfig) -> tuple[int, ...]:
+def shape_of(config: ModelConfig) -> tuple[int, ...]:
+    """Return the numbers that decide the shapes of a model's weights."""
     return (config.num_layers, config.hidden_size, config.intermediate_size, config.num_heads, config.num_kv_heads,
             config.head_dim, config.vocab_size)
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from qwen_kernels.sparse_attention import Sparsity
 
-from qwen_jax.checkpoint.source import SPARSITY
+from qwen_jax.checkpoint.shipped_calibration import calibration_folder
+from qwen_jax.checkpoint.source import SPARSITY, Source
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 
@@ -22,12 +23,14 @@ def write_sparsity(folder: str | Path, layers: Sequence[Sparsity], measured: dic
     return path
 
 
-def read_sparsity(folder: str | Path, config: ModelConfig) -> tuple[Sparsity, ...] | None:
-    """Read the attention sparsity of every layer of a model; None when its folder has no such file.
+def read_sparsity(where: str | Path | Source, config: ModelConfig) -> tuple[Sparsity, ...] | None:
+    """Read the attention sparsity of every layer of a model; None when there is no such file.
+
+    where: a folder, or a model's source, for which files of this package are looked for too.
 
     Raises UserError for a file that is damaged or of another model.
     """
-    path = Path(folder) / SPARSITY
+    path = (calibration_folder(where, SPARSITY) if isinstance(where, Source) else Path(where)) / SPARSITY
     if not path.is_file():
         return None
     try:

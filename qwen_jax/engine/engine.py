@@ -178,7 +178,7 @@ class Engine:
 
         if isinstance(options.get("speculation"), str | Path) and options["speculation"] != NGRAM:
             options["speculation"] = load_model(options["speculation"], dtype)
-        return cls(source, dtype=dtype, **_measured(options, source.config, source.path, dtype))
+        return cls(source, dtype=dtype, **_measured(options, source.config, source, dtype))
 
     @classmethod
     def without_weights(cls, ref: str | Path, *, dtype: Any = "bfloat16", **options: Any) -> Engine:
@@ -191,8 +191,8 @@ class Engine:
         from qwen_jax.checkpoint import resolve as find_source
 
         config, where = find_config(ref)
-        folder = None if where == "preset" else find_source(ref).path
-        options = _measured(options, config, folder, dtype)
+        source = None if where == "preset" else find_source(ref)
+        options = _measured(options, config, source, dtype)
         return cls(empty(config, resolve.check_dtype(dtype)), dtype=dtype, warmup=False, **options)
 
     @property
@@ -508,14 +508,14 @@ class Engine:
         return engine_stats(self.core, self.deployment, self._prepared.values(), self._resolved)
 
 
-def _measured(options: dict[str, Any], config: ModelConfig, folder: Path | None, dtype: Any) -> dict[str, Any]:
-    """Return ``options`` completed by stored results of calibration (in ``folder``) and tuning (for this device)."""
+def _measured(options: dict[str, Any], config: ModelConfig, source: Source | None, dtype: Any) -> dict[str, Any]:
+    """Return ``options`` completed by stored results of calibration (of ``source``) and tuning (for this device)."""
     from qwen_jax.checkpoint import read_calibrated, read_sparsity
 
     options = dict(options)
-    if folder and "calibrated" not in options:
-        options["calibrated"] = read_calibrated(folder, config)
-    if folder and "sparsity" not in options and (stored := read_sparsity(folder, config)):
+    if source and "calibrated" not in options:
+        options["calibrated"] = read_calibrated(source, config)
+    if source and "sparsity" not in options and (stored := read_sparsity(source, config)):
         options["sparsity"] = stored
     if "tuned" not in options:
         options["tuned"] = resolve.tuned_for(config, dtype, options)

@@ -131,7 +131,8 @@ def _load(source: Source, dtype, mesh: Mesh | None, precision: Precision | None 
     places = {path: NamedSharding(mesh, spec_of(param.axes, param.shape, mesh))
               for path, param in abstract(source.config).items()} if mesh else None
     params = load_params(source, source.config, dtype, places, precision)
-    dtypes, stacked = {path: value.dtype for path, value in params.items()}, stack(params)
+    dtypes = {path: value.dtype for path, value in params.items()}
+    stacked = stack(params, consume=True)
     if mesh:
         stacked = jax.device_put(stacked, shardings_of(stacked, mesh, stacked_specs(source.config, mesh)))
     return stacked, dtypes

@@ -25,8 +25,12 @@ LAYERS = "layers."
 Stacked = Mapping[str, jax.Array | tuple[jax.Array | FP8Tensor, ...]]
 
 
-def stack(params: Mapping[str, jax.Array | FP8Tensor]) -> dict[str, jax.Array | tuple[jax.Array | FP8Tensor, ...]]:
-    """Stack canonical parameters: ``layers.{i}.{name}`` of all layers become ``layers.{name}``."""
+def stack(params: dict[str, jax.Array | FP8Tensor], consume: bool = False
+          ) -> dict[str, jax.Array | tuple[jax.Array | FP8Tensor, ...]]:
+    """Stack canonical parameters: ``layers.{i}.{name}`` of all layers become ``layers.{name}``.
+
+    consume: take each layer's parameters out of ``params`` once they are stacked, so that their memory is free.
+    """
     names = {path.split(".", 2)[2] for path in params if path.startswith(LAYERS)}
     count = sum(path.endswith("attention.wo") for path in params)
     stacked = {path: value for path, value in params.items() if not path.startswith(LAYERS)}
@@ -34,6 +38,10 @@ def stack(params: Mapping[str, jax.Array | FP8Tensor]) -> dict[str, jax.Array | 
         runs = tuple(jax.tree.map(lambda *layers: jnp.stack(layers), *run) for _, run in groupby(
             (params[f"{LAYERS}{i}.{name}"] for i in range(count)), lambda value: isinstance(value, FP8Tensor)))
         stacked[LAYERS + name] = runs if len(runs) > 1 else runs[0]
+        if consume:
+            jax.block_until_ready(runs)  # else the next name is stacked while these are still needed
+            for i in range(count):
+                del params[f"{LAYERS}{i}.{name}"]
     return stacked
 
 

@@ -83,15 +83,14 @@ def engine_of(model: str, name: str, length: int, **overrides) -> Engine:
     overrides: fields of `Sparsity` that replace those stored with the model; None keeps the stored value.
     """
     source = resolve(model)
-    layers = read_sparsity(source.path, source.config) or (Sparsity(),) * source.config.num_layers
+    layers = read_sparsity(source, source.config) or (Sparsity(),) * source.config.num_layers
     changed = {field: value for field, value in overrides.items() if value is not None}
     if name == "middle":
         changed["dense_tail"] = 0
     layers = tuple(dataclasses.replace(layer, **changed) for layer in layers)
-    policy = SchedulePolicy(sparse_above_tokens=1 << 30) if name == "full" else SchedulePolicy()
+    policy = SchedulePolicy(sparse_above_tokens=1 << 30) if name == "full" else SchedulePolicy(sparse_above_tokens=1024)
     return Engine.from_pretrained(model, warmup="full", dtype="float32", max_seq_len=length, max_batch_size=4,
-                                  policy=policy,
-                                  sparsity=layers, progress=False)
+                                  policy=policy, sparsity=layers, progress=False)
 
 
 def short_answers(engines: dict[str, Engine], family: str, length: int, answers: int) -> dict[str, list[list[bool]]]:

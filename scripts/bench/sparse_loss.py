@@ -2,11 +2,12 @@
 
     python scripts/bench/sparse_loss.py MODEL FILE... [--tokens 4096] [--policies default budget=2 ...] [--recall]
 
-A policy is `default`, or settings of `Sparsity` that differ from it, such as `budget=4,local=8`; `layers=0+3` leaves
-all heads of these layers dense, `heads=3.0+9.1` head 0 of layer 3 and head 1 of layer 9. Each text runs with full
-attention and with each policy, in float32, as the middle of a prompt: without a dense tail. Printed are the density,
-the loss that the policy adds, in nats per token, and the same by quarter of the text. With `--recall`, also the share
-of full attention that a policy's pages cover, the most that as many pages can, and the heads that lose most.
+A policy is `default`, `calibrated` (the model's own file), or settings of `Sparsity` that differ from the default, such
+as `budget=4,local=8`; `layers=0+3` leaves all heads of these layers dense, `heads=3.0+9.1` head 0 of layer 3 and head 1
+of layer 9. Each text runs with full attention and with each policy, in float32, as the middle of a prompt: without a
+dense tail. Printed are the density, the loss that the policy adds, in nats per token, and the same by quarter of the
+text. With `--recall`, also the share of full attention that a policy's pages cover, the most that as many pages can,
+and the heads that lose most.
 """
 
 from __future__ import annotations
@@ -16,89 +17,52 @@ import os
 import sys
 import time
 from dataclasses import fields, replace
-from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-from flax import nnx  # noqa: E402
-from qwen_kernels.attention import PAGE  # noqa: E402
 from qwen_kernels.sparse_attention import Sparsity  # noqa: E402
 from workload import say  # noqa: E402
 
-from qwen_jax.checkpoint import load_model, load_tokenizer, resolve  # noqa: E402
-from qwen_jax.evaluation.sparse_fidelity import with_dense  # noqa: E402
-from qwen_jax.evaluation.sparse_recall import Paged, recall_of, true_shares  # noqa: E402
+from qwen_jax import ModelConfig  # noqa: E402
+from qwen_jax.checkpoint import Source, load_model, load_tokenizer, read_sparsity, resolve  # noqa: E402
+from qwen_jax.evaluation.sparse_fidelity import Text, fidelity  # noqa: E402
 from qwen_jax.model import Qwen2  # noqa: E402
-from qwen_jax.model.rope import rope_tables  # noqa: E402
 
 TYPES = {"selector": str, "sink": int, "local": int}
 
 
-def policy_of(text: str, layers: int, heads: int) -> tuple[Sparsity, np.ndarray]:
-    """Parse a policy: settings of all layers, and which heads are dense, bool ``[layers, heads]``."""
-    dense, settings = np.zeros((layers, heads), bool), {}
+def policy_of(text: str, folder: Path | Source, config: ModelConfig) -> tuple[Sparsity, ...]:
+    """Parse a policy: return the settings of every layer. folder: where a calibration's file is, or the model."""
+    if text == "calibrated":
+        found = read_sparsity(folder, config)
+        if found is None:
+            raise SystemExit(f"{folder} has no calibration: run `qwen-jax calibrate`")
+        return found
+    dense, settings = [()] * config.num_layers, {}
     for part in text.split(",") if text != "default" else ():
         name, value = part.split("=")
         if name == "layers":
-            dense[[int(layer) for layer in value.split("+")]] = True
+            for layer in value.split("+"):
+                dense[int(layer)] = tuple(range(config.num_kv_heads))
         elif name == "heads":
-            for pair in value.split("+"):
-                dense[tuple(map(int, pair.split(".")))] = True
+            for layer, head in (map(int, pair.split(".")) for pair in value.split("+")):
+                dense[layer] += (head,)
         else:
             settings[name] = TYPES.get(name, float)(value)
-    return replace(Sparsity(), **settings), dense
+    return tuple(replace(Sparsity(), **settings, dense_heads=heads) for heads in dense)
 
 
-@partial(jax.jit, static_argnames=("graph", "sparsity", "recall"))
-def run_layer(graph, params, x, *, rope, sparsity: Sparsity | None, dense, recall: bool):
-    """Run a layer on ``x[1, S, D]``, with full attention if there is no sparsity.
-
-    Returns its output, the pages that are read and visible, and the recall of every head, None unless ``recall``.
-    """
-    length = x.shape[1]
-    seen = {}
-
-    def attend(q, k, v):
-        pages = Paged(k, v, length)
-        selection = pages.select(q, sparsity or Sparsity(budget=0))
-        everything = with_dense(selection, True, length)
-        selection = everything if sparsity is None else with_dense(selection, dense, length)
-        seen["pages"] = jnp.sum(selection.count), jnp.sum(everything.count)
-        if recall:
-            seen["recall"] = recall_of(true_shares(q, k, length), selection, sparsity, length)
-        return pages.attend(q, selection)
-
-    out = nnx.merge(graph, params)(x, *rope, attend)
-    return out, seen["pages"], seen.get("recall")
-
-
-@partial(jax.jit, static_argnums=0)
-def token_losses(graph, norm, head, x, targets):
-    """Return the loss of each target after the states ``x[1, S, D]``, f32 ``[S]``."""
-    def of_page(item):
-        states, targets = item
-        logits = jax.nn.log_softmax((states @ head.T).astype(jnp.float32), axis=-1)
-        return -jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
-
-    x = nnx.merge(graph, norm)(x)[0]
-    return jax.lax.map(of_page, (x.reshape(-1, PAGE, x.shape[-1]), targets.reshape(-1, PAGE))).reshape(-1)
-
-
-def forward(model: Qwen2, tokens: np.ndarray, sparsity: Sparsity | None, dense: np.ndarray, recall: bool = False):
-    """Return the losses ``[S - 1]`` of a text, the density by layer, and the recalls by layer."""
-    rope = rope_tables(model.config.rope, model.config.head_dim, jnp.arange(len(tokens))[None])
-    x, density, recalls = model.embed.weight[...][jnp.asarray(tokens)][None], [], []
-    for layer, dense_heads in zip(model.layers, dense, strict=True):
-        x, (read, visible), found = run_layer(*nnx.split(layer), x, rope=rope, sparsity=sparsity, dense=dense_heads,
-                                              recall=recall)
-        density.append(float(read / visible))
-        recalls.append(jax.device_get(found))
-    losses = token_losses(*nnx.split(model.norm), model.head_weight, x, jnp.roll(jnp.asarray(tokens), -1))
-    return np.asarray(losses[:-1]), np.array(density), recalls
+def forward(model: Qwen2, text: Text, layers: tuple[Sparsity, ...]):
+    """Run a text with each layer's settings; return final states ``[1, S, D]``, and the density."""
+    x, counts = text.embedded(model), []
+    for layer, sparsity in zip(model.layers, layers, strict=True):
+        x, count = text.run(layer, x, sparsity)
+        counts.append(count)
+    attended, visible = np.sum(jax.device_get(counts), axis=0)
+    return x, float(attended / visible)
 
 
 def worst(lost: np.ndarray) -> list[tuple[float, int, int]]:
@@ -114,11 +78,12 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=4096, help="of each text, whole pages (default: %(default)s)")
     parser.add_argument("--policies", nargs="+", default=["default"],
                         help="settings of " + ", ".join(field.name for field in fields(Sparsity)))
+    parser.add_argument("--calibration", type=Path, help="folder of the calibration's file (default: the model's)")
     parser.add_argument("--recall", action="store_true", help="print attention covered by layer and head")
     args = parser.parse_args()
     source = resolve(args.model)
     model, tokenizer = load_model(source, "float32"), load_tokenizer(source)
-    shape = model.config.num_layers, model.config.num_kv_heads
+    folder = args.calibration or source
     added: dict[str, list[np.ndarray]] = {policy: [] for policy in args.policies}
     print(f"{'text':24}{'policy':32}{'density':>8}{'loss':>9}{'added':>9}  by quarter" + " " * 22 + "seconds")
     for path in args.files:
@@ -126,20 +91,24 @@ def main() -> int:
         if len(tokens) < args.tokens:
             say(f"{path.name} has {len(tokens)} tokens only: left out")
             continue
-        full, _, _ = forward(model, tokens, None, np.ones(shape, bool))
+        text = Text(model, tokens)
+        everything = Sparsity(dense_heads=tuple(range(model.config.num_kv_heads)))
+        full, _ = forward(model, text, (everything,) * model.config.num_layers)
         for policy in args.policies:
-            began = time.perf_counter()
-            losses, density, recalls = forward(model, tokens, *policy_of(policy, *shape), args.recall)
-            difference = losses - full
+            began, layers = time.perf_counter(), policy_of(policy, folder, model.config)
+            states, density = forward(model, text, layers)
+            losses, full_losses, _ = text.compare(model, states, full)
+            difference = losses - full_losses
             added[policy].append(difference)
             quarters = " ".join(f"{part.mean():+.4f}" for part in np.array_split(difference, 4))
-            print(f"{path.name[:23]:24}{policy:32}{density.mean():8.3f}{full.mean():9.4f}{difference.mean():+9.4f}  "
+            print(f"{path.name[:23]:24}{policy:32}{density:8.3f}{full_losses.mean():9.4f}{difference.mean():+9.4f}  "
                   f"{quarters}  {time.perf_counter() - began:6.0f}", flush=True)
             if args.recall:
-                parts = [np.stack(part) for part in zip(*recalls, strict=True)]
-                print(f"  covered {parts[0].mean():.4f} of at most {parts[1].mean():.4f}, found {parts[3].sum():,} of "
-                      f"{parts[2].sum():,} needed pages; lost by layer and head: "
-                      + ", ".join(f"{layer}.{head} {lost:.3f}" for lost, layer, head in worst(parts[1] - parts[0])))
+                recall = fidelity(model, tokens, layers).recall
+                print(f"  covered {recall.recall.mean():.4f} of at most {recall.reachable.mean():.4f}, found "
+                      f"{recall.found.sum():,} of {recall.needed.sum():,} needed pages; lost by layer and head: "
+                      + ", ".join(f"{layer}.{head} {lost:.3f}"
+                                  for lost, layer, head in worst(recall.reachable - recall.recall)))
     for policy, differences in added.items():
         if differences:
             means = [difference.mean() for difference in differences]

@@ -23,7 +23,7 @@ from qwen_kernels.attention import PAGE, causal_attention
 from qwen_jax.checkpoint import load_params, load_tokenizer, resolve
 from qwen_jax.errors import UserError
 from qwen_jax.evaluation.calibrate_sparsity import default_texts
-from qwen_jax.evaluation.sparse_fidelity import losses
+from qwen_jax.evaluation.sparse_fidelity import token_losses
 from qwen_jax.model import build
 from qwen_jax.quantization import E4M3, INPUTS, saturate
 from qwen_jax.training.recipe import Names, Table, load_recipe
@@ -98,7 +98,8 @@ def run(recipe: Recipe, progress=lambda _: None) -> tuple[list[Point], float]:
     def compare(params, exact_params, tokens, length):
         models = [build(config, tree) for tree in (params, exact_params)]
         states = [model.hidden(tokens[None], positions, lambda _, *qkv: causal_attention(*qkv))[0] for model in models]
-        return losses([model.logits for model in models], states, tokens, length)
+        values = token_losses([model.logits for model in models], states, jnp.roll(tokens, -1))
+        return tuple(jnp.sum(jnp.where(jnp.arange(width) < length - 1, x, 0)) / (length - 1) for x in values)
 
     points, full = [], 0.0
     for kind in recipe.kinds:

@@ -9,15 +9,15 @@ import json
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
+from qwen_kernels.sparse_attention import Sparsity
 
 from qwen_jax import Engine, SamplingParams
 from qwen_jax.checkpoint import load_model, load_tokenizer, resolve
+from qwen_jax.evaluation.sparse_fidelity import fidelity
 
 pytestmark = pytest.mark.real
 ANSWERS = json.loads((Path(__file__).parent / "greedy.json").read_text())
-BENCH = Path(__file__).resolve().parents[2] / "scripts/bench"
 TEXT = Path(argparse.__file__)
 TOKENS = 3072
 
@@ -46,15 +46,10 @@ def test_greedy_answers_are_those_of_transformers(source):
     assert [out.token_ids for out in outs] == [answer["greedy_ids"] for answer in ANSWERS]
 
 
-def test_sparse_attention_adds_little_to_the_loss(source, monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
-    from sparse_loss import forward, policy_of
-
+def test_sparse_attention_adds_little_to_the_loss(source):
     model, tokenizer = load_model(source, "float32"), load_tokenizer(source)
-    tokens = np.array(tokenizer.encode(TEXT.read_text())[:TOKENS], np.int32)
-    shape = model.config.num_layers, model.config.num_kv_heads
-    full, _, _ = forward(model, tokens, None, np.ones(shape, bool))
-    sparse, density, _ = forward(model, tokens, *policy_of("default", *shape))
-    assert density.max() < 0.65, "some pages must be left out"
-    assert 0.5 < full.mean() < 3, "a model of code knows code"
-    assert (sparse - full).mean() <= 0.02
+    tokens = tokenizer.encode(TEXT.read_text())[:TOKENS]
+    found = fidelity(model, tokens, (Sparsity(),) * model.config.num_layers, recall=False)
+    assert found.density < 0.65, "some pages must be left out"
+    assert 0.5 < found.full_loss < 3, "a model of code knows code"
+    assert found.loss - found.full_loss <= 0.02

@@ -118,10 +118,10 @@ def test_the_tile_that_is_fastest_on_these_traces():
     assert best_tile(where, "decode", {0: measured[0], 16: measured[16]}) == 0
 
 
-@pytest.mark.parametrize("slope, expected", [(1e-7, 3840), (1e-5, 2048), (2.6e-6, 2816)])
+@pytest.mark.parametrize("slope, expected", [(1e-7, 7936), (1e-5, 6144), (1.2e-6, 6400)])
 def test_sparse_begins_where_it_really_is_faster(slope, expected):
     """Full attention costs more with every token of context, sparse attention does not."""
-    bench = PaperBench(max_batch_size=2, max_seq_len=4000, num_pages=200)
+    bench = PaperBench(max_batch_size=2, max_seq_len=8096, num_pages=400)
 
     def cost(bucket):
         if bucket.schedule == SPARSE:
@@ -135,7 +135,7 @@ def test_sparse_begins_where_it_really_is_faster(slope, expected):
 
 
 def test_short_engines_have_no_sparse_threshold_to_find():
-    assert sparse_threshold(space(PaperBench(), linear), DEFAULT) == (2048, {})
+    assert sparse_threshold(space(PaperBench(), linear), DEFAULT) == (DEFAULT_POLICY.sparse_above_tokens, {})
 
 
 # --- the race

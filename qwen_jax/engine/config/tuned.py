@@ -61,7 +61,7 @@ class Tuned:
                 raise UserError(f"{name} must be positive and ascending, not {values}")
         if min(self.grid.prefill_chunk_pages, self.grid.decode_chunk_pages) < 0:
             raise UserError("a number of pages must not be negative")
-        bucket_table(self.limits(64, 4096), self.policy)
+        bucket_table(self.limits(64, self.policy.sparse_above_tokens + 1), self.policy)
 
     def limits(self, max_batch_size: int, max_seq_len: int) -> Limits:
         """Return the limits of an engine of these sizes, with the tuned bucket shapes."""

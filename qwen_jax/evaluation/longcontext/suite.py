@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
+from tqdm import tqdm
+
 from qwen_jax.errors import UserError, check_positive_integer
 from qwen_jax.evaluation.longcontext.samples import FAMILIES, draw
 from qwen_jax.evaluation.longcontext.tasks import Document, Question
@@ -101,10 +103,12 @@ def check(lengths: Sequence[int], families: Sequence[str], samples: int) -> None
 
 
 def evaluate(generate: Generate, tokenizer: Any, lengths: Sequence[int], families: Sequence[str] = tuple(FAMILIES),
-             samples: int = 50, seed: int = 0) -> Iterator[Cell]:
+             samples: int = 50, seed: int = 0, batch_size: int = 8) -> Iterator[Cell]:
     """Measure a model's accuracy on every task family at every length, and yield the results one by one.
 
-    generate: the model's answers to prompts.
+    Progress within a family is shown on a terminal.
+
+    generate: the model's answers to at most ``batch_size`` prompts.
 
     Raises UserError for arguments that `check` refuses, and for a length that is too short for a family.
     """
@@ -112,6 +116,12 @@ def evaluate(generate: Generate, tokenizer: Any, lengths: Sequence[int], familie
     for length in lengths:
         for family in families:
             drawn = [sample(family, f"{seed}.{index}", length, tokenizer) for index in range(samples)]
-            answers = generate([s.prompt for s in drawn], [s.max_tokens for s in drawn])
-            scores = [found(answer, s.expected) for answer, s in zip(answers, drawn, strict=True)]
+            scores = []
+            about = f"{family}, {length} tokens"
+            with tqdm(total=samples, desc=about, unit="answer", disable=None, leave=False) as bar:
+                for start in range(0, samples, batch_size):
+                    part = drawn[start: start + batch_size]
+                    answers = generate([s.prompt for s in part], [s.max_tokens for s in part])
+                    scores += [found(answer, s.expected) for answer, s in zip(answers, part, strict=True)]
+                    bar.update(len(part))
             yield Cell(family, length, samples, sum(score == 1 for score in scores), sum(scores) / samples)

@@ -16,7 +16,7 @@ from qwen_jax.errors import UserError
 GRID = Grid(prefill_shapes=((1, 64), (2, 64)), sparse_prefill_shapes=((1, 64),), recompute_shapes=((64, 8),),
             decode_rows=(2, 4), sparse_decode_rows=(2,), decode_steps=16, step_overhead_tokens=32,
             decode_chunk_pages=2)
-TUNED = Tuned(SchedulePolicy(4096, 64), GRID)
+TUNED = Tuned(SchedulePolicy(8192, 64), GRID)
 SIZES = {"max_batch_size": 6, "max_seq_len": 256, "tokenizer": None, "warmup": False, "dtype": "float32"}
 
 
@@ -102,8 +102,8 @@ def test_a_bad_file_is_said_so_and_passed_over(about, caplog, damage, says):
 
 def test_the_sparse_threshold_is_never_lowered():
     with pytest.raises(UserError, match="approximated"):
-        Tuned(SchedulePolicy(sparse_above_tokens=2047), GRID)
-    Tuned(SchedulePolicy(sparse_above_tokens=2049), GRID)
+        Tuned(SchedulePolicy(sparse_above_tokens=DEFAULT_POLICY.sparse_above_tokens - 1), GRID)
+    Tuned(SchedulePolicy(sparse_above_tokens=DEFAULT_POLICY.sparse_above_tokens + 1), GRID)
 
 
 def test_the_default_grid_is_what_an_untuned_engine_has():

@@ -18,6 +18,7 @@ from qwen_jax.engine.scheduling.buckets import (
 )
 from qwen_jax.engine.scheduling.page_pool import PAGE
 from qwen_jax.engine.scheduling.schedule_policy import (
+    DEFAULT_POLICY,
     FULL,
     RECOMPUTE,
     SPARSE,
@@ -63,13 +64,17 @@ def test_recompute_is_full_attention_and_the_others_are_themselves():
 
 
 def test_the_default_cpu_table():
-    assert [str(bucket) for bucket in bucket_table(default_limits())] == [
-        *(f"prefill/full_attention {shape}" for shape in ("1x64", "1x256", "1x512", "2x256", "4x128", "8x64")),
-        "prefill/recompute 64x64",
-        *(f"prefill/sparse_attention {shape}" for shape in ("1x64", "1x512")),
-        *(f"decode/full_attention {rows}x1" for rows in (2, 8, 16, 32, 64)),
-        *(f"decode/sparse_attention {rows}x1" for rows in (2, 8, 64)),
-    ]
+    full = [*(f"prefill/full_attention {shape}" for shape in ("1x64", "1x256", "1x512", "2x256", "4x128", "8x64")),
+            "prefill/recompute 64x64", *(f"decode/full_attention {rows}x1" for rows in (2, 8, 16, 32, 64))]
+    assert [str(bucket) for bucket in bucket_table(default_limits())] == full
+    assert [str(bucket) for bucket in bucket_table(default_limits(64, 8192))] == [
+        *full[:7], *(f"prefill/sparse_attention {shape}" for shape in ("1x64", "1x512")),
+        *full[7:], *(f"decode/sparse_attention {rows}x1" for rows in (2, 8, 64))]
+
+
+def test_engines_keep_full_attention_for_longer_than_the_published_rule():
+    assert [dynamic_schedule(1, length, DEFAULT_POLICY) for length in (2049, 6144, 6145)] == [FULL, FULL, SPARSE]
+    assert dynamic_schedule(1, 2049) == SPARSE
 
 
 def test_only_recompute_runs_in_micro_batches():
@@ -80,9 +85,9 @@ def test_only_recompute_runs_in_micro_batches():
 
 
 @pytest.mark.parametrize("max_batch_size, max_seq_len, platform, threshold", [
-    *itertools.product((1, 3, 4, 31, 32, 33, 40, 64, 128, 1024), (1, 64, 65, 700, 2048, 2049, 4096, 131072),
+    *itertools.product((1, 3, 4, 31, 32, 33, 40, 64, 128, 1024), (1, 64, 65, 700, 2048, 2049, 4096, 6144, 6145, 131072),
                        ("cpu", "gpu", "tpu"), (32,)),
-    *itertools.product((1, 4, 5, 100), (64, 4096), ("cpu", "gpu"), (1, 4, 100)),
+    *itertools.product((1, 4, 5, 100), (64, 4096, 8192), ("cpu", "gpu"), (1, 4, 100)),
 ])
 def test_default_tables_cover_the_policy_and_nothing_else(max_batch_size, max_seq_len, platform, threshold):
     policy = SchedulePolicy(recompute_above_rows=threshold)
@@ -95,7 +100,7 @@ def test_default_tables_cover_the_policy_and_nothing_else(max_batch_size, max_se
     assert all(b.pages == width and b.tokens <= width * PAGE and b.tokens % PAGE == 0 for b in prefill)
     assert all(b.pages == width and b.tokens == 1 for b in decode)
 
-    attentions = {FULL, SPARSE} if max_seq_len > 2048 else {FULL}
+    attentions = {FULL, SPARSE} if max_seq_len > SchedulePolicy().sparse_above_tokens else {FULL}
     reachable = attentions | ({RECOMPUTE} if max_batch_size > threshold else set())
     assert {b.schedule for b in prefill} == reachable
     assert {b.schedule for b in decode} == attentions

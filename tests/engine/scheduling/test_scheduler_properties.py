@@ -99,7 +99,8 @@ TestScheduler.settings = settings(max_examples=40, stateful_step_count=30, deadl
 
 def test_the_default_engine_under_a_mixed_load():
     chance = random.Random(0)
-    bench = Bench(capacity=60, limits=default_limits(max_seq_len=2500), policy=SchedulePolicy())
+    bench = Bench(capacity=60, limits=default_limits(max_seq_len=2500),
+                  policy=SchedulePolicy(sparse_above_tokens=2048))
     for _ in range(60):
         bench.add(chance.choice((1, 30, 64, 65, 300, 2100)), chance.randint(1, 400))
     bench.drain()
