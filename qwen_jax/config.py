@@ -76,6 +76,10 @@ class Rope:
         return interpolated * (1 - keep) + extrapolated * keep, yarn.scale()
 
 
+# Fields of a model's configuration on which no program depends, with values that stand for any.
+UNTRACED = {"dtype": "", "bos_token_id": None, "eos_token_id": None}
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Architecture of a Qwen2.5 model. Sizes are element counts; ``dtype`` is the checkpoint's element type."""

@@ -41,8 +41,8 @@ def _shipped(source: Source) -> Path | None:
         if distance <= SAME:
             logger.info("%s has the calibration of %s", source.path, model["name"])
         elif distance <= TUNED:
-            logger.warning("%s has the calibration of %s, from which it was fine-tuned: `qwen-jax calibrate` measures "
-                           "these weights", source.path, model["name"])
+            logger.warning("%s has the calibration of %s, whose weights it resembles as if fine-tuned: `qwen-jax "
+                           "calibrate` measures its own", source.path, model["name"])
         else:
             continue
         return folder

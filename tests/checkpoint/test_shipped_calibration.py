@@ -69,7 +69,7 @@ def test_its_own_file_comes_first(released, shipped, tmp_path):
 def test_a_fine_tune_has_it_with_a_warning(shipped, tmp_path, caplog):
     source = trained(tmp_path / "tuned", 0.02)
     assert read_sparsity(source, source.config) == LAYERS
-    assert "fine-tuned: `qwen-jax calibrate` measures these weights" in caplog.text
+    assert "as if fine-tuned: `qwen-jax calibrate` measures its own" in caplog.text
 
 
 def test_other_weights_have_none(shipped, tmp_path, caplog):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.atomic import replace_file
-from qwen_jax.config import ModelConfig
+from qwen_jax.config import UNTRACED, ModelConfig
 from qwen_jax.engine.config.cache_dir import default_cache_dir
 from qwen_jax.engine.scheduling.buckets import Grid, Limits, bucket_table, default_limits
 from qwen_jax.engine.scheduling.schedule_policy import DEFAULT_POLICY, SchedulePolicy
@@ -27,8 +27,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 REFUSE = "QWEN_JAX_TUNED"  # environment variable: with "0" engines look for no file
-# Fields of a model's configuration that change no program.
-_HARMLESS = ("dtype", "bos_token_id", "eos_token_id", "rope")
+_HARMLESS = (*UNTRACED, "rope")  # fields of a model's configuration that change no time
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from qwen_kernels.attention import PageFormat
 from qwen_kernels.sparse_attention import Sparsity
 
+from qwen_jax.config import UNTRACED
 from qwen_jax.engine.compiled.lora_rows import Adapters
 from qwen_jax.engine.compiled.state import EngineState, Models, new_state
 from qwen_jax.engine.runner.padded_batch import allow_all_mask
@@ -88,8 +90,8 @@ class Stage:
         self.state: EngineState | None = None
         self._allocate: Callable[[], EngineState] | None = None
         self._masks: dict[int, jax.Array] = {}  # `allow_all_mask` on the devices, by rows
-        self.identity = [repr(self.shard), str(sharding.dtype), sizes.num_pages, sizes.slots,
-                         adapters.identity_of_shapes, draft and repr(draft_shard),
+        self.identity = [_traced(self.shard), str(sharding.dtype), sizes.num_pages, sizes.slots,
+                         adapters.identity_of_shapes, draft and _traced(draft_shard),
                          repr(self._sparsity) if self._sparse else None, repr(precision), sizes.wide_pages]
 
     def prepare(self) -> None:
@@ -208,3 +210,9 @@ def _page_formats(model: Qwen2, scales) -> tuple[tuple[PageFormat, PageFormat] |
     formats = tuple(scale and page_formats(layer.attention.bqkv[...], scale, *rotation)
                     for layer, scale in zip(model.layers, scales, strict=True))
     return formats if any(formats) else ()
+
+
+def _traced(shard: ModelShard) -> str:
+    """Return all of a shard that its programs depend on: not the model's control tokens, nor its type in files."""
+    layout = replace(shard.layout, config=replace(shard.layout.config, **UNTRACED))
+    return repr(replace(shard, layout=layout))
