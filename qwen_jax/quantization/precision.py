@@ -17,7 +17,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.quantization.fp8 import FP8Tensor, quantize
 
 KV_DTYPES = tuple(LARGEST)
-MARGIN = 1.5  # times the largest value that calibration saw; rows that exceed it are computed again in 16 bits
+MARGIN = 1.5  # times the largest value that calibration saw: the range; rows far outside are computed again in 16 bits
 # Number of last axes of each matrix that a product contracts.
 INPUTS = {"attention.wqkv": 1, "attention.wo": 3, "mlp.gate_up": 1, "mlp.down": 1}
 _TABLES = {"embed.weight": 1, "head.weight": 1}

@@ -5,7 +5,7 @@
 Each text runs in float32 and in each variant, layer by layer, with the numbers that an engine would store rounded to 8
 bits. Printed are the loss that a variant adds, in nats per token, the divergence of its distributions, how often its
 most likely token is that of float32, and how many tokens of 100,000 would trip the guard, because a key or a value of
-theirs leaves the range of its page.
+theirs is too large for its page.
 
 `auto` and `int8 pages` need a calibrated checkpoint (`qwen-jax calibrate --fp8`; `--calibration FOLDER` names another
 place of the file). `cast` stores plain casts to e4m3, keys with their biases; `per tensor` gives every matrix, and all
@@ -26,7 +26,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-from qwen_kernels.attention import causal_attention  # noqa: E402
+from qwen_kernels.attention import EightBitPages, causal_attention, eight_bit_dtype  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from qwen_jax.checkpoint import load_params, load_tokenizer, read_calibrated, resolve  # noqa: E402
@@ -81,15 +81,15 @@ def naive_weight(value: jax.Array, inputs: int, kind: str) -> FP8Tensor:
 def run_layer(config, kind, params, x, *, rotations, forms):
     """Run a layer on ``x[1, S, D]`` with keys and values rounded as their pages would hold them.
 
-    Returns its output, and which tokens have a key or a value outside the range of its page, bool ``[S]``.
+    Returns its output, and which tokens have a key or a value that their page cannot hold, bool ``[S]``.
     """
     ours, seen = kind not in (None, *NAIVE), {"outside": jnp.zeros(x.shape[1], bool)}
 
     def attend(q, k, v):
         if ours:
-            largest = 127 if kind == "int8" else E4M3_MAX
             for form, value in zip(forms, (k, v), strict=True):
-                seen["outside"] |= jnp.any(jnp.abs(value[0]) > largest * form.scale, axis=(1, 2))
+                pages = EightBitPages(jnp.zeros((0, 0, 0, 0), eight_bit_dtype(kind)), form)
+                seen["outside"] |= jnp.any(pages.out_of_range(value[0]), axis=(1, 2))
             k, v = (rounded_pages(kind, form, value) for form, value in zip(forms, (k, v), strict=True))
         elif kind:
             scales = [jnp.max(jnp.abs(value)) / E4M3_MAX if kind == "per tensor" else 1.0 for value in (k, v)]

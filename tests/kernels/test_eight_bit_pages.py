@@ -162,7 +162,7 @@ def test_sparse_attention_selects_by_the_keys_that_pages_hold(kind):
 def test_what_cannot_be_stored_is_clipped_and_found(kind, most):
     scale = jnp.full((2, 4), 0.5).at[1].set(2.0)
     pages = EightBitPages(jnp.zeros((2, 2, PAGE, 4), eight_bit_dtype(kind)), PageFormat(scale, jnp.zeros((2, 4))))
-    values = jnp.array([[[1, -3, most / 2, -most / 2]] * 2, [[most, jnp.inf, -jnp.inf, jnp.nan]] * 2])
+    values = jnp.array([[[1, -3, most / 2, -most / 2]] * 2, [[1.1 * most, jnp.inf, -jnp.inf, jnp.nan]] * 2])
     np.testing.assert_array_equal(np.asarray(pages.out_of_range(values)), [
         [[False] * 4, [False] * 4], [[True] * 4, [False, True, True, True]]])
     stored = write_pages(pages, values[None], jnp.array([[1]]), jnp.array([0]), jnp.array([2]))
@@ -174,3 +174,5 @@ def test_what_cannot_be_stored_is_clipped_and_found(kind, most):
         page_format = PageFormat(scale.at[0, 2].set(damaged), jnp.zeros((2, 4)))
         found = np.asarray(EightBitPages(pages.stored, page_format).out_of_range(jnp.zeros((2, 4))))
         assert found[0, 2] and found.sum() == 1
+    little = jnp.full((1, 2, 4), 0.9 * most)  # 1.8 times the range of head 0: clipped, and found in e4m3 alone
+    assert np.asarray(pages.out_of_range(little))[0].tolist() == [[kind == "e4m3"] * 4, [False] * 4]
