@@ -16,8 +16,8 @@ import jax.numpy as jnp
 
 E4M3 = jnp.dtype(jnp.float8_e4m3fn)
 LARGEST = {"int8": 127.0, "e4m3": 448.0}  # largest value that each element type stores
-# Elements up to so many times the largest are clipped; larger ones cannot be stored. The range of int8 is measured: of
-# other texts nearly a third of the tokens have a value outside, by half at most, and clipping it costs nothing.
+# Elements up to this multiple of the largest are clipped; larger ones cannot be stored. The range of int8 is measured:
+# of other texts nearly a third of the tokens have a value outside, by half at most, and clipping it costs nothing.
 CLIPPED = {"int8": 2.0, "e4m3": 1.0}
 
 
