@@ -1,5 +1,6 @@
 """Figures that a calibration has measured so far, kept in a file so that an interrupted one goes on."""
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,13 @@ class Measured:
     """
 
     def __init__(self, path: Path | None = None, subject: Any = None, say: Callable[[str], None] = lambda _: None):
-        """subject: JSON that says what is measured. say: called with a line of progress."""
+        """subject: JSON that says what is measured. say: called with a line of progress.
+
+        Raises UserError for a file that could not be written.
+        """
         self.path, self.subject, self.say = path, subject, say
+        if path and not os.access(path.parent, os.W_OK):
+            raise UserError(f"cannot write into {path.parent}: name another folder with --output")
         self.results: dict[str, Any] = {}
         if path and path.is_file():
             try:

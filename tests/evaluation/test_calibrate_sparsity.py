@@ -130,6 +130,8 @@ def test_an_interrupted_calibration_goes_on(model, any_help, tmp_path, monkeypat
     assert Measured(path, "a").results == {}, "figures of another model"
     path.write_text("{")
     assert Measured(path, "a", lines.append)("x", lambda: 2) == 2 and "is damaged" in lines[-1]
+    with pytest.raises(UserError, match="cannot write into .*nowhere: name another folder"):
+        Measured(tmp_path / "nowhere" / "partial", "a")
 
 
 def test_layers_that_need_it_attend_to_more(model, any_help, monkeypatch):

@@ -1,5 +1,5 @@
-"""A released model, which scripts/real_model.sh names: its answers are those of transformers, and sparse attention
-costs it little.
+"""A released model, which scripts/real_model.sh names: its answers are those of transformers, sparse attention costs
+it little, and its calibration is found.
 
 `greedy.json` has transformers' greedy answers in float32 to ten conversations of one turn, by
 Qwen2.5-Coder-0.5B-Instruct.
@@ -13,7 +13,7 @@ import pytest
 from qwen_kernels.sparse_attention import Sparsity
 
 from qwen_jax import Engine, SamplingParams
-from qwen_jax.checkpoint import load_model, load_tokenizer, resolve
+from qwen_jax.checkpoint import load_model, load_tokenizer, read_calibrated, read_sparsity, resolve
 from qwen_jax.evaluation.sparse_fidelity import fidelity
 
 pytestmark = pytest.mark.real
@@ -53,3 +53,11 @@ def test_sparse_attention_adds_little_to_the_loss(source):
     assert found.density < 0.65, "some pages must be left out"
     assert 0.5 < found.full_loss < 3, "a model of code knows code"
     assert found.loss - found.full_loss <= 0.02
+
+
+def test_its_calibration_comes_with_the_package(source):
+    if source.config.hidden_size != 896:
+        pytest.skip("the package has the calibration of the 0.5B alone")
+    layers, eight_bit = read_sparsity(source, source.config), read_calibrated(source, source.config)
+    assert sum(len(layer.dense_heads) for layer in layers) == 3 and {layer.budget for layer in layers} == {3, 6}
+    assert sum(eight_bit.precision.weights) == 12 and set(eight_bit.precision.kv_cache) == {"int8"}
