@@ -8,8 +8,9 @@ those of Python's standard library; some modules are held out. An answer is righ
 
 task, fp8: exact answers on held-out functions before training and after `qwen-jax train`, in float32 and with the base
 model in 8 bits. PEFT loads the adapter and answers the same prompts.
-speed: tokens per second of a training step, and the largest memory of the process, ours and PEFT's with torch, in
-alternating processes; float32, all seven matrices of a layer, rank 16.
+speed: tokens per second of a training step, and the largest memory of the process, ours (with recompute of the layers
+in the backward pass, and without) and PEFT's with torch, in alternating processes; float32, all seven matrices of a
+layer, rank 16.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ HELD_OUT = ("argparse", "calendar", "csv", "difflib", "fnmatch", "shutil", "stat
 LENGTH, ROWS, RANK, ALPHA = 256, 2, 16, 32
 REQUEST = ("Index entry: name/number of arguments <names of the arguments in alphabetical order> first line of the "
            "docstring in lower case without full stop.")
+SIDES = ("ours", "recompute", "peft")
 RECIPE = """
 model = "{model}"
 data = ["{data}"]
@@ -149,7 +151,7 @@ def peft_answers(model: str, adapter: Path, held_out: list[dict]) -> list[str]:
 
 def speed(model: str, rounds: int) -> None:
     """Print tokens per second and memory of training by both sides, each in processes of its own, alternating."""
-    results: dict[str, list[tuple[float, float]]] = {"ours": [], "peft": []}
+    results: dict[str, list[tuple[float, float]]] = {side: [] for side in SIDES}
     for round_ in range(rounds):
         for side, values in results.items():
             out = subprocess.run([sys.executable, __file__, model, "--side", side], check=True, capture_output=True,
@@ -158,14 +160,15 @@ def speed(model: str, rounds: int) -> None:
             say(f"round {round_} {side}: {values[-1][0]:.1f} tokens/s, {values[-1][1]:.2f} GB")
     rates, memory = ({side: statistics.median(value[place] for value in values) for side, values in results.items()}
                      for place in (0, 1))
-    print(f"training, {ROWS} x {LENGTH} tokens, float32, rank {RANK}: ours {rates['ours']:.1f} tokens/s, "
-          f"{memory['ours']:.2f} GB; PEFT {rates['peft']:.1f} tokens/s, {memory['peft']:.2f} GB; ratios "
-          f"{rates['ours'] / rates['peft']:.2f} and {memory['ours'] / memory['peft']:.2f}")
+    print(f"training, {ROWS} x {LENGTH} tokens, float32, rank {RANK}")
+    for side in SIDES:
+        print(f"{side:10} {rates[side]:6.1f} tokens/s ({rates[side] / rates['peft']:.2f}), {memory[side]:.2f} GB "
+              f"({memory[side] / memory['peft']:.2f})", flush=True)
 
 
 def side(name: str, model: str) -> None:
     """Time training steps of one side in this process; print tokens per second and the largest memory in GB."""
-    step = (ours_step if name == "ours" else peft_step)(model)
+    step = peft_step(model) if name == "peft" else ours_step(model, name == "recompute")
     times = []
     for _ in range(5):
         began = time.perf_counter()
@@ -179,8 +182,8 @@ def random_tokens(vocabulary: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, vocabulary, (ROWS, LENGTH))
 
 
-def ours_step(model: str):
-    """Return a function that runs a training step of this project."""
+def ours_step(model: str, recompute: bool):
+    """Return a function that runs a training step of this project, with recompute of the layers or without."""
     import jax
     from training import OPTIMIZER
 
@@ -196,7 +199,8 @@ def ours_step(model: str):
     batch = Batch(tokens.astype(np.int32), np.ones(tokens.shape, np.float32), np.zeros(tokens.shape, np.int32),
                   np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1)))
     box = [init_state(init_adapter(config, lora), OPTIMIZER)]
-    step = make_train_step(language_model_loss(config, lora=lora, compute_dtype="float32"), OPTIMIZER)
+    step = make_train_step(language_model_loss(config, lora=lora, recompute=recompute, compute_dtype="float32"),
+                           OPTIMIZER)
 
     def run():
         box[0], metrics = step(box[0], frozen, batch)
@@ -233,7 +237,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--held-out", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--side", choices=("ours", "peft"), help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
         side(args.side, args.model)
