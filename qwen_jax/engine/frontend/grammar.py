@@ -22,6 +22,7 @@ from qwen_jax.engine.frontend.grammar_trial import STACK_BYTES, GrammarTrial
 from qwen_jax.errors import UserError
 
 CACHE_BYTES = 32 << 20  # of compiled grammars that are kept
+FORCED_BYTES = 32  # of a forced text, among whose beginnings a token is looked for
 ENTRY_BYTES = 64 << 10  # that each of them counts for besides its text and what its trial took
 # Time that an answer's grammar may take of the engine's thread: per token, and at once. A schema takes 0.05 ms a token,
 # an ambiguous grammar more with each token.
@@ -84,7 +85,7 @@ class GrammarCompiler:
             raise
         except ValueError as error:
             raise UserError(f"{spec.kind} cannot be used: {reason(str(error))}") from None
-        return Matcher(inner.deep_copy(), self._ids)
+        return Matcher(inner.deep_copy(), self._ids, self._library_tokenizer().tokenize_bytes)
 
     def _compile(self, definition: str) -> LLMatcher:
         """Compile a grammar, after its trial, and keep it; ValueError for a bad one."""
@@ -119,12 +120,14 @@ class GrammarCompiler:
 class Matcher:
     """Position of an answer in its grammar: says which tokens may come next. For one thread at a time."""
 
-    def __init__(self, inner: LLMatcher, ids: _TokenIds, ended: bool = False, seconds: float = BURST_SECONDS) -> None:
+    def __init__(self, inner: LLMatcher, ids: _TokenIds, tokenize: Callable[[bytes], list[int]], ended: bool = False,
+                 seconds: float = BURST_SECONDS) -> None:
         """Begin where ``inner`` is.
 
-        ended: whether end-of-sequence has been accepted. seconds: processor time that the grammar may take now.
+        tokenize: returns the tokens of bytes. ended: whether end-of-sequence has been accepted. seconds: processor time
+        that the grammar may take now.
         """
-        self._inner, self._ids, self._ended, self._seconds = inner, ids, ended, seconds
+        self._inner, self._ids, self._tokenize, self._ended, self._seconds = inner, ids, tokenize, ended, seconds
         self._mask: np.ndarray | None = None  # of this position, once it has been asked for
 
     @property
@@ -146,6 +149,8 @@ class Matcher:
         if self._ended or self._inner.is_accepting():
             for token in self._ids.eos:
                 words[token // 32] |= np.uint32(1 << token % 32)
+        if not words.any() and (token := self._spelled()) is not None:
+            words[token // 32] |= np.uint32(1 << token % 32)
         if not words.any():
             raise GrammarError("the grammar cannot be followed further: no token of the vocabulary continues it")
         self._mask = words
@@ -168,7 +173,20 @@ class Matcher:
 
     def copy(self) -> Matcher:
         """Return a matcher at the same position, which advances on its own."""
-        return Matcher(self._inner.deep_copy(), self._ids, self._ended, self._seconds)
+        return Matcher(self._inner.deep_copy(), self._ids, self._tokenize, self._ended, self._seconds)
+
+    def _spelled(self) -> int | None:
+        """Return an ordinary token with which text begins that has to follow here; None without one.
+
+        Where that text is also a special token's, as ``<tool_call>`` is one of Qwen2.5's, the library's mask has that
+        token alone, which it then does not take.
+        """
+        forced = self._inner.compute_ff_bytes()
+        for end in range(min(len(forced), FORCED_BYTES), 0, -1):
+            tokens = self._tokenize(forced[:end])
+            if len(tokens) == 1 and _has(self._ids.text, tokens[0]) and self._inner.validate_tokens(tokens):
+                return tokens[0]
+        return None
 
     def _check(self) -> None:
         if self._inner.is_error():

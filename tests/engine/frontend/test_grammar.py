@@ -288,6 +288,15 @@ def test_a_mask_has_no_special_token_that_is_refused_then(compiler, tokenizer):
     assert allowed(matcher) == tokenizer.encode("a")
 
 
+def test_text_that_is_also_a_special_token_is_spelled_out():
+    """As `<tool_call>` in Qwen2.5's vocabulary: the library's mask has that token alone, and refuses it."""
+    tokenizer = load_tokenizer(resolve("bundled"))
+    tokenizer.add_tokens(["<tool_call>"])
+    compiler = GrammarCompiler(tokenizer, VOCAB, EOS)
+    matcher = compiler.matcher(StructuredOutput(grammar='start: "<tool_call>\\n" "a"'))
+    assert walk(matcher, tokenizer, 0)[1] == "<tool_call>\na"
+
+
 def test_without_a_tokenizer_or_an_end_there_is_no_grammar(tokenizer):
     for compiler, message in ((GrammarCompiler(None, VOCAB, EOS), "needs a tokenizer"),
                               (GrammarCompiler(tokenizer, VOCAB, (VOCAB - 1,)), "end-of-sequence")):
