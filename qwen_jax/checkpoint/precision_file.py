@@ -36,7 +36,7 @@ def read_calibrated(where: str | Path | Source, config: ModelConfig) -> Calibrat
 
     Raises UserError for a file that is damaged or of another model.
     """
-    path = (calibration_folder(where, EIGHT_BIT) if isinstance(where, Source) else Path(where)) / EIGHT_BIT
+    path = calibration_folder(where, EIGHT_BIT) / EIGHT_BIT
     if not path.is_file():
         return None
     try:

@@ -22,11 +22,16 @@ VALUES = 64   # of each vector in a fingerprint
 logger = logging.getLogger(__name__)
 
 
-def calibration_folder(source: Source, name: str) -> Path:
-    """Return the folder with a model's calibration file ``name``, if there is one: its own, or one of this package."""
-    if (source.path / name).is_file():
-        return source.path
-    return _shipped(source) or source.path
+def calibration_folder(where: str | Path | Source, name: str) -> Path:
+    """Return the folder with a model's calibration file ``name``, if there is one: its own, or one of this package.
+
+    where: a folder, which is returned as it is, or a model's source.
+    """
+    if not isinstance(where, Source):
+        return Path(where)
+    if (where.path / name).is_file():
+        return where.path
+    return _shipped(where) or where.path
 
 
 def _shipped(source: Source) -> Path | None:

@@ -30,7 +30,7 @@ def read_sparsity(where: str | Path | Source, config: ModelConfig) -> tuple[Spar
 
     Raises UserError for a file that is damaged or of another model.
     """
-    path = (calibration_folder(where, SPARSITY) if isinstance(where, Source) else Path(where)) / SPARSITY
+    path = calibration_folder(where, SPARSITY) / SPARSITY
     if not path.is_file():
         return None
     try:

@@ -112,8 +112,7 @@ class _Search:
 
     def errors(self) -> np.ndarray:
         """Return the mean errors ``[L, K]`` of sparse heads with the given settings (`sparse_fidelity.observe`)."""
-        found = self.measured("errors of heads", lambda: (self._observe(), self._errors.tolist())[1])
-        return np.array(found)
+        return np.array(self.measured("errors of heads", lambda: self._observe().tolist()))
 
     def measure(self, layers: tuple[Sparsity, ...], every: int) -> Closeness:
         """Return how close settings are to full attention, mean over the texts."""
@@ -171,10 +170,10 @@ class _Search:
         layers[change.layer] = change.apply(layers[change.layer])
         return tuple(layers)
 
-    def _observe(self) -> None:
-        """Run the texts with full attention, once."""
-        if self._runs:
-            return
+    def _observe(self) -> np.ndarray:
+        """Run the texts with full attention, once; return the mean errors of sparse heads ``[L, K]``."""
+        if self._errors is not None:
+            return self._errors
         errors = []
         for index, text in enumerate(self._texts, 1):
             full, error = observe(self.model, text, self._given)
@@ -182,6 +181,7 @@ class _Search:
             self._runs.append(SparseRun(self.model, text, full, self.layers))
             self.measured.say(f"full attention: text {index} of {len(self._texts)}")
         self._errors = np.mean(errors, axis=0)
+        return self._errors
 
 
 def _text_of(layers: Sequence[Sparsity]) -> str:

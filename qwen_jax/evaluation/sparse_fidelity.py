@@ -111,8 +111,7 @@ class SparseRun:
 
     def measure(self, layers: Sequence[Sparsity], every: int = 1) -> Closeness:
         """Run the text with these settings and compare it with full attention at every ``every``-th token."""
-        same = next((index for index, (old, new) in enumerate(zip(self.layers, layers, strict=True)) if old != new),
-                    len(self.layers))
+        same = self._unchanged(layers)
         while len(self.counts) < same:
             x, counts = self._layer(len(self.counts), self.states[-1], self.layers)
             self.states.append(x)
@@ -127,10 +126,14 @@ class SparseRun:
 
     def adopt(self, layers: Sequence[Sparsity]) -> None:
         """Make these the settings with which later ones are compared."""
-        same = [old == new for old, new in zip(self.layers, layers, strict=True)]
-        kept = same.index(False) if False in same else len(same)
+        kept = self._unchanged(layers)
         self.layers = tuple(layers)
         self.states, self.counts = self.states[: kept + 1], self.counts[:kept]
+
+    def _unchanged(self, layers: Sequence[Sparsity]) -> int:
+        """Return the number of first layers that have the adopted settings."""
+        changed = (index for index, (old, new) in enumerate(zip(self.layers, layers, strict=True)) if old != new)
+        return next(changed, len(self.layers))
 
     def _layer(self, index: int, x: jax.Array, layers: Sequence[Sparsity]):
         return self.text.run(self.model.layers[index], x, layers[index])
