@@ -154,13 +154,15 @@ def _calibrate_sparsity(args: argparse.Namespace, model: Any, texts: list[Any], 
     from qwen_jax.checkpoint import write_sparsity
     from qwen_jax.evaluation.calibrate_sparsity import calibrate
 
-    result = calibrate(model, texts, Sparsity(budget=args.budget), measured)
+    result = calibrate(model, texts, Sparsity("pyramid", budget=args.budget), measured)
     path = write_sparsity(folder, result.layers, {
         "tokens": sum(map(len, texts)), "density": result.after.density, "divergence": result.after.divergence,
         "divergence_before": result.before.divergence})
     dense = sum(len(layer.dense_heads) for layer in result.layers)
+    ranked = sum(layer.selector == "reranked" for layer in result.layers)
     print(f"{dense} of {model.config.num_layers * model.config.num_kv_heads} heads dense, budgets "
-          f"{', '.join(f'{layer.budget:g}' for layer in result.layers)}: density {result.after.density:.3f}, "
+          f"{', '.join(f'{layer.budget:g}' for layer in result.layers)}, {ranked} layers ranked by keys: "
+          f"density {result.after.density:.3f}, "
           f"divergence {result.before.divergence:.4f} to {result.after.divergence:.4f} nats: {path}")
 
 
@@ -196,7 +198,7 @@ def add_eval(commands: Any) -> None:
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at once (default: 8)")
     parser.add_argument("--picture", metavar="FILE.png", help="heat map of the scores")
     parser.add_argument("--selector", help="attention of prompts of more than 1,024 tokens: dense (full attention), "
-                        "pyramid, quest, strided, ... (default: the engine's, sparse above 6,144 tokens)")
+                        "pyramid, quest, strided, ... (default: the engine's, sparse above 8,192 tokens)")
     parser.add_argument("--recall", metavar="FILE.png", help="picture of how much of full attention every selector "
                         "finds, by density")
     parser.add_argument("--json", action="store_true", help="one JSON object per family and length")

@@ -112,7 +112,7 @@ def picture(points: Sequence[Point], path: str | Path, title: str) -> None:
             for name in dict.fromkeys(point.selector for point in points):
                 curve = [point for point in points if (point.selector, point.length) == (name, length)]
                 panel.plot([point.density for point in curve], [getattr(point, measure) for point in curve], "-o",
-                           ms=4, lw=2.2 if name == "pyramid" else 1.2, label=name)
+                           ms=4, lw=2.2 if name == Sparsity.selector else 1.2, label=name)
             if measure == "recall":
                 best = {point.density: point.reachable for point in points if point.length == length}
                 panel.plot(*zip(*sorted(best.items()), strict=True), "--", color="0.5", lw=1, label="most reachable")

@@ -22,7 +22,7 @@ ITEM = {"bfloat16": 2, "float32": 4}  # bytes
 # Copies of the engine's numbers, which this package must not import: tokens of a sequence beyond which attention is
 # sparse; tokens of a step from which they are divided over the devices between products, and from which they go in
 # halves; rows that are sampled, and positions that are scored, at once.
-SPARSE_ABOVE, SCATTER_FROM, OVERLAP_FROM, SAMPLED_ROWS, SCORED_TOKENS = 6144, 1024, 2048, 32, 64
+SPARSE_ABOVE, SCATTER_FROM, OVERLAP_FROM, SAMPLED_ROWS, SCORED_TOKENS = 8192, 1024, 2048, 32, 64
 HALF_MULTIPLE = 128  # copy of the model's: tokens that divide half a row
 
 

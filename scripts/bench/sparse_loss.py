@@ -4,10 +4,10 @@
 
 A policy is `default`, `calibrated` (the model's own file), or settings of `Sparsity` that differ from the default, such
 as `budget=4,local=8`; `layers=0+3` leaves all heads of these layers dense, `heads=3.0+9.1` head 0 of layer 3 and head 1
-of layer 9. Each text runs with full attention and with each policy, in float32, as the middle of a prompt: without a
-dense tail. Printed are the density, the loss that the policy adds, in nats per token, and the same by quarter of the
-text. With `--recall`, also the share of full attention that a policy's pages cover, the most that as many pages can,
-and the heads that lose most.
+of layer 9, and `budget@0+2=2` changes the setting in layers 0 and 2 only. Each text runs with full attention and with
+each policy, in float32, as the middle of a prompt: without a dense tail. Printed are the density, the loss that the
+policy adds, in nats per token, and the same by quarter of the text. With `--recall`, also the share of full attention
+that a policy's pages cover, the most that as many pages can, and the heads that lose most.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def policy_of(text: str, folder: Path | Source, config: ModelConfig) -> tuple[Sp
         if found is None:
             raise SystemExit(f"{folder} has no calibration: run `qwen-jax calibrate`")
         return found
-    dense, settings = [()] * config.num_layers, {}
+    dense, settings = [()] * config.num_layers, [{} for _ in range(config.num_layers)]
     for part in text.split(",") if text != "default" else ():
         name, value = part.split("=")
         if name == "layers":
@@ -51,8 +51,10 @@ def policy_of(text: str, folder: Path | Source, config: ModelConfig) -> tuple[Sp
             for layer, head in (map(int, pair.split(".")) for pair in value.split("+")):
                 dense[layer] += (head,)
         else:
-            settings[name] = TYPES.get(name, float)(value)
-    return tuple(replace(Sparsity(), **settings, dense_heads=heads) for heads in dense)
+            name, _, only = name.partition("@")
+            for layer in map(int, only.split("+")) if only else range(config.num_layers):
+                settings[layer][name] = TYPES.get(name, float)(value)
+    return tuple(replace(Sparsity(), **own, dense_heads=heads) for own, heads in zip(settings, dense, strict=True))
 
 
 def forward(model: Qwen2, text: Text, layers: tuple[Sparsity, ...]):

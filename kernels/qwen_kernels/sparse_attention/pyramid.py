@@ -1,18 +1,25 @@
-"""Default selector of pages: estimates attention over a pyramid of key summaries, from the top down.
+"""Selectors of pages that estimate attention over a pyramid of key summaries, from the top down.
 
-Its cost is derived in docs/sparse_attention.md.
+Their cost is derived in docs/sparse_attention.md.
 """
 
 from __future__ import annotations
 
+from functools import partial
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
+from qwen_kernels.page import PAGE
 from qwen_kernels.sparse_attention.summaries import LEAVES, RADIX
 from qwen_kernels.sparse_attention.view import View
 
 OPENED = 32  # nodes opened of a level, or more if as many pages are wanted: it bounds selection by O(log N) a block
-RERANKED = 8  # pages whose leaves are scored beyond the number that will be taken
+BY_LEAVES = 8  # pages whose leaves are scored beyond the number that will be taken
+BY_KEYS = 3  # pages whose keys are scored one by one, for each page that will be taken
+ROWS = 2  # of the rows of a block of queries, one in two is multiplied with these keys
+NEAR = 64  # pages before the queries up to which estimates are good enough
 SPREAD = 1.5  # measured (docs/sparse_attention.md)
 
 
@@ -28,20 +35,89 @@ def estimate(q: jax.Array, nodes: jax.Array) -> jax.Array:
     return jnp.einsum("bkrh,bkch->bkcr", q, nodes[..., 0, :]) + SPREAD * jnp.sqrt(variance)
 
 
+class Scored(NamedTuple):
+    """Pages that a selector has opened, and the attention that each row of the block may pay to them.
+
+    Attributes:
+      places: i32 ``[B, K, C]``.
+      weights: f32 ``[B, K, C, R]``, estimated attention weights, relative to ``exp(highest)``.
+      rest: f32 ``[B, K, R]``, weights of everything that was left closed, and of the pages taken without a rank.
+      highest: f32 ``[B, K, R]``, log weights.
+    """
+
+    places: jax.Array
+    weights: jax.Array
+    rest: jax.Array
+    highest: jax.Array
+
+    def rank(self, view: View) -> jax.Array:
+        """Return the rank of each page ``[B, K, C]``."""
+        return _rank(self.weights, self.rest, view.real)
+
+
 def pyramid(q, view: View, first, last, wanted):
     """Propose and rank pages by estimates of attention, going down a pyramid of nodes and opening only the best.
 
     A node summarises the keys of one or more pages; below a page are its leaves, of 16 tokens each.
 
     It scores at most ``TOP`` nodes at the top, ``RADIX * OPENED + RADIX - 1`` at each of the log(N) levels below down
-    to pages, and the leaves of ``RERANKED`` pages more than are wanted. A node's share is its part of the weights of
+    to pages, and the leaves of ``BY_LEAVES`` pages more than are wanted. A node's share is its part of the weights of
     all scored nodes: nodes left closed count with their own estimates. Nodes are opened, and pages ranked, by the root
     mean square of the rows' shares: between their mean, which is what a page holds, and their largest, which finds the
     single row that retrieves something.
     """
+    scored = _descend(q, view, first, last, wanted)
+    return scored.places, scored.rank(view)
+
+
+def flat(q, view: View, first, last, wanted):
+    """Rank all pages by estimates for their leaves of 16 tokens: the pyramid's choice if it opened all nodes."""
+    scored = _score_all(q, view, last)
+    return scored.places, scored.rank(view)
+
+
+def reranked(q, view: View, first, last, wanted):
+    """Rank the pages that the pyramid ranks best, three times as many as are wanted, by their best keys.
+
+    This finds single keys that no estimate for sixteen of them shows, at a cost that is still O(log N) for a block. In
+    a block of a page's queries, only the half of the rows with the most attention to ranked pages is multiplied with
+    the keys; the others keep their estimates, as do blocks with at most ``NEAR`` pages before them.
+    """
+    scored = _descend(q, view, first, last, BY_KEYS * wanted)
+    ranked = (scored.places >= first) & (scored.places < last[:, None, None])
+    estimated, index = jax.lax.top_k(jnp.where(ranked, scored.rank(view), -jnp.inf),
+                                     min(BY_KEYS * wanted, scored.places.shape[2]))
+    places = jnp.take_along_axis(scored.places, index, axis=2)
+    if view.page_table.shape[1] <= NEAR:
+        return places, estimated
+    weights = jnp.take_along_axis(scored.weights, index[..., None], axis=2)
+    rest = jnp.maximum(scored.rest + jnp.sum(scored.weights, axis=2) - jnp.sum(weights, axis=2), 0)
+    best = scored._replace(places=places, weights=weights, rest=rest)
+    # The predicate is the chunk's, not the block's: blocks are vectorised, and then both branches would be computed.
+    rank = jax.lax.cond(view.furthest > NEAR, partial(_rank_by_keys, q, view, best, estimated > -jnp.inf),
+                        lambda: estimated)
+    return places, jnp.where(view.own[:, None, None] > NEAR, rank, estimated)
+
+
+def _rank_by_keys(q: jax.Array, view: View, scored: Scored, valid: jax.Array) -> jax.Array:
+    """Return the rank of each page by its best keys, ``[B, K, C]``. valid: which pages are ranked."""
+    held = jnp.sum(scored.weights, axis=2)
+    _, row = jax.lax.top_k(jnp.where(view.real, held / (held + scored.rest), -1),
+                           q.shape[2] // ROWS if q.shape[2] >= PAGE else q.shape[2])
+    real = jnp.take_along_axis(jnp.broadcast_to(view.real, held.shape), row, axis=2)
+    closed = jnp.take_along_axis(jnp.log(scored.rest) + scored.highest, row, axis=2)
+    keys, chosen = view.keys_of(scored.places), jnp.take_along_axis(q, row[..., None], axis=2)
+    true = jnp.max(jnp.einsum("bkcph,bkrh->bkcpr", keys, chosen), axis=3)
+    true, rest, _ = _weights(jnp.where(valid[..., None], true, -jnp.inf), closed)
+    others = view.real & ~jnp.any(row[..., None] == jnp.arange(q.shape[2]), axis=2)
+    return _log_root(_squares(true, rest, real) + _squares(scored.weights, scored.rest, others), view.real)
+
+
+def _descend(q: jax.Array, view: View, first: int, last: jax.Array, wanted: int) -> Scored:
+    """Score pages by their leaves: those that are found from the top of the pyramid down, opening the best nodes."""
     rows, heads = q.shape[:2]
-    if view.page_table.shape[1] <= wanted + first + RERANKED:
-        return flat(q, view, first, last, wanted)
+    if view.page_table.shape[1] <= wanted + first + BY_LEAVES:
+        return _score_all(q, view, last)
     top = view.summaries.shape[2] - LEAVES - 1
     opened = min(wanted, max(OPENED, -(-(wanted + first) // RADIX)))
     closed = _local(q, view)
@@ -58,15 +134,15 @@ def pyramid(q, view: View, first, last, wanted):
         valid = jnp.concatenate([born.reshape(rows, heads, -1), (loose + 1) * RADIX ** (level - 1)
                                  <= last[:, None, None]], axis=-1)
     scores = _estimates(q, view.nodes(0, index), valid)
-    best, exists, closed = _open_best(scores, closed, view.real, wanted + first + RERANKED)
+    best, exists, closed = _open_best(scores, closed, view.real, wanted + first + BY_LEAVES)
     index = jnp.take_along_axis(index, best, axis=-1)
-    return index, _by_leaves(q, view, index, exists, closed)
+    return _by_leaves(q, view, index, exists, closed)
 
 
-def flat(q, view: View, first, last, wanted):
-    """Rank all pages by estimates for their leaves of 16 tokens: the pyramid's choice if it opened all nodes."""
+def _score_all(q: jax.Array, view: View, last: jax.Array) -> Scored:
+    """Score all pages by their leaves."""
     index = view.pages()
-    return index, _by_leaves(q, view, index, index < last[:, None, None], _local(q, view))
+    return _by_leaves(q, view, index, index < last[:, None, None], _local(q, view))
 
 
 def _open_best(scores: jax.Array, closed: jax.Array, real: jax.Array, count: int
@@ -89,13 +165,12 @@ def _local(q: jax.Array, view: View) -> jax.Array:
     return jax.nn.logsumexp(_estimates(q, view.nodes(0, places), places >= 0), axis=2)
 
 
-def _by_leaves(q: jax.Array, view: View, places: jax.Array, valid: jax.Array, closed: jax.Array) -> jax.Array:
-    """Rank the pages ``places`` i32 ``[B, K, C]`` by estimated attention weights, summed over their leaves."""
+def _by_leaves(q: jax.Array, view: View, places: jax.Array, valid: jax.Array, closed: jax.Array) -> Scored:
+    """Score the pages ``places`` i32 ``[B, K, C]`` by estimated attention weights, summed over their leaves."""
     leaves = view.leaves(places)
     leaves = leaves.reshape(*places.shape[:2], -1, *leaves.shape[4:])
-    weights, rest, _ = _weights(_estimates(q, leaves, jnp.repeat(valid, LEAVES, axis=-1)), closed)
-    weights = weights.reshape(*places.shape, LEAVES, weights.shape[-1]).sum(axis=3)
-    return _rank(weights, rest, view.real)
+    weights, rest, highest = _weights(_estimates(q, leaves, jnp.repeat(valid, LEAVES, axis=-1)), closed)
+    return Scored(places, weights.reshape(*places.shape, LEAVES, weights.shape[-1]).sum(axis=3), rest, highest)
 
 
 def _estimates(q: jax.Array, nodes: jax.Array, valid: jax.Array) -> jax.Array:
@@ -122,7 +197,16 @@ def _rank(weights: jax.Array, rest: jax.Array, real: jax.Array) -> jax.Array:
     weights: ``[B, K, C, R]``. rest: ``[B, K, R]``, summed weights that count in the total only. real: rows that are
     not padding.
     """
+    return _log_root(_squares(weights, rest, real), real)
+
+
+def _log_root(squares: jax.Array, real: jax.Array) -> jax.Array:
+    """Return the log of the root mean square, given sums of squares ``[B, K, C]`` over the real rows."""
+    return jnp.log(squares / jnp.maximum(jnp.sum(real, axis=-1), 1)[..., None]) / 2
+
+
+def _squares(weights: jax.Array, rest: jax.Array, real: jax.Array) -> jax.Array:
+    """Return the sum over the real rows of the square of each node's share of a row's weights, ``[B, K, C]``."""
     total = jnp.sum(weights, axis=2) + rest
-    scale = jnp.where(real, 1 / (total * total), 0) / jnp.maximum(jnp.sum(real, axis=-1), 1)[..., None]
     squares = jnp.where(real[:, :, None], weights * weights, 0)
-    return jnp.log(jnp.einsum("bkcr,bkr->bkc", squares, scale)) / 2
+    return jnp.einsum("bkcr,bkr->bkc", squares, jnp.where(real, 1 / (total * total), 0))

@@ -30,7 +30,7 @@ class Sparsity:
       dense_heads: KV heads that attend to everything.
     """
 
-    selector: str = "pyramid"
+    selector: str = "reranked"
     budget: float = 3.0
     sink: int = 1
     local: int = 2
@@ -89,13 +89,15 @@ def select(q: jax.Array, k_pages: jax.Array, summaries: jax.Array, page_table: j
     blocks = scaled.reshape((rows, tokens // size, size, kv_heads, group, dim)).transpose((1, 0, 3, 4, 2, 5))
     blocks = blocks.reshape(tokens // size, rows, kv_heads, group * size, dim)
 
+    furthest = (jnp.max(start) + tokens - 1) // page
+
     def select_block(item):
         index, queries = item
         first = start + index * size
         positions = jnp.tile(first[:, None] + jnp.arange(size), group)
         # Padding ranks nothing: a block's choice must not depend on what happens to be in it.
         view = View(k_pages, summaries, page_table, heads, own=first // page, positions=positions,
-                    real=(positions < length[:, None])[:, None], local=sparsity.local)
+                    real=(positions < length[:, None])[:, None], local=sparsity.local, furthest=furthest)
         tail = (first < prompt_length) & (first + size > prompt_length - sparsity.dense_tail)
         everything = jnp.broadcast_to(jnp.where(first < length, view.own + 1, 0)[:, None], (rows, all_heads))
         dense = jnp.ones((rows, all_heads), bool).at[:, heads].set(tail[:, None])

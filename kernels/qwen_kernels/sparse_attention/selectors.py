@@ -16,7 +16,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from qwen_kernels.sparse_attention.pyramid import flat, pyramid
+from qwen_kernels.sparse_attention.pyramid import flat, pyramid, reranked
 from qwen_kernels.sparse_attention.view import View
 
 
@@ -90,5 +90,5 @@ def oracle(q, view: View, first, last, wanted):
     return view.pages(), page_shares(jax.nn.logsumexp(jnp.where(visible[:, None], scores, -jnp.inf), axis=-1), view)
 
 
-SELECTORS: dict[str, Callable] = {"pyramid": pyramid, "quest": quest, "flat": flat, "mean_pooled": mean_pooled,
-                                  "strided": strided, "window": window, "oracle": oracle}
+SELECTORS: dict[str, Callable] = {"pyramid": pyramid, "reranked": reranked, "quest": quest, "flat": flat,
+                                  "mean_pooled": mean_pooled, "strided": strided, "window": window, "oracle": oracle}

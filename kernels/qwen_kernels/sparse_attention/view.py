@@ -25,6 +25,7 @@ class View(NamedTuple):
       positions: i32 ``[B, R]`` of the queries.
       real: bool ``[B, 1, R]``, queries that are not padding.
       local: number of pages up to and with ``own`` that are taken without a rank.
+      furthest: i32 scalar, the largest ``own`` of all blocks of the chunk that this block belongs to.
     """
 
     k_pages: jax.Array | EightBitPages
@@ -35,11 +36,16 @@ class View(NamedTuple):
     positions: jax.Array
     real: jax.Array
     local: int
+    furthest: jax.Array
 
     def keys(self) -> jax.Array:
         """Return all keys of the rows, f32 ``[B, K, N, PAGE, H]``, at a cost that is linear in the context."""
         places = jnp.arange(self.page_table.shape[1])
         return read_pages(self.k_pages, self.page_table[:, None], self.heads[:, None], places).astype(jnp.float32)
+
+    def keys_of(self, places: jax.Array) -> jax.Array:
+        """Return the keys of pages ``places`` i32 ``[B, K, C]``, f32 ``[B, K, C, PAGE, H]``."""
+        return read_pages(self.k_pages, self._ids(places), self.heads[:, None], places).astype(jnp.float32)
 
     def nodes(self, level: int, index: jax.Array) -> jax.Array:
         """Return mean and deviation of the keys of a level's nodes ``index`` i32 ``[B, K, C]``: ``[B, K, C, 2, H]``.
@@ -54,10 +60,13 @@ class View(NamedTuple):
 
     def _stored(self, index: jax.Array, span: int, slot: int | slice) -> jax.Array:
         """Return entry ``slot`` of the summaries of nodes, each of which spans ``span`` pages."""
-        rows = index.shape[0]
-        last = jnp.clip((index + 1) * span - 1, 0, self.page_table.shape[1] - 1)
-        ids = jnp.take_along_axis(self.page_table, last.reshape(rows, -1), axis=1).reshape(index.shape)
+        ids = self._ids((index + 1) * span - 1)
         return from_storage(self.summaries[ids, self.heads[:, None], slot]).astype(jnp.float32)
+
+    def _ids(self, places: jax.Array) -> jax.Array:
+        """Return the pages at ``places`` i32 ``[B, K, C]`` of the rows; those beyond a row are its first or last."""
+        within = jnp.clip(places, 0, self.page_table.shape[1] - 1)
+        return jnp.take_along_axis(self.page_table, within.reshape(len(places), -1), axis=1).reshape(places.shape)
 
     def for_each_head(self, places: jax.Array) -> jax.Array:
         """Broadcast page places i32 ``[B, C]`` or ``[C]`` to all rows and heads, i32 ``[B, K, C]``."""

@@ -17,7 +17,7 @@ class SchedulePolicy:
       recompute_above_rows: batch size above which a prefill runs in micro-batches.
     """
 
-    sparse_above_tokens: int = 6144
+    sparse_above_tokens: int = 8192
     recompute_above_rows: int = 32
 
     def __post_init__(self):

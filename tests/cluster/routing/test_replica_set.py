@@ -65,12 +65,13 @@ async def until_ready(balancer, count):
 
 @contextlib.asynccontextmanager
 async def traffic(link):
-    """Run twelve callers who ask again and again; yield a counter of questions and answers."""
+    """Run twelve callers who ask again after a pause, which a starting engine needs; yield a counter of answers."""
     told: Counter = Counter()
     ended = asyncio.Event()
 
     async def caller(number):
         while not ended.is_set():
+            await asyncio.sleep(0.1)
             try:
                 told[number % 3, await ask(link, number)] += 1
             except ApiError as error:

@@ -17,7 +17,7 @@ GRID = replace(default_grid("cpu"), decode_rows=(2, 12), decode_steps=16, prefil
 
 
 def test_a_grid_is_cut_to_the_engine():
-    limits = default_limits(64, 8192, grid=GRID)
+    limits = default_limits(64, 16384, grid=GRID)
     assert limits.decode_rows == (2, 12) and limits.decode_steps == 16 and limits.step_overhead_tokens == 256
     assert default_limits(8, 4096, grid=GRID).decode_rows == (2, 8)
     assert default_limits(1, 64, grid=GRID).decode_rows == (2,)
@@ -26,7 +26,7 @@ def test_a_grid_is_cut_to_the_engine():
 
 
 def test_tiles_are_part_of_the_programs_of_full_attention():
-    table = bucket_table(default_limits(64, 8192, grid=GRID))
+    table = bucket_table(default_limits(64, 16384, grid=GRID))
     chunks = {(b.phase, b.schedule == SPARSE): set() for b in table}
     for bucket in table:
         chunks[bucket.phase, bucket.schedule == SPARSE].add(bucket.chunk_pages)

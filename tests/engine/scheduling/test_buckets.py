@@ -67,13 +67,13 @@ def test_the_default_cpu_table():
     full = [*(f"prefill/full_attention {shape}" for shape in ("1x64", "1x256", "1x512", "2x256", "4x128", "8x64")),
             "prefill/recompute 64x64", *(f"decode/full_attention {rows}x1" for rows in (2, 8, 16, 32, 64))]
     assert [str(bucket) for bucket in bucket_table(default_limits())] == full
-    assert [str(bucket) for bucket in bucket_table(default_limits(64, 8192))] == [
+    assert [str(bucket) for bucket in bucket_table(default_limits(64, 16384))] == [
         *full[:7], *(f"prefill/sparse_attention {shape}" for shape in ("1x64", "1x512")),
         *full[7:], *(f"decode/sparse_attention {rows}x1" for rows in (2, 8, 64))]
 
 
 def test_engines_keep_full_attention_for_longer_than_the_published_rule():
-    assert [dynamic_schedule(1, length, DEFAULT_POLICY) for length in (2049, 6144, 6145)] == [FULL, FULL, SPARSE]
+    assert [dynamic_schedule(1, length, DEFAULT_POLICY) for length in (2049, 8192, 8193)] == [FULL, FULL, SPARSE]
     assert dynamic_schedule(1, 2049) == SPARSE
 
 
@@ -85,7 +85,7 @@ def test_only_recompute_runs_in_micro_batches():
 
 
 @pytest.mark.parametrize("max_batch_size, max_seq_len, platform, threshold", [
-    *itertools.product((1, 3, 4, 31, 32, 33, 40, 64, 128, 1024), (1, 64, 65, 700, 2048, 2049, 4096, 6144, 6145, 131072),
+    *itertools.product((1, 3, 4, 31, 32, 33, 40, 64, 128, 1024), (1, 64, 65, 700, 2048, 2049, 4096, 8192, 8193, 131072),
                        ("cpu", "gpu", "tpu"), (32,)),
     *itertools.product((1, 4, 5, 100), (64, 4096, 8192), ("cpu", "gpu"), (1, 4, 100)),
 ])
