@@ -1,4 +1,4 @@
-"""Calibration of sparse attention: finds heads to leave dense, and layers that need more pages or better ranks."""
+"""Calibration of sparse attention: finds heads to leave dense, and layers that need more pages than others."""
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -36,16 +36,12 @@ class Calibration:
 
 
 class Change(NamedTuple):
-    """A change of one layer's settings that calibration may make, and the next one that it makes possible.
-
-    `price` is what the change costs beside the pages that it adds, as a share of all layers' density.
-    """
+    """A change of one layer's settings that calibration may make, and the next one that it makes possible."""
     what: str
     layer: int
     apply: Callable[[Sparsity], Sparsity]
     dense: bool = False
     then: "Change | None" = None
-    price: float = 0.0
 
 
 def conversation(family: str, seed: str, length: int, tokenizer: Any) -> list[int]:
@@ -68,10 +64,9 @@ def calibrate(model: Qwen2, texts: Sequence[Sequence[int]], sparsity: Sparsity, 
     """Find each layer's sparsity so that the next token's distribution comes close to that of full attention.
 
     One run with full attention finds the error that each head's sparsity causes. Of the heads and layers with the
-    largest errors, heads are left dense (at most a share of `MAX_DENSE`), layers' budgets doubled (to at most
-    `MAX_BUDGET` times ``sparsity``'s) and their pages ranked by keys, in the order of what a change gains for the pages
-    that it adds: as long as it gains enough (`MIN_GAIN`) and all add no more than `MAX_ADDED`. Ranking by keys takes
-    about as much time as attention to the pages that the layer takes, and is priced like them.
+    largest errors, heads are left dense (at most a share of `MAX_DENSE`) and layers' budgets doubled (to at most
+    `MAX_BUDGET` times ``sparsity``'s), in the order of what a change gains for the pages that it adds: as long as it
+    gains enough (`MIN_GAIN`) and all add no more than `MAX_ADDED`.
 
     measured: figures of an earlier calibration of the same model that was interrupted, which are not measured again;
     new ones are added. Raises UserError when the texts are so short that every page is attended to.
@@ -85,9 +80,7 @@ def calibrate(model: Qwen2, texts: Sequence[Sequence[int]], sparsity: Sparsity, 
     layers = np.argsort(-errors.sum(axis=1))[:CANDIDATES]
     search.improve([*(_dense(int(layer), int(head)) for layer, head in heads),
                     *filter(None, (_budget(int(layer), 2 * sparsity.budget, MAX_BUDGET * sparsity.budget)
-                                   for layer in layers)),
-                    *(_reranked(int(layer), len(errors)) for layer in layers if sparsity.selector == "pyramid")],
-                   max_dense=math.ceil(MAX_DENSE * errors.size))
+                                   for layer in layers))], max_dense=math.ceil(MAX_DENSE * errors.size))
     return Calibration(search.layers, before, search.measure(search.layers, every=1))
 
 
@@ -101,10 +94,6 @@ def _budget(layer: int, budget: float, most: float) -> Change | None:
         return None
     return Change(f"budget {budget:g}", layer, lambda old: replace(old, budget=budget),
                   then=_budget(layer, 2 * budget, most))
-
-
-def _reranked(layer: int, layers: int) -> Change:
-    return Change("pages ranked by keys", layer, lambda old: replace(old, selector="reranked"), price=1 / layers)
 
 
 class _Search:
@@ -152,8 +141,8 @@ class _Search:
             best = max(pending, key=values.get)
             if best not in fresh:
                 found = fresh[best] = self.measure(self._changed(best), EVERY)
-                cost = found.density - current.density + best.price * current.density
-                values[best] = math.log(max(current.divergence, 1e-9) / max(found.divergence, 1e-9)) / max(cost, 1e-9)
+                values[best] = math.log(max(current.divergence, 1e-9) / max(found.divergence, 1e-9)) / max(
+                    found.density - current.density, 1e-9)
                 self.measured.say(f"layer {best.layer}, {best.what}: divergence {found.divergence:.4f} nats, before "
                                   f"{current.divergence:.4f}; density {found.density:.3f}")
                 continue

@@ -13,7 +13,7 @@ class SchedulePolicy:
 
     Attributes:
       sparse_above_tokens: prompt length above which attention is sparse. The default is where a CPU's prefill becomes
-        1.25 times as fast by it (`scripts/bench/sparse_engine.py`).
+        1.3 times as fast by it (`scripts/bench/sparse_engine.py`).
       recompute_above_rows: batch size above which a prefill runs in micro-batches.
     """
 
