@@ -263,6 +263,20 @@ def test_ranks_by_keys_do_not_depend_on_the_chunk():
         np.testing.assert_array_equal(alone.places[:, 0], together.places[:, block])
 
 
+def test_keys_are_gathered_a_few_pages_at_a_time(monkeypatch):
+    cache, q, sparsity = Cache([80 * PAGE, 75 * PAGE], 80), queries(2, 1), Sparsity("reranked", budget=1.0)
+    cache.prompt_length = jnp.zeros(2, jnp.int32)
+    start = jnp.array([80 * PAGE - 1, 75 * PAGE - 1])
+    whole = cache.select(q, start, sparsity)
+    arrays = q, cache.k_pages, cache.summaries, cache.table, start, cache.length, cache.prompt_length
+    for pages, others in ((21, 5), (5, 21)):
+        monkeypatch.setattr("qwen_kernels.sparse_attention.pyramid.KEY_BYTES", pages * 2 * KV_HEADS * PAGE * DIM * 4)
+        found = jax.jit(lambda *arrays: select.__wrapped__(*arrays, sparsity)).trace(*arrays)
+        shapes = [f"f32[2,{KV_HEADS},{count},{PAGE},{DIM}]" in str(found.jaxpr) for count in (pages, others)]
+        assert shapes == [True, False]
+        np.testing.assert_array_equal(found.lower().compile()(*arrays).places, whole.places)
+
+
 def test_rows_do_not_matter_to_one_another():
     both, tokens = Cache([24 * PAGE, 700], 24), 4 * PAGE
     q = queries(2, tokens)

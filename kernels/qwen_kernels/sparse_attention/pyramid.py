@@ -19,6 +19,7 @@ OPENED = 32  # nodes opened of a level, or more if as many pages are wanted: it 
 BY_LEAVES = 8  # pages whose leaves are scored beyond the number that will be taken
 BY_KEYS = 3  # pages whose keys are scored one by one, for each page that will be taken
 ROWS = 2  # of the rows of a block of queries, one in two is multiplied with these keys
+KEY_BYTES = 1 << 26  # of keys that are gathered at a time, as float32
 NEAR = 64  # pages before the queries up to which estimates are good enough
 SPREAD = 1.5  # measured (docs/sparse_attention.md)
 
@@ -106,11 +107,25 @@ def _rank_by_keys(q: jax.Array, view: View, scored: Scored, valid: jax.Array) ->
                            q.shape[2] // ROWS if q.shape[2] >= PAGE else q.shape[2])
     real = jnp.take_along_axis(jnp.broadcast_to(view.real, held.shape), row, axis=2)
     closed = jnp.take_along_axis(jnp.log(scored.rest) + scored.highest, row, axis=2)
-    keys, chosen = view.keys_of(scored.places), jnp.take_along_axis(q, row[..., None], axis=2)
-    true = jnp.max(jnp.einsum("bkcph,bkrh->bkcpr", keys, chosen), axis=3)
+    true = _best_products(jnp.take_along_axis(q, row[..., None], axis=2), view, scored.places)
     true, rest, _ = _weights(jnp.where(valid[..., None], true, -jnp.inf), closed)
     others = view.real & ~jnp.any(row[..., None] == jnp.arange(q.shape[2]), axis=2)
     return _log_root(_squares(true, rest, real) + _squares(scored.weights, scored.rest, others), view.real)
+
+
+def _best_products(q: jax.Array, view: View, places: jax.Array) -> jax.Array:
+    """Return the largest product of each query ``q[B, K, R, H]`` with a key of each page, ``[B, K, C, R]``."""
+    rows, heads, pages = places.shape
+    some = max(1, KEY_BYTES // (rows * heads * PAGE * q.shape[-1] * 4))  # many rows' keys do not fit beside the cache
+
+    def of_some(places):
+        return jnp.max(jnp.einsum("bkcph,bkrh->bkcpr", view.keys_of(places), q), axis=3)
+
+    if pages <= some:
+        return of_some(places)
+    parts = jnp.pad(places, ((0, 0), (0, 0), (0, -pages % some))).reshape(rows, heads, -1, some)
+    found = jnp.moveaxis(jax.lax.map(of_some, jnp.moveaxis(parts, 2, 0)), 0, 2)
+    return found.reshape(rows, heads, -1, q.shape[2])[:, :, :pages]
 
 
 def _descend(q: jax.Array, view: View, first: int, last: jax.Array, wanted: int) -> Scored:
