@@ -210,11 +210,6 @@ def _from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     if model_type != "qwen2" or any(name != "Qwen2ForCausalLM" for name in architectures):
         found = ", ".join(architectures) or model_type or "none named"
         raise UserError(f"this is not a Qwen2.5 checkpoint: architecture {found}; only Qwen2ForCausalLM is supported")
-    quantization = hf.get("quantization_config")
-    if quantization and not _is_fp8(quantization):
-        method = quantization.get("quant_method", "unknown")
-        raise UserError(f"checkpoints quantised with {method} are not supported, except to FP8: use the 16-bit release "
-                        "of this model")
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     missing = [name for name in required if name not in hf]
     if missing:
@@ -242,19 +237,6 @@ def _from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
         dual_chunk_attention=hf.get("dual_chunk_attention_config"),
     )
-
-
-def _is_fp8(quantization: Mapping[str, Any]) -> bool:
-    """Return whether a ``quantization_config`` describes FP8 weights that can be read.
-
-    They are transformers' "fp8" with blocks of 128 x 128, or 8-bit floats of compressed-tensors.
-    """
-    if quantization.get("quant_method") == "fp8":
-        return list(quantization.get("weight_block_size") or [128, 128]) == [128, 128]
-    groups = (quantization.get("config_groups") or {}).values()
-    return quantization.get("quant_method") == "compressed-tensors" and bool(groups) and all(
-        (weights := group.get("weights") or {}).get("type") == "float" and weights.get("num_bits") == 8
-        for group in groups)
 
 
 def _refuse_sliding_window(hf: Mapping[str, Any]) -> None:

@@ -53,8 +53,6 @@ def test_yarn_frequencies_are_transformers(yarn, head_dim, theta):
     ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding"),
     ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM"),
     ({"model_type": "qwen3", "architectures": None}, "qwen3"),
-    ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
-    ({"quantization_config": {"quant_method": "awq"}}, "awq"),
     ({"hidden_act": "gelu"}, "gelu"),
     ({"num_key_value_heads": 3}, "3 KV heads"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),

@@ -1,7 +1,7 @@
 """Reading and writing of models: Hugging Face folders, Orbax checkpoints, exports, tokenizers, calibration files."""
 
 from qwen_jax.checkpoint.conversion import convert, export, save_hf, verify
-from qwen_jax.checkpoint.gguf import export_gguf
+from qwen_jax.checkpoint.gguf.export import export_gguf
 from qwen_jax.checkpoint.load import from_transformers, iter_params, load_model, load_params
 from qwen_jax.checkpoint.precision_file import read_calibrated, write_calibrated
 from qwen_jax.checkpoint.safetensors_io import check_finite

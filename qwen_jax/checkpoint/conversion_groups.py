@@ -71,7 +71,7 @@ class GroupConverter:
         return array if inputs is None else FP8Tensor(*quantize_host(array, inputs))
 
     def _read(self, name: str) -> np.ndarray:
-        tensor = self._tensors.read(name)
+        tensor = self._tensors.read(name, self._dtype)
         if self._dtype is not None and tensor.dtype != self._dtype:
             tensor = tensor.astype(self._dtype)
             check_finite(name, tensor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +92,8 @@ def _from_folder(source: Source, config: ModelConfig, placements: Mapping[str, P
     with progress(sum(entry.size for entry in table.values()), "loading") as bar:
         for path, entry in table.items():
             if placements[path].sharding.addressable_devices:
-                yield path, place(assemble(entry, tensors.read), placements[path])
+                read = partial(tensors.read, dtype=placements[path].dtype)
+                yield path, place(assemble(entry, read), placements[path])
             else:
                 yield path, place(zeros(entry.shape, tensors.dtype(entry.tensors[0].name)), placements[path])
             bar.update(entry.size)

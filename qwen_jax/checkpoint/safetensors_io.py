@@ -15,13 +15,14 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from qwen_jax.checkpoint import fp8_tensors
+from qwen_jax.checkpoint.quantized import Matrix, Scheme, Stored, scheme_of
 from qwen_jax.errors import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_STORED = {**DTYPES, fp8_tensors.CODE: np.dtype(ml_dtypes.float8_e4m3fn)}
+_STORED = {**DTYPES, "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "I8": np.dtype(np.int8), "I32": np.dtype(np.int32),
+           "I64": np.dtype(np.int64)}
 _CHUNK = 4 << 20  # elements or bytes handled at a time where a whole-tensor temporary is not wanted
 
 
@@ -38,66 +39,83 @@ class _Location(NamedTuple):
 class SafetensorsFolder:
     """The tensors of ``model.safetensors``, or of the shards that ``model.safetensors.index.json`` lists.
 
-    FP8 tensors are read as bfloat16, with their scales applied; the scales are not listed as tensors.
+    Quantised matrices are listed and read under the names that they have unquantised, as the numbers that they stand
+    for; the tensors that they consist of are not listed.
+
+    Args:
+      scheme: how matrices are quantised, if they are; by default FP8.
+      dtype: element type of quantised matrices when they are read without another.
 
     Opening reads headers only. Raises UserError for a folder without safetensors, a missing, truncated or corrupt
-    shard, a tensor stored twice, FP8 tensors without a fitting scale, and element types other than FP8, bfloat16,
-    float16 and float32.
+    shard, a tensor stored twice, quantised matrices that the scheme refuses, and element types other than bfloat16,
+    float16 and float32 where nothing is quantised.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, scheme: Scheme | None = None, dtype: np.dtype = DTYPES["BF16"]) -> None:
+        self.folder, self._scheme, self._dtype = folder, scheme or scheme_of({}), dtype
         self._tensors: dict[str, _Location] = {}
-        self._scales: dict[str, _Location] = {}  # by the name of the FP8 tensor
-        eight_bit: list[str] = []
-        wrong: list[str] = []
+        codes: dict[str, str] = {}
         for file, expected in _shards(folder).items():
             for name, (code, location) in _read_header(file).items():
                 if name in self._tensors:
                     raise UserError(f"{name} is stored in both {self._tensors[name].file.name} and {file.name}")
-                if code == fp8_tensors.CODE:
-                    eight_bit.append(name)
-                elif code not in DTYPES:
-                    wrong.append(f"{name} ({code})")
-                self._tensors[name] = location
+                self._tensors[name], codes[name] = location, code
             absent = sorted(set(expected) - set(self._tensors))
             if absent:
                 raise UserError(f"{file} lacks {absent[0]}, which {INDEX} says it holds: download the file again")
+        self._matrices: dict[str, Matrix] = self._scheme.matrices(
+            {name: Stored(code, self._tensors[name].shape) for name, code in codes.items()})
+        self._parts = {part: self._tensors.pop(part) for matrix in self._matrices.values()
+                       for part in matrix.parts.values()}
+        if self._matrices:
+            for name in [name for name in self._tensors if name.endswith(self._scheme.passed_over)]:
+                del self._tensors[name]
+        wrong = [f"{name} ({codes[name]})" for name in self._tensors if codes[name] not in DTYPES]
         if wrong:
             more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
             raise UserError(f"wrong element type in {folder}: {', '.join(wrong[:4])}{more}; only bfloat16, float16, "
-                            "float32 and FP8 (e4m3) weights are read, other quantised ones are not")
-        if eight_bit:
-            shapes = self.shapes()
-            scales = {name: fp8_tensors.scale_name(name, shapes) for name in eight_bit}
-            self._scales = {name: self._tensors.pop(scale) for name, scale in scales.items()}
-            for name in [name for name in self._tensors if name.endswith(fp8_tensors.PASSED_OVER)]:
-                del self._tensors[name]
+                            "float32 and the quantised weights that config.json describes are read")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of each of the folder's tensors by name."""
-        return {name: location.shape for name, location in self._tensors.items()}
+        return {name: location.shape for name, location in self._tensors.items()} | {
+            name: matrix.shape for name, matrix in self._matrices.items()}
+
+    def quantized(self, name: str) -> bool:
+        """Return whether a tensor is a quantised matrix."""
+        return name in self._matrices
+
+    def discard(self, name: str) -> None:
+        """List a tensor no longer."""
+        del self._tensors[name]
 
     def dtype(self, name: str) -> np.dtype:
-        """Return the element type of what `read` returns: the stored type, or bfloat16 for FP8."""
-        return DTYPES["BF16"] if name in self._scales else self._tensors[name].dtype
+        """Return the element type of what `read` returns."""
+        return self._dtype if name in self._matrices else self._tensors[name].dtype
 
     def position(self, name: str) -> tuple[str, int]:
         """Return a tensor's shard file and byte offset in it; reading tensors sorted by these is sequential."""
-        location = self._tensors[name]
+        first = next(iter(self._matrices[name].parts.values())) if name in self._matrices else name
+        location = self._parts.get(first) or self._tensors[first]
         return location.file.name, location.offset
 
-    def read(self, name: str) -> np.ndarray:
-        """Read a tensor into memory. Raises UserError when the file ends early, and for NaN, Inf and damaged scales."""
-        tensor = _read(name, self._tensors[name])
-        if name in self._scales:
-            scale = _read(f"the scale of {name}", self._scales[name])
-            tensor = fp8_tensors.dequantized(name, tensor, scale).astype(DTYPES["BF16"])
+    def read(self, name: str, dtype: np.dtype | None = None) -> np.ndarray:
+        """Read a tensor into memory, a quantised matrix in element type ``dtype``.
+
+        Raises UserError when the file ends early, for NaN and Inf, and for damaged parts of a quantised matrix.
+        """
+        if matrix := self._matrices.get(name):
+            parts = {role: _read(part, self._parts[part]) for role, part in matrix.parts.items()}
+            tensor = self._scheme.dequantize(name, parts, dtype or self._dtype)
+        else:
+            tensor = _read(name, self._tensors[name])
         check_finite(name, tensor)
         return tensor
 
     def identical(self, first: str, second: str) -> bool:
-        """Return True when two tensors hold the same bytes. Neither is held in memory whole."""
+        """Return True when two tensors hold the same numbers. Of unquantised ones neither is held in memory whole."""
+        if first in self._matrices or second in self._matrices:
+            return np.array_equal(self.read(first), self.read(second))
         a, b = self._tensors[first], self._tensors[second]
         if (a.dtype, a.shape) != (b.dtype, b.shape):
             return False
@@ -212,7 +230,7 @@ def _shards(folder: Path) -> dict[Path, list[str]]:
         return {folder / SINGLE: []}
     if not index.is_file():
         if any(folder.glob("*.gguf")):
-            raise UserError(f"{folder} holds GGUF weights, which are not read: use the 16-bit release of this model")
+            raise UserError(f"{folder} holds no safetensors, and a GGUF file: name the GGUF file itself")
         if any(folder.glob("pytorch_model*.bin")):
             raise UserError(f"{folder} holds only pytorch_model.bin weights, which can run code when loaded: save them "
                             "as safetensors first (transformers: model.save_pretrained)")

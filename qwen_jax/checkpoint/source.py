@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from qwen_jax.checkpoint.gguf.unpack import parts_of, unpack
 from qwen_jax.checkpoint.hf_layout import check_shapes
+from qwen_jax.checkpoint.quantized import SETTINGS_FILES, scheme_of
 from qwen_jax.config import PRESETS, GenerationDefaults, ModelConfig
 from qwen_jax.contents import FileSet
 from qwen_jax.errors import UserError
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 MANIFEST, PARAMS = "qwen_jax.json", "params"
 FORMAT_VERSION = 1
+KINDS = {"hf": "Hugging Face", "orbax": "converted", "gguf": "from GGUF"}
 SHIPPED = {name: Path(__file__).resolve().parent.parent / name for name in ("bundled", "student", "yardstick")}
 
 SPARSITY = "sparse_attention.json"  # how sparse the model's attention may be
@@ -27,14 +30,16 @@ GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
                    "added_tokens.json", "chat_template.jinja", "chat_template.json")
 SIDE_FILES = (GENERATION_CONFIG, *TOKENIZER_FILES, SPARSITY, EIGHT_BIT, "LICENSE", "NOTICE")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_QUANTIZED_FILES = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ", "quant_log.csv": "GPTQ"}
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::([\w.-]+))?")
 
 
 class Source(NamedTuple):
-    """A folder that holds a model, and how its weights are stored there."""
+    """A folder that holds a model, and how its weights are stored there.
 
-    kind: Literal["hf", "orbax"]
+    Of a GGUF file the folder is one in the cache, with links to the file and its parts (`gguf.unpack`).
+    """
+
+    kind: Literal["hf", "orbax", "gguf"]
     path: Path
 
     @property
@@ -50,19 +55,19 @@ class Source(NamedTuple):
     @property
     def files(self) -> FileSet:
         """The files that decide what the model answers: weights, tokenizer, settings."""
-        names = {"config.json", MANIFEST, *SIDE_FILES}
+        names = {"config.json", MANIFEST, *SIDE_FILES, *SETTINGS_FILES}
         found = [file for file in self.path.iterdir()
-                 if file.name in names or file.name.endswith((".safetensors", ".safetensors.index.json"))]
+                 if file.name in names or file.name.endswith((".safetensors", ".safetensors.index.json", ".gguf"))]
         found += [file for file in self.params.rglob("*") if file.is_file()] if self.kind == "orbax" else []
         return FileSet.of(self.path, found)
 
 
 def resolve(ref: str | Path | Source) -> Source:
-    """Find the folder of a model: a local one first, then one shipped with this package (`SHIPPED`), then a hub id,
-    which is downloaded.
+    """Find the folder of a model: a local one or that of a GGUF file first, then one shipped with this package
+    (`SHIPPED`), then a hub id, which is downloaded; ``OWNER/NAME:Q4_K_M`` is a GGUF file of a hub repository.
 
-    Raises UserError for any other reference, for GGUF and other quantised weights, and for another architecture (a hub
-    model's config is read before its weights are downloaded).
+    Raises UserError for any other reference, for quantised weights that are not read, and for another architecture (a
+    hub model's config is read before its weights are downloaded).
     """
     if isinstance(ref, Source):
         return ref
@@ -70,26 +75,31 @@ def resolve(ref: str | Path | Source) -> Source:
     if not path.exists():
         if str(ref) in SHIPPED:
             path = SHIPPED[str(ref)]
-        elif _HUB_ID.fullmatch(str(ref)):
-            path = _download(str(ref))
+        elif match := _HUB_ID.fullmatch(str(ref)):
+            path = _download(*match.groups())
         if not path.exists():
-            raise UserError(f"no model at {ref}: give a Hugging Face folder, a converted checkpoint, a hub id such as "
-                            "Qwen/Qwen2.5-0.5B-Instruct, or 'bundled'")
-    if path.suffix == ".gguf":
-        raise UserError(f"{path} is a GGUF file, which is not read: use the 16-bit release of this model")
+            raise UserError(f"no model at {ref}: give a Hugging Face folder, a converted checkpoint, a GGUF file, a "
+                            "hub id such as Qwen/Qwen2.5-0.5B-Instruct, or 'bundled'")
+    if path.is_dir() and not (path / "config.json").is_file() and any(path.glob("*.gguf")):
+        path = _gguf_file(path)
+    if path.suffix == ".gguf" and path.is_file():
+        return Source("gguf", unpack(path))
     if not path.is_dir():
-        raise UserError(f"{path} is a file: give the folder that holds config.json and the weights")
+        raise UserError(f"{path} is a file: give the folder that holds config.json and the weights, or a GGUF file")
     if (path / MANIFEST).is_file():
         return Source("orbax", path)
-    if not (path / "config.json").is_file() and any(path.glob("*.gguf")):
-        raise UserError(f"{path} holds GGUF weights, which are not read: use the 16-bit release of this model")
     source = Source("hf", path)
-    source.config  # noqa: B018  reading it refuses a missing file, another architecture and quantised weights
-    for name, method in _QUANTIZED_FILES.items():
-        if (path / name).is_file():
-            raise UserError(f"{path} holds weights quantised with {method} ({name}), which are not supported: use the "
-                            "16-bit release of this model")
+    source.config  # noqa: B018  reading it refuses a missing file and another architecture
+    scheme_of(read_json(path / "config.json"), path)  # refuses other quantised weights
     return source
+
+
+def _gguf_file(folder: Path) -> Path:
+    """Return the GGUF file in a folder, or the first of its parts; UserError when there are several models."""
+    models = sorted({parts_of(file)[0] for file in folder.glob("*.gguf")})
+    if len(models) > 1:
+        raise UserError(f"{folder} holds several GGUF models: name one of {', '.join(file.name for file in models)}")
+    return models[0]
 
 
 def find_config(ref: str | Path) -> tuple[ModelConfig, str]:
@@ -99,7 +109,7 @@ def find_config(ref: str | Path) -> tuple[ModelConfig, str]:
     if looks_like_preset and name not in SHIPPED and not Path(ref).exists():
         return ModelConfig.preset(name), "preset"
     source = resolve(ref)
-    return source.config, f"{source.path} ({'converted' if source.kind == 'orbax' else 'Hugging Face'})"
+    return source.config, f"{source.path} ({KINDS[source.kind]})"
 
 
 def read_manifest(source: Source) -> dict[str, Any]:
@@ -182,22 +192,46 @@ def shape_of(config: ModelConfig) -> tuple[int, ...]:
             config.head_dim, config.vocab_size)
 
 
-def _download(repo: str) -> Path:
-    """Download a hub model's config, tokenizer and safetensors, or find them in the hub's cache; return the folder."""
-    from huggingface_hub import hf_hub_download, snapshot_download
+def _download(repo: str, kind: str | None = None) -> Path:
+    """Download a hub model's config, tokenizer and safetensors, or find them in the hub's cache; return the folder.
+
+    kind: the quantisation of a GGUF file, as its name says it; then only this file is downloaded, and returned.
+    """
+    from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
+        if kind:
+            files = _of_kind(repo, kind, list_repo_files(repo))
+            return Path(snapshot_download(repo, allow_patterns=files)) / files[0]
         try:
-            ModelConfig.from_hf(hf_hub_download(repo, "config.json"))  # refuse before gigabytes are fetched
+            config = read_json(Path(hf_hub_download(repo, "config.json")))
         except EntryNotFoundError as error:
             if isinstance(error, LocalEntryNotFoundError):  # a subclass that means "offline, and not in the cache"
                 raise
-            raise UserError(f"{repo} has no config.json, as GGUF releases have none: name a 16-bit release") from None
-        return Path(snapshot_download(repo, allow_patterns=["config.json", *SIDE_FILES, "*.safetensors",
-                                                            "*.safetensors.index.json"]))
+            raise UserError(f"{repo} has no config.json, as GGUF releases have none: name one of its files by its "
+                            f"quantisation, as in {repo}:Q4_K_M") from None
+        ModelConfig.from_hf(config)  # refuse before gigabytes are fetched
+        scheme_of(config)
+        return Path(snapshot_download(repo, allow_patterns=["config.json", *SIDE_FILES, *SETTINGS_FILES,
+                                                            "*.safetensors", "*.safetensors.index.json"]))
     except UserError:
         raise
     except Exception as error:  # offline, no such repository, gated, proxy: each is reported in one line
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{repo} is neither a local folder nor could it be downloaded: {reason}") from error
+
+
+def _of_kind(repo: str, kind: str, files: list[str]) -> list[str]:
+    """Return the GGUF file of a quantisation among a repository's files, or its parts in order.
+
+    Raises UserError unless there is exactly one such model.
+    """
+    models: dict[str, list[str]] = {}
+    for file in sorted(file for file in files if file.endswith(".gguf")):
+        models.setdefault(re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", file), []).append(file)
+    named = [name for name in models if re.search(rf"(^|[-._/]){re.escape(kind)}$", name, re.IGNORECASE)]
+    if len(named) != 1:
+        raise UserError(f"{repo} has {len(named) or 'no'} GGUF models called {kind}: name one of "
+                        f"{', '.join(models) or 'another repository'}")
+    return models[named[0]]

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from qwen_jax.checkpoint.hf_layout import EMBEDDING, HEAD, Entry, check_shapes, layout, split
+from qwen_jax.checkpoint.gguf.tensors import GGUFTensors
+from qwen_jax.checkpoint.hf_layout import EMBEDDING, HEAD, Entry, check_shapes, hf_shapes, layout, split
+from qwen_jax.checkpoint.quantized import scheme_of
 from qwen_jax.checkpoint.safetensors_io import DTYPES, SafetensorsFolder, as_bytes
-from qwen_jax.checkpoint.source import Source
+from qwen_jax.checkpoint.source import Source, read_json
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.quantization import E4M3, FP8Tensor
@@ -33,14 +35,32 @@ def split_stored(entry: Entry, stored: np.ndarray | FP8Tensor) -> Iterator[tuple
         yield name, FP8Tensor(values, np.ascontiguousarray(stored.scale[tensor.index]).reshape(-1))
 
 
-def open_tensors(source: Source) -> SafetensorsFolder:
-    """Open a Hugging Face folder's weights; UserError when their names or shapes are not those of its config."""
-    tensors, config = SafetensorsFolder(source.path), source.config
+def open_tensors(source: Source) -> SafetensorsFolder | GGUFTensors:
+    """Open the weights of a Hugging Face folder or GGUF file; UserError when names or shapes are not those of its
+    config."""
+    config = source.config
+    dtype = DTYPES["F16"] if config.dtype == "float16" else DTYPES["BF16"]
+    if source.kind == "gguf":
+        tensors = GGUFTensors(source.path, dtype)
+    else:
+        tensors = SafetensorsFolder(source.path, scheme_of(read_json(source.path / "config.json"), source.path), dtype)
+        _discard_empty_biases(tensors, config)
     check_shapes(config, tensors.shapes(), str(source.path))
     if config.tie_word_embeddings and HEAD in tensors.shapes() and not tensors.identical(HEAD, EMBEDDING):
         raise UserError(f"config.json in {source.path} ties the head to the embedding, but the two tensors differ: set "
                         "tie_word_embeddings to false to use the stored head")
     return tensors
+
+
+def _discard_empty_biases(tensors: SafetensorsFolder, config: ModelConfig) -> None:
+    """Leave out biases of zeros that GPTQ's tools give to every quantised matrix; Qwen2.5 has fewer of them."""
+    expected = hf_shapes(config)
+    for name in tensors.shapes():
+        weight = name.removesuffix(".bias") + ".weight"
+        if name.endswith(".bias") and name not in expected and weight in expected and tensors.quantized(weight):
+            if np.any(tensors.read(name)):
+                raise UserError(f"{name} in {tensors.folder} is not zero, and Qwen2.5 has no such bias")
+            tensors.discard(name)
 
 
 def stored_dtypes(config: ModelConfig, manifest: Mapping[str, Any]) -> dict[str, np.dtype]:

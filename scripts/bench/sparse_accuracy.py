@@ -44,6 +44,7 @@ def main() -> int:
     parser.add_argument("model", nargs="?", default="yardstick")
     parser.add_argument("--lengths", default="4096,8192")
     parser.add_argument("--answers", type=int, default=200, help="minimum for every family and length")
+    parser.add_argument("--questions", type=int, help="questions to each document; by default as many as fit a family")
     parser.add_argument("--families", default=",".join((*RETRIEVAL, LONG)))
     parser.add_argument("--engines", default="full,sparse,middle")
     parser.add_argument("--selector", help="selector that replaces the default")
@@ -60,7 +61,8 @@ def main() -> int:
           + "".join(f"{name + ' / full':>26}" for name in names[1:]))
     for length in lengths:
         for family in args.families.split(","):
-            measured = (long_answers if family == LONG else short_answers)(engines, family, length, args.answers)
+            measured = (long_answers(engines, family, length, args.answers) if family == LONG else
+                        short_answers(engines, family, length, args.answers, args.questions or QUESTIONS[family]))
             row = {"family": family, "length": length, "answers": sum(len(verdicts) for verdicts in measured["full"]),
                    **{name: float(np.mean(np.concatenate(right))) for name, right in measured.items()}}
             cells = ""
@@ -93,12 +95,13 @@ def engine_of(model: str, name: str, length: int, **overrides) -> Engine:
                                   policy=policy, sparsity=layers, progress=False)
 
 
-def short_answers(engines: dict[str, Engine], family: str, length: int, answers: int) -> dict[str, list[list[bool]]]:
+def short_answers(engines: dict[str, Engine], family: str, length: int, answers: int, questions: int
+                  ) -> dict[str, list[list[bool]]]:
     """Ask engines at least `answers` questions of a task family; return, by engine and document, which are right."""
     documents: list[list[Sample]] = []
     while sum(map(len, documents)) < answers:
         documents.append(samples_of(family, f"accuracy {len(documents)}", length,
-                                    next(iter(engines.values())).tokenizer, QUESTIONS[family]))
+                                    next(iter(engines.values())).tokenizer, questions))
     right = {name: [] for name in engines}
     for index, document in enumerate(documents):
         for name, engine in engines.items():

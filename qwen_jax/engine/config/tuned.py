@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.atomic import replace_file
+from qwen_jax.cache_dir import cache_root
 from qwen_jax.config import UNTRACED, ModelConfig
-from qwen_jax.engine.config.cache_dir import default_cache_dir
 from qwen_jax.engine.scheduling.buckets import Grid, Limits, bucket_table, default_limits
 from qwen_jax.engine.scheduling.schedule_policy import DEFAULT_POLICY, SchedulePolicy
 from qwen_jax.errors import UserError
@@ -107,7 +107,7 @@ def path_of(about: dict[str, Any]) -> Path:
     """Return the path of the tuning results for a `subject`: in the folder ``tuned`` of the user's cache."""
     digest = sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
     name = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
-    return default_cache_dir().parent / "tuned" / f"{name}-{digest}.json"
+    return cache_root() / "tuned" / f"{name}-{digest}.json"
 
 
 def find(config: ModelConfig, dtype: Any, fp8_enabled: bool = False) -> Tuned | None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from qwen_jax.atomic import new_file
 from qwen_jax.checkpoint.conversion import verify
+from qwen_jax.checkpoint.gguf.tokenizer import SPLITS
 from qwen_jax.checkpoint.hf_layout import hf_shapes, layout, split
 from qwen_jax.checkpoint.load import iter_params, placements_for
 from qwen_jax.checkpoint.safetensors_io import DTYPES, check_finite
@@ -28,12 +29,6 @@ logger = logging.getLogger(__name__)
 
 _ROWS = 4096  # number of a matrix's rows that are widened to float32 at a time
 GGUF_DTYPES = {"float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}  # option -> ggml's name
-# Rules by which text is split before byte pairs are merged, and llama.cpp's names for them: it has its rules built in,
-# and a file names the rule to use. All Qwen2.5 models have this rule.
-_SPLITS = {
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+":
-        "qwen2",
-}
 
 
 def export_gguf(src: str | Path | Source, dst: str | Path, dtype: str = "float16") -> Path:
@@ -194,5 +189,5 @@ def _split_name(tokenizer: Mapping[str, Any]) -> str | None:
         case {"type": "Sequence", "pretokenizers": [
                 {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False},
                 {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}:
-            return _SPLITS.get(regex)
+            return next((name for name, known in SPLITS.items() if known == regex), None)
     return None
