@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from qwen_kernels.cache import cache_root
 
 from qwen_jax.atomic import new_folder
-from qwen_jax.cache_dir import cache_root
 from qwen_jax.checkpoint.gguf.tensors import TABLE
 from qwen_jax.checkpoint.gguf.tokenizer import END_TEXTS, special_ids, tokenizer_files
 from qwen_jax.checkpoint.hf_layout import EMBEDDING, HEAD, hf_shapes
@@ -98,10 +98,8 @@ def _write(folder: Path, files: dict[str, Any], parts: list[Path]) -> None:
 
 
 def _open(part: Path) -> GGUFReader:
-    try:
-        import gguf
-    except ImportError:
-        raise UserError("reading GGUF needs the package gguf: pip install 'qwen-jax[gguf]'") from None
+    import gguf
+
     try:
         reader = gguf.GGUFReader(part)
     except Exception as error:  # the reader has no errors of its own: it fails where it cannot go on

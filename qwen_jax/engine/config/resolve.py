@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from qwen_kernels.sparse_attention import Sparsity
 
-from qwen_jax.cache_dir import default_cache_dir
 from qwen_jax.config import GenerationDefaults, ModelConfig
 from qwen_jax.engine.config import memory, tuned
+from qwen_jax.engine.config.cache_dir import default_cache_dir
 from qwen_jax.engine.config.engine_config import EngineConfig
 from qwen_jax.engine.config.load_policy import LoadPolicy
 from qwen_jax.engine.config.tuned import Tuned

@@ -1,4 +1,4 @@
-"""Folders in which work is kept for later processes."""
+"""Folder in which work is kept for later processes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,3 @@ def cache_root() -> Path:
     """Return the folder of everything that is kept: ``$QWEN_JAX_CACHE``, else ``~/.cache/qwen-jax``."""
     root = os.environ.get("QWEN_JAX_CACHE")
     return Path(root) if root else Path.home() / ".cache" / "qwen-jax"
-
-
-def default_cache_dir() -> Path:
-    """Return the folder of compiled programs."""
-    return cache_root() / "executables"

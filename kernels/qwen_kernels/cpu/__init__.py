@@ -1,0 +1,5 @@
+"""Kernels in C++ for CPUs, compiled when they are first used."""
+
+from qwen_kernels.cpu.products import MOST_ROWS, int8_product
+
+__all__ = ["MOST_ROWS", "int8_product"]

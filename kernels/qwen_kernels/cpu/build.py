@@ -1,0 +1,103 @@
+"""Compilation of the C++ kernels on first use, into the user's cache, and their registration with JAX."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import jax
+
+from qwen_kernels.cache import cache_root
+
+logger = logging.getLogger(__name__)
+
+SOURCES = ("products.cc", "product_body.h")
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-w")
+SECONDS = 300  # most that the compiler may take
+
+
+@cache
+def int8_target() -> str | None:
+    """Return the name under which JAX calls the int8 product, registered; None where it cannot be compiled.
+
+    The name has a digest of the sources, so that a program on disk never calls another version of the kernel. Why there
+    is none is logged once.
+    """
+    loaded = library()
+    if loaded is None:
+        return None
+    name = f"qwen_int8_product_{_digest()}"
+    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(loaded.qwen_int8_product), platform="cpu")
+    return name
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """Return the compiled kernels, loaded; None where they cannot be compiled, which is logged."""
+    folder = cache_root() / "kernels"
+    try:
+        try:
+            _make_private(folder)
+        except OSError as error:
+            logger.warning("%s: the CPU kernels are compiled in each process anew", error)
+            folder = Path(tempfile.mkdtemp(prefix="qwen-jax-kernels-"))
+        path = folder / f"{platform.machine()}-{_digest()}.so"
+        if not path.is_file():
+            _compile(path)
+        loaded = ctypes.CDLL(str(path))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        logger.warning("the CPU kernels cannot be compiled (%s): XLA computes products with int8 weights, which takes "
+                       "longer for few rows", error)
+        return None
+    loaded.qwen_instruction_set.restype = ctypes.c_char_p
+    return loaded
+
+
+def instruction_set() -> str | None:
+    """Return the instruction set that the kernels use on this processor; None without kernels."""
+    loaded = library()
+    return loaded.qwen_instruction_set().decode() if loaded else None
+
+
+def _digest() -> str:
+    """Return a digest of everything that the compiled library depends on."""
+    here = Path(__file__).parent
+    parts = [(here / name).read_bytes() for name in SOURCES]
+    return hashlib.sha256(b"\0".join([*parts, repr(FLAGS).encode(), jax.lib.__version__.encode()])).hexdigest()[:16]
+
+
+def _make_private(folder: Path) -> None:
+    """Make a folder that only this user can write to; OSError where that is not so: loading a library runs its code."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    found = folder.stat()
+    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"others can write to {folder}")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder} cannot be written")
+
+
+def _compile(path: Path) -> None:
+    """Compile the kernels to ``path``, which appears complete or not at all. Raises RuntimeError with the reason."""
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
+    if not compiler:
+        raise RuntimeError("there is no C++ compiler: install g++ or set CXX")
+    handle, temporary = tempfile.mkstemp(suffix=".so", dir=path.parent)
+    os.close(handle)
+    try:
+        done = subprocess.run([compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", str(Path(__file__).parent / SOURCES[0]),
+                               "-o", temporary], capture_output=True, text=True, timeout=SECONDS)
+        if done.returncode:
+            errors = [line for line in done.stderr.splitlines() if "error" in line]
+            raise RuntimeError(f"{compiler}: {(errors or done.stderr.splitlines() or ['no message'])[0][:200]}")
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
