@@ -117,7 +117,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, metavar="X", help="share of probability to draw from (default: the "
                         "checkpoint's)")
     parser.add_argument("--seed", type=int, help="seed of the draws (default: a random one)")
-    add_options(parser, EngineOptions, ("dtype", "max_seq_len"))
+    add_options(parser, EngineOptions, ("dtype", "weights", "max_seq_len"))
 
 
 def _add_train(commands: Any) -> None:

@@ -12,7 +12,7 @@ from qwen_jax.cli_options import add_command, add_model, add_options
 from qwen_jax.errors import UserError
 from qwen_jax.serving.options import EngineOptions
 
-SIZES = ("dtype", "max_batch_size", "max_seq_len", "kv_cache_bytes")  # options that the shapes of programs follow
+SIZES = ("dtype", "weights", "max_batch_size", "max_seq_len", "kv_cache_bytes")  # what shapes of programs follow
 
 
 def convert(args: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ from qwen_kernels.attention import causal_attention
 from qwen_jax.config import ModelConfig
 from qwen_jax.model.partition import WHOLE, Partition
 from qwen_jax.model.rope import apply_rope, rope_tables
-from qwen_jax.quantization import FP8Tensor, matrix, product
+from qwen_jax.quantization import EightBitTensor, matrix, product
 
 # Attention of a layer: (layer index, q[B, T, K, G, H], k[B, T, K, H], v[B, T, K, H]) -> [B, T, K, G, H]
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -223,7 +223,7 @@ class Qwen2(nnx.Module):
         return self.layers[0].attention_norm.scale.dtype
 
     @property
-    def head_weight(self) -> jax.Array | FP8Tensor:
+    def head_weight(self) -> jax.Array | EightBitTensor:
         """Weight ``[V, D]`` of the output head, which is the embedding table when they are tied."""
         return (self.embed if self.head is None else self.head).weight.get_value()
 

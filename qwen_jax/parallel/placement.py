@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from qwen_jax.quantization import FP8Tensor, quantize
+from qwen_jax.quantization import E4M3, EightBitTensor, quantize
 
 _SLAB_BYTES = 32 << 20
 
-Host = TypeVar("Host", np.ndarray, FP8Tensor)
+Host = TypeVar("Host", np.ndarray, EightBitTensor)
 Expand = Callable[[Host], Host]
 
 
@@ -32,6 +32,7 @@ class Placement(NamedTuple):
       sharding: sharding of the result; the scales of an 8-bit parameter have the leading axes of it.
       dtype: element type of a result that is not 8-bit; None keeps the type that the parameter has.
       inputs: number of last axes that a product contracts, for a parameter that is to be 8-bit; None for the others.
+      eight_bit: element type of a parameter that is to be 8-bit.
       expand: function that makes the array to place from the parameter on the host, where their shapes differ. It must
         treat all indices of an axis that it does not change alike, because it gets some of them at a time.
     """
@@ -40,6 +41,7 @@ class Placement(NamedTuple):
     dtype: np.dtype | None = None
     inputs: int | None = None
     expand: Expand | None = None
+    eight_bit: np.dtype = E4M3
 
 
 def place(value: Any, placement: Placement) -> Any:
@@ -47,29 +49,32 @@ def place(value: Any, placement: Placement) -> Any:
 
     Args:
       value: the whole parameter: a NumPy array, which must be the same in every process, an array on devices, an
-        `FP8Tensor` of either, or shapes (``jax.ShapeDtypeStruct``), of which shapes with shardings are made.
+        `EightBitTensor` of either, or shapes (``jax.ShapeDtypeStruct``), of which shapes with shardings are made.
 
     An expanded parameter is never whole on the host: its shards are filled a slab at a time. A host array to which the
     caller keeps no reference is freed before anything is quantised.
     """
-    sharding, dtype, inputs, expand = placement
+    sharding, dtype, inputs, expand, eight_bit = placement
     value = put(value, sharding, dtype) if expand is None else _put_expanded(value, sharding, dtype, expand)
     if isinstance(jax.tree.leaves(value)[0], jax.Array):
         # jaxlib keeps the host's arrays until Python next collects garbage: without this several would be alive.
         jax.block_until_ready(value)
         gc.collect(0)
-    if isinstance(value, FP8Tensor):
-        return value if inputs is not None else _dequantized(value, dtype, sharding)
-    return value if inputs is None else _quantized(value, inputs, sharding)
+    if isinstance(value, EightBitTensor):
+        if inputs is not None and value.dtype == eight_bit:
+            return value
+        value = _dequantized(value, dtype, sharding)
+    return value if inputs is None else _quantized(value, inputs, sharding, eight_bit)
 
 
 def put(value: Any, sharding: Sharding, dtype: np.dtype | None = None) -> Any:
-    """Return ``value`` as an array with ``sharding``, or an `FP8Tensor` whose scales are split by its leading axes.
+    """Return ``value`` as an array with ``sharding``, or an `EightBitTensor` whose scales are split by its leading
+    axes.
 
-    value: as in `place`. dtype: to cast a NumPy array or a shape to; `FP8Tensor` and arrays on devices keep theirs.
+    value: as in `place`. dtype: to cast a NumPy array or a shape to; 8-bit tensors and arrays on devices keep theirs.
     Raises NotImplementedError for an array of several processes that would have to move.
     """
-    if isinstance(value, FP8Tensor):
+    if isinstance(value, EightBitTensor):
         scale = put(value.scale, leading(sharding, value.scale.ndim))
         return replace(value, values=put(value.values, sharding), scale=scale)
     if isinstance(value, jax.ShapeDtypeStruct):
@@ -185,16 +190,16 @@ def _without_shards(shape: jax.ShapeDtypeStruct) -> jax.Array:
     return jax.make_array_from_single_device_arrays(shape.shape, shape.sharding, [], dtype=shape.dtype)
 
 
-def _quantized(value: Any, inputs: int, sharding: Sharding) -> FP8Tensor:
-    """Quantise an array or a shape to an `FP8Tensor`, where a product contracts the last ``inputs`` axes."""
+def _quantized(value: Any, inputs: int, sharding: Sharding, dtype: np.dtype) -> EightBitTensor:
+    """Quantise an array or a shape to an `EightBitTensor`, where a product contracts the last ``inputs`` axes."""
     scales = leading(sharding, value.ndim - inputs)
     if sharding.addressable_devices and isinstance(value, jax.Array):
-        return _quantizer(inputs, sharding, scales)(value)
-    shapes = put(jax.eval_shape(partial(quantize, inputs=inputs), value), sharding)
+        return _quantizer(inputs, dtype, sharding, scales)(value)
+    shapes = put(jax.eval_shape(partial(quantize, inputs=inputs, dtype=dtype), value), sharding)
     return jax.tree.map(_without_shards, shapes) if isinstance(value, jax.Array) else shapes
 
 
-def _dequantized(value: FP8Tensor, dtype: np.dtype | None, sharding: Sharding) -> Any:
+def _dequantized(value: EightBitTensor, dtype: np.dtype | None, sharding: Sharding) -> Any:
     """Return an 8-bit parameter, or its shape, dequantised to ``dtype`` (None: bfloat16)."""
     dtype = jnp.dtype(jnp.bfloat16) if dtype is None else dtype
     if sharding.addressable_devices and isinstance(value.values, jax.Array):
@@ -204,10 +209,11 @@ def _dequantized(value: FP8Tensor, dtype: np.dtype | None, sharding: Sharding) -
 
 
 @cache
-def _quantizer(inputs: int, values: Sharding, scales: Sharding) -> Callable[[jax.Array], FP8Tensor]:
-    return jax.jit(partial(quantize, inputs=inputs), out_shardings=FP8Tensor(values, scales))
+def _quantizer(inputs: int, dtype: np.dtype, values: Sharding, scales: Sharding
+               ) -> Callable[[jax.Array], EightBitTensor]:
+    return jax.jit(partial(quantize, inputs=inputs, dtype=dtype), out_shardings=EightBitTensor(values, scales))
 
 
 @cache
-def _dequantizer(dtype: str, sharding: Sharding) -> Callable[[FP8Tensor], jax.Array]:
+def _dequantizer(dtype: str, sharding: Sharding) -> Callable[[EightBitTensor], jax.Array]:
     return jax.jit(lambda tensor: tensor.dequantize(dtype), out_shardings=sharding)

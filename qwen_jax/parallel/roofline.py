@@ -157,7 +157,8 @@ class CostModel:
     @property
     def _peak(self) -> float:
         """Operations per second that matrix products reach on a device: a share of its peak."""
-        return COMPUTE_SHARE * self.hardware.peak(self.dtype, any(self.precision.weights))
+        return COMPUTE_SHARE * self.hardware.peak(
+            self.dtype, self.precision.format == "e4m3" and any(self.precision.weights))
 
     def _divided(self, rows: int, tokens: int) -> tuple[int, bool]:
         """Return the number of micro-batches of a step, and whether devices shard the hidden states."""

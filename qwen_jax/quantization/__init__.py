@@ -2,7 +2,7 @@
 
 from qwen_jax.quantization.fp8 import (
     E4M3,
-    FP8Tensor,
+    EightBitTensor,
     TrainedInFP8,
     matrix,
     quantize,
@@ -22,6 +22,6 @@ from qwen_jax.quantization.precision import (
 )
 from qwen_jax.quantization.product import multiplies_fp8, product
 
-__all__ = ["E4M3", "INPUTS", "Calibrated", "FP8Tensor", "Precision", "Ranges", "TrainedInFP8", "default_precision",
+__all__ = ["E4M3", "INPUTS", "Calibrated", "EightBitTensor", "Precision", "Ranges", "TrainedInFP8", "default_precision",
            "matrix", "multiplies_fp8", "page_formats", "product", "quantize", "quantize_host", "rows", "saturate",
            "scales_of", "widened"]

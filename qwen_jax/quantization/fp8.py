@@ -1,8 +1,9 @@
-"""8-bit floating point tensors: e4m3 values with a float32 scale for every output channel.
+"""8-bit tensors: e4m3 or int8 values with a float32 scale for every output channel.
 
 e4m3 has 4 exponent and 3 mantissa bits, no infinity, and 448 as its largest value (https://arxiv.org/abs/2209.05433).
 A scale for every output channel is as exact as scales of 128 x 128 blocks, and can be applied to the result of a
-product, which leaves the product itself to hardware that multiplies e4m3.
+product, which leaves the product itself to hardware that multiplies e4m3. int8 is four times as exact for the largest
+values of a channel, and is for memory and for CPUs: products take the other operand as it is.
 """
 
 from __future__ import annotations
@@ -17,17 +18,19 @@ import numpy as np
 
 E4M3 = jnp.dtype(jnp.float8_e4m3fn)
 E4M3_MAX = float(jnp.finfo(E4M3).max)  # 448
+INT8 = jnp.dtype(jnp.int8)
+INT8_MAX = 127.0  # the range of int8 without -128, which has no opposite
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class FP8Tensor:
-    """Weight ``[*outputs, *inputs]`` in 8 bits: e4m3 ``values`` times a float32 ``scale`` for each output.
+class EightBitTensor:
+    """Weight ``[*outputs, *inputs]`` in 8 bits: ``values`` times a float32 ``scale`` for each output.
 
     Attributes:
-      values: e4m3 ``[*outputs, *inputs]``; a product contracts the inputs.
+      values: e4m3 or int8 ``[*outputs, *inputs]``; a product contracts the inputs.
       scale: float32 ``[*outputs]``.
-      wide: whether products take their other operand as it is, instead of rounding it to e4m3 too.
+      wide: whether products with e4m3 take their other operand as it is, instead of rounding it to e4m3 too.
     """
 
     values: jax.Array
@@ -65,25 +68,26 @@ def saturate(x: jax.Array, dtype=E4M3) -> jax.Array:
     return jnp.clip(x, -largest, largest).astype(dtype)
 
 
-def quantize(weight: jax.Array, inputs: int) -> FP8Tensor:
+def quantize(weight: jax.Array, inputs: int, dtype=E4M3) -> EightBitTensor:
     """Quantise a weight whose last ``inputs`` axes a product contracts, with a scale for each output channel.
 
-    Each channel's largest absolute value becomes 448; a channel of zeros has scale 1. Non-finite weights give
-    non-finite scales: check before.
+    Each channel's largest absolute value becomes 448, in int8 127; a channel of zeros has scale 1. Non-finite weights
+    give non-finite scales: check before.
     """
-    values, scale = round_with_scale(weight, tuple(range(weight.ndim - inputs, weight.ndim)))
-    return FP8Tensor(values, scale.reshape(weight.shape[:weight.ndim - inputs]))
+    values, scale = round_with_scale(weight, tuple(range(weight.ndim - inputs, weight.ndim)), dtype)
+    return EightBitTensor(values, scale.reshape(weight.shape[:weight.ndim - inputs]))
 
 
 def round_with_scale(x: jax.Array, axes: tuple[int, ...], dtype=E4M3) -> tuple[jax.Array, jax.Array]:
-    """Round ``x`` to an 8-bit float with a common scale along ``axes``.
+    """Round ``x`` to an 8-bit type with a common scale along ``axes``.
 
     Returns the values, and the float32 scales, in which those axes have size 1.
     """
     wide = x.astype(jnp.float32)
     largest = jnp.max(jnp.abs(wide), axis=axes, keepdims=True)
-    scale = jnp.where(largest == 0, 1, largest / float(jnp.finfo(dtype).max))
-    return saturate(wide / scale, dtype), scale
+    most = INT8_MAX if dtype == INT8 else float(jnp.finfo(dtype).max)
+    scale = jnp.where(largest == 0, 1, largest / most)
+    return jnp.round(wide / scale).astype(INT8) if dtype == INT8 else saturate(wide / scale, dtype), scale
 
 
 def quantize_host(weight: np.ndarray, inputs: int) -> tuple[np.ndarray, np.ndarray]:
@@ -95,9 +99,9 @@ def quantize_host(weight: np.ndarray, inputs: int) -> tuple[np.ndarray, np.ndarr
     return np.clip(values, -E4M3_MAX, E4M3_MAX).astype(E4M3), scale
 
 
-def matrix(weight: jax.Array | FP8Tensor | TrainedInFP8, inputs: int) -> jax.Array | FP8Tensor | TrainedInFP8:
+def matrix(weight: jax.Array | EightBitTensor | TrainedInFP8, inputs: int) -> jax.Array | EightBitTensor | TrainedInFP8:
     """Reshape ``weight[*outputs, *inputs]``, whose last ``inputs`` axes are contracted, to ``[outputs, inputs]``."""
-    if isinstance(weight, FP8Tensor):
+    if isinstance(weight, EightBitTensor):
         outputs = weight.scale.size
         return replace(weight, values=weight.values.reshape(outputs, -1), scale=weight.scale.reshape(outputs))
     if isinstance(weight, TrainedInFP8):
@@ -105,16 +109,16 @@ def matrix(weight: jax.Array | FP8Tensor | TrainedInFP8, inputs: int) -> jax.Arr
     return weight.reshape(-1, math.prod(weight.shape[-inputs:]))
 
 
-def rows(weight: jax.Array | FP8Tensor, index: jax.Array, dtype) -> jax.Array:
+def rows(weight: jax.Array | EightBitTensor, index: jax.Array, dtype) -> jax.Array:
     """Look up rows of an embedding table: return ``weight[index]``, dequantised to ``dtype`` if it is 8-bit."""
     values = jax.tree.map(lambda x: jnp.take(x, index, axis=0), weight)
-    return values.dequantize(dtype) if isinstance(values, FP8Tensor) else values
+    return values.dequantize(dtype) if isinstance(values, EightBitTensor) else values
 
 
 def widened(tree: Any) -> Any:
-    """Mark each `FP8Tensor` in a tree as `wide`: products then do not round their other operand to 8 bits."""
-    return jax.tree.map(lambda x: replace(x, wide=True) if isinstance(x, FP8Tensor) else x, tree,
-                        is_leaf=lambda x: isinstance(x, FP8Tensor))
+    """Mark each `EightBitTensor` in a tree as `wide`: products then do not round their other operand to 8 bits."""
+    return jax.tree.map(lambda x: replace(x, wide=True) if isinstance(x, EightBitTensor) else x, tree,
+                        is_leaf=lambda x: isinstance(x, EightBitTensor))
 
 
 def _over(scale: jax.Array, ndim: int) -> jax.Array:

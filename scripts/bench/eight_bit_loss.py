@@ -33,13 +33,13 @@ from qwen_jax.checkpoint import load_params, load_tokenizer, read_calibrated, re
 from qwen_jax.evaluation.calibrate_precision import rounded_pages  # noqa: E402
 from qwen_jax.model import build, build_layer  # noqa: E402
 from qwen_jax.model.rope import rope_tables  # noqa: E402
-from qwen_jax.quantization import FP8Tensor, default_precision, page_formats, rows, scales_of  # noqa: E402
+from qwen_jax.quantization import EightBitTensor, Precision, default_precision, page_formats, rows, scales_of  # noqa: E402
 from qwen_jax.quantization.fp8 import E4M3_MAX, saturate  # noqa: E402
 
 CHUNK = 128  # tokens whose logits exist at a time
 NAIVE = ("cast", "per tensor")
-VARIANTS = ("e4m3 weights", "e4m3 pages", "int8 pages", "all, e4m3", "auto", "cast weights", "cast pages",
-            "per tensor weights", "per tensor pages")
+VARIANTS = ("int8 weights", "e4m3 weights", "e4m3 pages", "int8 pages", "all, e4m3", "auto", "cast weights",
+            "cast pages", "per tensor weights", "per tensor pages")
 
 
 class Variant(NamedTuple):
@@ -62,7 +62,9 @@ def variant_of(name: str, config, params, calibrated) -> Variant:
                         for path, value in params.items()}, plain, none)
     if name in ("auto", "int8 pages") and calibrated is None:
         raise SystemExit("the checkpoint is not calibrated: run `qwen-jax calibrate --fp8`")
-    precision = {"e4m3 weights": lambda: default_precision(config, True, None),
+    layers = (True,) * config.num_layers
+    precision = {"int8 weights": lambda: Precision(layers, True, (None,) * config.num_layers, "int8"),
+                 "e4m3 weights": lambda: default_precision(config, True, None),
                  "e4m3 pages": lambda: default_precision(config, False, "e4m3"),
                  "int8 pages": lambda: default_precision(config, False, "int8"),
                  "all, e4m3": lambda: default_precision(config, True, "e4m3"),
@@ -71,10 +73,10 @@ def variant_of(name: str, config, params, calibrated) -> Variant:
     return Variant(stored, precision.kv_cache, scales_of(params, precision, calibrated and calibrated.ranges))
 
 
-def naive_weight(value: jax.Array, inputs: int, kind: str) -> FP8Tensor:
+def naive_weight(value: jax.Array, inputs: int, kind: str) -> EightBitTensor:
     """Round a matrix, whose last ``inputs`` axes are contracted, to e4m3 with one scale: 1 for a plain cast."""
     scale = jnp.max(jnp.abs(value)) / E4M3_MAX if kind == "per tensor" else jnp.ones(())
-    return FP8Tensor(saturate(value / scale), jnp.broadcast_to(scale, value.shape[: value.ndim - inputs]))
+    return EightBitTensor(saturate(value / scale), jnp.broadcast_to(scale, value.shape[: value.ndim - inputs]))
 
 
 @partial(jax.jit, static_argnames=("config", "kind"))

@@ -1,26 +1,45 @@
-// The product for one instruction set: included in a namespace that has Lanes, WIDTH and its operations on them.
+// The product for one instruction set: included in a namespace that has Lanes, WIDTH, SUMS (how many sums the registers
+// hold) and operations on Lanes.
 
-// One output of ROWS rows. Reading one row of weights at a time keeps the processor's prefetcher ahead.
-template <int ROWS>
-INLINE void output(const float *x, const int8_t *w, float scale, float *y, int64_t k, int64_t stride) {
-  Lanes sums[ROWS];
-  for (int row = 0; row < ROWS; ++row) sums[row] = zero();
+constexpr int64_t NEAR = 24 << 10;  // bytes of rows that stay in the first cache beside the weights
+constexpr int64_t AHEAD = 2048;     // bytes between a weight that is read and the one that is fetched
+
+// OUTS outputs of ROWS rows. One output at a time reads the weights in order, which memory does fastest; several read
+// the rows less often, which pays where there are many, or where they are so long that they leave the first cache.
+template <int ROWS, int OUTS>
+INLINE void output(const float *x, const int8_t *w, const float *scale, float *y, int64_t k, int64_t stride) {
+  const int64_t ahead = OUTS > 1 ? OUTS * k : AHEAD;
+  Lanes sums[ROWS][OUTS];
+  for (int row = 0; row < ROWS; ++row)
+    for (int out = 0; out < OUTS; ++out) sums[row][out] = zero();
   int64_t i = 0;
   for (; i + WIDTH <= k; i += WIDTH) {
-    const Lanes weights = widened(w + i);
-    for (int row = 0; row < ROWS; ++row) sums[row] = multiply_add(weights, load(x + row * k + i), sums[row]);
+    Lanes weights[OUTS];
+    for (int out = 0; out < OUTS; ++out) {
+      if (i % 64 == 0) __builtin_prefetch(w + out * k + i + ahead);
+      weights[out] = widened(w + out * k + i);
+    }
+    for (int row = 0; row < ROWS; ++row) {
+      const Lanes inputs = load(x + row * k + i);
+      for (int out = 0; out < OUTS; ++out) sums[row][out] = multiply_add(weights[out], inputs, sums[row][out]);
+    }
   }
-  for (int row = 0; row < ROWS; ++row) {
-    float total = sum(sums[row]);
-    for (int64_t rest = i; rest < k; ++rest) total += w[rest] * x[row * k + rest];
-    y[row * stride] = total * scale;
-  }
+  for (int row = 0; row < ROWS; ++row)
+    for (int out = 0; out < OUTS; ++out) {
+      float total = sum(sums[row][out]);
+      for (int64_t rest = i; rest < k; ++rest) total += w[out * k + rest] * x[row * k + rest];
+      y[row * stride + out] = total * scale[out];
+    }
 }
 
 template <int ROWS>
 INLINE void outputs(const float *x, const int8_t *w, const float *scale, float *y, int64_t k, int64_t n,
                     int64_t stride) {
-  for (int64_t j = 0; j < n; ++j) output<ROWS>(x, w + j * k, scale[j], y + j, k, stride);
+  constexpr int OUTS = SUMS / ROWS < 1 ? 1 : SUMS / ROWS > 4 ? 4 : SUMS / ROWS;
+  int64_t j = 0;
+  if (ROWS >= 4 || ROWS * k * (int64_t)sizeof(float) > NEAR)
+    for (; j + OUTS <= n; j += OUTS) output<ROWS, OUTS>(x, w + j * k, scale + j, y + j, k, stride);
+  for (; j < n; ++j) output<ROWS, 1>(x, w + j * k, scale + j, y + j, k, stride);
 }
 
 static void product(ARGUMENTS) {

@@ -25,7 +25,7 @@ namespace ffi = xla::ffi;
 #pragma GCC target("avx512f,avx512bw,avx512vl,fma")
 namespace avx512 {
 typedef __m512 Lanes;
-constexpr int WIDTH = 16;
+constexpr int WIDTH = 16, SUMS = 32;
 INLINE Lanes zero() { return _mm512_setzero_ps(); }
 INLINE Lanes load(const float *p) { return _mm512_loadu_ps(p); }
 INLINE Lanes widened(const int8_t *p) {
@@ -41,7 +41,7 @@ INLINE float sum(Lanes a) { return _mm512_reduce_add_ps(a); }
 #pragma GCC target("avx2,fma")
 namespace avx2 {
 typedef __m256 Lanes;
-constexpr int WIDTH = 8;
+constexpr int WIDTH = 8, SUMS = 8;
 INLINE Lanes zero() { return _mm256_setzero_ps(); }
 INLINE Lanes load(const float *p) { return _mm256_loadu_ps(p); }
 INLINE Lanes widened(const int8_t *p) {
@@ -60,7 +60,7 @@ INLINE float sum(Lanes a) {
 
 namespace portable {
 typedef float Lanes;
-constexpr int WIDTH = 1;
+constexpr int WIDTH = 1, SUMS = 8;
 INLINE Lanes zero() { return 0; }
 INLINE Lanes load(const float *p) { return *p; }
 INLINE Lanes widened(const int8_t *p) { return *p; }
@@ -110,10 +110,16 @@ struct Progress {
 
 constexpr int64_t OUTPUTS = 64;  // of a chunk
 
-static ffi::Error Int8Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S8> weights,
-                              ffi::Buffer<ffi::F32> scale, ffi::ResultBuffer<ffi::F32> result) {
-  const int64_t m = x.dimensions()[0], k = x.dimensions()[1], n = weights.dimensions()[0];
-  const int64_t chunks = (n + OUTPUTS - 1) / OUTPUTS;
+using Rows = ffi::Buffer<ffi::F32, 3>;
+using Matrices = ffi::Buffer<ffi::S8, 3>;
+using Scales = ffi::Buffer<ffi::F32, 2>;
+
+// x[g, m, k], weights[g, n, k], scale[g, n] -> result[g, m, n]
+static ffi::Error Int8Product(ffi::ThreadPool pool, Rows x, Matrices weights, Scales scale,
+                              ffi::Result<Rows> result) {
+  const int64_t groups = x.dimensions()[0], m = x.dimensions()[1], k = x.dimensions()[2];
+  const int64_t n = weights.dimensions()[1];
+  const int64_t of_group = (n + OUTPUTS - 1) / OUTPUTS, chunks = groups * of_group;
   const float *rows = x.typed_data(), *scales = scale.typed_data();
   const int8_t *matrix = weights.typed_data();
   float *out = result->typed_data();
@@ -121,8 +127,9 @@ static ffi::Error Int8Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi
   auto progress = std::make_shared<Progress>();
   auto work = [=] {
     for (int64_t chunk; (chunk = progress->taken.fetch_add(1)) < chunks;) {
-      const int64_t first = chunk * OUTPUTS, count = std::min(OUTPUTS, n - first);
-      product(rows, matrix + first * k, scales + first, out + first, m, k, count, n);
+      const int64_t group = chunk / of_group, first = chunk % of_group * OUTPUTS;
+      product(rows + group * m * k, matrix + (group * n + first) * k, scales + group * n + first,
+              out + group * m * n + first, m, k, std::min(OUTPUTS, n - first), n);
       progress->done.fetch_add(1, std::memory_order_release);
     }
   };
@@ -141,7 +148,7 @@ static ffi::Error Int8Product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi
 XLA_FFI_DEFINE_HANDLER_SYMBOL(qwen_int8_product, Int8Product,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::S8>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
+                                  .Arg<Rows>()
+                                  .Arg<Matrices>()
+                                  .Arg<Scales>()
+                                  .Ret<Rows>());

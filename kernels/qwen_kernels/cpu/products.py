@@ -13,22 +13,27 @@ MOST_ROWS = 64  # the kernel's: for more, widening the matrix once costs less
 def int8_product(x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
     """Multiply ``x[..., I]`` by an int8 matrix ``values[O, I]`` with a scale for each output; f32 ``[..., O]``.
 
-    A few rows on a CPU go through a kernel that reads the matrix as it is, and are not rounded. Otherwise XLA widens
-    the matrix to the type of ``x``, which holds its integers exactly.
+    With a further axis in front of all three, there is a matrix for each index: ``values[G, O, I]``.
+
+    A few rows on a CPU go through a kernel that reads the matrices as they are, and are not rounded. Otherwise XLA
+    widens the matrices to the type of ``x``, which holds their integers exactly.
     """
-    rows = x.reshape(-1, x.shape[-1])
+    groups = values.shape[:-2] or (1,)
+    rows = x.reshape(*groups, -1, x.shape[-1])
+    operands = rows, values.reshape(*groups, *values.shape[-2:]), scale.reshape(*groups, -1)
 
     def widened(rows, values, scale):
-        return jnp.einsum("mi,oi->mo", rows, values.astype(rows.dtype), preferred_element_type=jnp.float32) * scale
+        return jnp.einsum("gmi,goi->gmo", rows, values.astype(rows.dtype), preferred_element_type=jnp.float32
+                          ) * scale[:, None]
 
     def kernel(rows, values, scale):
         if (target := int8_target()) is None:
             return widened(rows, values, scale)
-        shape = jax.ShapeDtypeStruct((rows.shape[0], values.shape[0]), jnp.float32)
+        shape = jax.ShapeDtypeStruct((*rows.shape[:2], values.shape[1]), jnp.float32)
         return jax.ffi.ffi_call(target, shape, vmap_method="sequential")(rows.astype(jnp.float32), values, scale)
 
-    if len(rows) <= MOST_ROWS:
-        result = jax.lax.platform_dependent(rows, values, scale, cpu=kernel, default=widened)
+    if rows.shape[1] <= MOST_ROWS:
+        result = jax.lax.platform_dependent(*operands, cpu=kernel, default=widened)
     else:
-        result = widened(rows, values, scale)
+        result = widened(*operands)
     return result.reshape(*x.shape[:-1], -1)

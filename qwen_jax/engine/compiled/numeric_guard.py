@@ -10,7 +10,7 @@ from flax import nnx
 from qwen_kernels.attention import EightBitPages
 
 from qwen_jax.model import Qwen2, params_of
-from qwen_jax.quantization import FP8Tensor, widened
+from qwen_jax.quantization import EightBitTensor, widened
 
 
 class Guard:
@@ -54,7 +54,7 @@ def damaged_weights(model: Qwen2) -> jax.Array:
     num_layers = model.config.num_layers
     layers = [jnp.int32(num_layers + 2)]
     for path, value in params_of(model).items():
-        if isinstance(value, FP8Tensor):
+        if isinstance(value, EightBitTensor):
             layer = int(path.split(".")[1]) if path.startswith("layers.") else num_layers
             fine = jnp.all((value.scale > 0) & jnp.isfinite(value.scale))
             layers.append(jnp.where(fine, layers[0], layer + 1))

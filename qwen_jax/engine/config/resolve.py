@@ -37,7 +37,7 @@ from qwen_jax.model import Qwen2, build, params_of
 from qwen_jax.parallel.hardware import hardware_of
 from qwen_jax.parallel.plan import ParallelPlan, make_plan
 from qwen_jax.parallel.planner import PlanRequest, best_tensor
-from qwen_jax.quantization import Calibrated, FP8Tensor, Precision, Ranges, default_precision, multiplies_fp8
+from qwen_jax.quantization import Calibrated, EightBitTensor, Precision, Ranges, default_precision, multiplies_fp8
 from qwen_jax.xla_flags import check_safe_flags
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def resolve(options: EngineConfig, model: ModelConfig, dtype: Any, draft: ModelC
             raise UserError("batch_invariant decides the shapes: give neither limits nor speculation with it")
         policy = invariant_policy(policy, options.max_batch_size)
     limits = _limits(options, model, policy, measured and measured.grid)
-    precision = precision_of(model, options.fp8_enabled, options.kv_cache_dtype, options.calibrated)
+    precision = precision_of(model, options.fp8_enabled, options.kv_cache_dtype, options.calibrated, options.weights)
     if options.fp8_enabled and not multiplies_fp8():
         _warn_without_fp8()
     cache_dir = default_cache_dir() if options.cache_dir is ... else options.cache_dir
@@ -211,8 +211,8 @@ def as_module(model: Any, dtype: Any) -> tuple[Qwen2, GenerationDefaults]:
     if isinstance(model, Qwen2):
         config, params = model.config, params_of(model)
         wanted = jnp.dtype(dtype or model.dtype)
-        if any(value.dtype != wanted for value in params.values() if not isinstance(value, FP8Tensor)):
-            model = build(config, {path: value if isinstance(value, FP8Tensor) else value.astype(wanted)
+        if any(value.dtype != wanted for value in params.values() if not isinstance(value, EightBitTensor)):
+            model = build(config, {path: value if isinstance(value, EightBitTensor) else value.astype(wanted)
                                    for path, value in params.items()})
         return model, GenerationDefaults.from_hf({}, config)
     if type(model).__module__.partition(".")[0] in ("transformers", "peft"):
@@ -263,7 +263,7 @@ def tuned_for(config: ModelConfig, dtype: Any, options: dict[str, Any]) -> Tuned
     """
     decided = ("limits", "policy", "batch_invariant", "speculation", "load_policy")
     several = any(options.get(name, 1) != 1 for name in ("tp_size", "pp_size", "dp_size"))
-    if several or jax.process_count() > 1 or any(options.get(name) for name in decided):
+    if several or options.get("weights") or jax.process_count() > 1 or any(options.get(name) for name in decided):
         return None
     return tuned.find(config, dtype or config.dtype, options.get("fp8_enabled", False))
 
@@ -276,15 +276,23 @@ def _warn_without_fp8() -> None:
 
 
 def precision_of(config: ModelConfig, fp8_enabled: bool, kv_cache_dtype: str | None,
-                 calibrated: Calibrated | None = None) -> Precision:
+                 calibrated: Calibrated | None = None, weights: str | None = None) -> Precision:
     """Return which parts of a model are 8-bit, as calibration found it or by default.
 
-    With ``fp8_enabled`` weights are, and with "auto" for ``kv_cache_dtype`` KV pages too.
+    With ``fp8_enabled`` weights are, and with "auto" for ``kv_cache_dtype`` KV pages too. With "int8" for ``weights``
+    all of them are. Raises UserError for other weights, and for both.
     """
+    if weights not in (None, "int8"):
+        raise UserError(f"weights must be 'int8' or None, not {weights!r}"
+                        + (": e4m3 is fp8_enabled=True" if weights == "e4m3" else ""))
+    if weights and fp8_enabled:
+        raise UserError("fp8_enabled=True and weights='int8' are two ways to store the same matrices: choose one")
     auto = kv_cache_dtype == "auto"
     if auto:
         kv_cache_dtype = "e4m3" if fp8_enabled else None
     precision = default_precision(config, fp8_enabled, kv_cache_dtype)
+    if weights:
+        return replace(precision, weights=(True,) * config.num_layers, tables=True, format=weights)
     if calibrated and fp8_enabled:
         found = calibrated.precision
         return replace(found, kv_cache=found.kv_cache if auto else precision.kv_cache)

@@ -66,7 +66,8 @@ class WeightSharding:
             shape = expanded_shape(spec.shape, spec.axes, layout)
             sharding = self.shards[self._owners[path]].sharding(spec.axes, shape)
             changed = partial(expand, axes=spec.axes, layout=layout) if shape != spec.shape else None
-            placements[path] = Placement(sharding, self.dtype, self.precision.inputs(path), changed)
+            placements[path] = Placement(sharding, self.dtype, self.precision.inputs(path), changed,
+                                         self.precision.dtype)
         return placements
 
     def place(self, path: str, value: Any) -> Any:

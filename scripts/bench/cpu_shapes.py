@@ -1,0 +1,56 @@
+"""Compare the int8 product for CPUs with float64 on random shapes, and with every instruction set of this machine.
+
+    python scripts/bench/cpu_shapes.py [--shapes 10000] [--seed 0]
+
+Under sanitizers:
+
+    export QWEN_JAX_KERNEL_FLAGS="-fsanitize=address,undefined -g" ASAN_OPTIONS=detect_leaks=0
+    LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so.6)" \
+        python scripts/bench/cpu_shapes.py --shapes 500
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from qwen_kernels.cpu import MOST_ROWS, int8_product, library  # noqa: E402
+from tqdm import trange  # noqa: E402
+
+SETS = (b"AVX-512", b"AVX2", b"portable")
+MOST = 1e-6  # times the sum of the absolute terms: float32's rounding of a sum
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    kernels, random, wrong, worst = library(), np.random.default_rng(args.seed), 0, 0.0
+    if kernels is None:
+        raise SystemExit("the kernels cannot be compiled here")
+    sets = [name for name in SETS if kernels.qwen_use_instruction_set(name)]
+    for number in trange(args.shapes, file=sys.stderr):
+        kernels.qwen_use_instruction_set(sets[number % len(sets)])
+        groups, rows = int(random.integers(1, 4)), int(random.integers(1, MOST_ROWS + 1))
+        inputs, outputs = (int(size) for size in random.integers(1, (700, 400)))
+        x = random.standard_normal((groups, rows, inputs)).astype(np.float32) * 10 ** random.uniform(-6, 6)
+        values = random.integers(-128, 128, (groups, outputs, inputs), np.int8)
+        scale = random.uniform(1e-4, 10, (groups, outputs)).astype(np.float32)
+        found = np.asarray(int8_product(*map(jnp.asarray, (x, values, scale))), np.float64)
+        expected, terms = (np.einsum("gmi,goi->gmo", part(x.astype(np.float64)), part(values.astype(np.float64)))
+                           * scale[:, None] for part in (np.asarray, np.abs))
+        error = float(np.max(np.abs(found - expected) / np.maximum(terms, 1e-300)))
+        worst, wrong = max(worst, error), wrong + (error > MOST)
+    names = ", ".join(name.decode() for name in sets)
+    print(f"{args.shapes} shapes, {names}: {wrong} wrong, largest error {worst:.1e}")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
