@@ -95,6 +95,18 @@ def test_answers_of_an_adapter(engine, rounded, config_and_params, tmp_path):
     assert [one.token_ids for one in found] != [one.token_ids for one in plain]
 
 
+def test_other_weights_are_rounded_too(engine, model, config_and_params):
+    """An update is stored like the first weights, with scales of its own, and compiles nothing."""
+    before = engine.generate(PROMPTS, GREEDY)
+    config, params = config_and_params
+    doubled = {path: value * 2 if path.endswith("mlp.down") else value for path, value in params.items()}
+    engine.update_weights(build(config, doubled))
+    after = engine.generate(PROMPTS, GREEDY)
+    assert [one.token_ids for one in after] != [one.token_ids for one in before]
+    engine.rollback()
+    check_equal(engine.generate(PROMPTS, GREEDY), before)
+
+
 def test_two_devices(model, rounded):
     engine = Engine(model, weights="int8", tp_size=2, **OPTIONS)
     check_equal(engine.generate(PROMPTS, GREEDY), rounded.generate(PROMPTS, GREEDY))

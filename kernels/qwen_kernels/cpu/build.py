@@ -8,7 +8,6 @@ import logging
 import os
 import platform
 import shutil
-import stat
 import subprocess
 import tempfile
 from functools import cache
@@ -17,6 +16,7 @@ from pathlib import Path
 import jax
 
 from qwen_kernels.cache import cache_root
+from qwen_kernels.private_folder import NotPrivate, open_private
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +47,10 @@ def library() -> ctypes.CDLL | None:
     folder = cache_root() / "kernels"
     try:
         try:
-            _make_private(folder)
-        except OSError as error:
+            os.close(open_private(folder))
+            if not os.access(folder, os.W_OK):
+                raise PermissionError(f"{folder} cannot be written")
+        except (OSError, NotPrivate) as error:
             logger.warning("%s: the CPU kernels are compiled in each process anew", error)
             folder = Path(tempfile.mkdtemp(prefix="qwen-jax-kernels-"))
         path = folder / f"{platform.machine()}-{_digest()}.so"
@@ -74,16 +76,6 @@ def _digest() -> str:
     here = Path(__file__).parent
     parts = [(here / name).read_bytes() for name in SOURCES]
     return hashlib.sha256(b"\0".join([*parts, repr(FLAGS).encode(), jax.lib.__version__.encode()])).hexdigest()[:16]
-
-
-def _make_private(folder: Path) -> None:
-    """Make a folder that only this user can write to; OSError where that is not so: loading a library runs its code."""
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    found = folder.stat()
-    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PermissionError(f"others can write to {folder}")
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"{folder} cannot be written")
 
 
 def _compile(path: Path) -> None:

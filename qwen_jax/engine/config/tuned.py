@@ -15,13 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from qwen_kernels.cache import cache_root
+from qwen_kernels.private_folder import make_private
 
 from qwen_jax.atomic import replace_file
 from qwen_jax.config import UNTRACED, ModelConfig
 from qwen_jax.engine.scheduling.buckets import Grid, Limits, bucket_table, default_limits
 from qwen_jax.engine.scheduling.schedule_policy import DEFAULT_POLICY, SchedulePolicy
 from qwen_jax.errors import UserError
-from qwen_jax.private_folder import make_private
 
 logger = logging.getLogger(__name__)
 

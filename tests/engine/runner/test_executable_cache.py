@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 import qwen_kernels
+from qwen_kernels import private_folder
 
 import qwen_jax
-from qwen_jax import private_folder
 from qwen_jax.engine.runner import executable_cache
 from qwen_jax.engine.runner.executable_cache import TRACED, Executables
 from qwen_jax.errors import UserError
