@@ -45,7 +45,7 @@ class EngineOptions(Options):
     fp8_enabled: Annotated[bool, option(
         "8-bit weights and KV cache", argument="--fp8")] = False
     weights: Annotated[Literal["int8"], option(
-        "type to which all weights are rounded; on CPUs few requests are answered several times as fast")] | None = None
+        "type to which all weights are rounded; on CPUs few requests are answered about twice as fast")] | None = None
     max_adapters: Annotated[int, option(
         "LoRA adapters loaded at once", "N", ge=0)] = 0
     max_adapter_rank: Annotated[int, option(
