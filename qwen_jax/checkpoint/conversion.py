@@ -110,8 +110,8 @@ def export(src: str | Path, dst: str | Path, max_shard_bytes: int = 5_000_000_00
     """
     source = resolve(src)
     if source.kind != "orbax":
-        raise UserError(f"{src} is " + ("already a Hugging Face folder: export reads converted checkpoints"
-                                        if source.kind == "hf" else "not converted: convert it first"))
+        raise UserError(f"{src} is not converted: convert it first" if source.kind == "gguf" else
+                        f"{src} is already a Hugging Face folder: export reads converted checkpoints")
     manifest, config = read_manifest(source), source.config
     hf_config = read_json(source.path / "config.json")
     dtypes = {path: DTYPES["BF16"] if dtype == E4M3 else dtype

@@ -22,7 +22,8 @@ import numpy as np  # noqa: E402
 from qwen_kernels.cpu import MOST_ROWS, int8_product, library  # noqa: E402
 from tqdm import trange  # noqa: E402
 
-SETS = (b"AVX-512", b"AVX2", b"portable")
+BFLOAT16 = b"AVX-512 with bfloat16"
+SETS = (BFLOAT16, b"AVX-512", b"AVX2", b"portable")
 MOST = 1e-6  # times the sum of the absolute terms: float32's rounding of a sum
 
 
@@ -42,7 +43,9 @@ def main() -> int:
         x = random.standard_normal((groups, rows, inputs)).astype(np.float32) * 10 ** random.uniform(-6, 6)
         values = random.integers(-128, 128, (groups, outputs, inputs), np.int8)
         scale = random.uniform(1e-4, 10, (groups, outputs)).astype(np.float32)
-        found = np.asarray(int8_product(*map(jnp.asarray, (x, values, scale))), np.float64)
+        x = jnp.asarray(x, jnp.bfloat16 if sets[number % len(sets)] == BFLOAT16 else jnp.float32)
+        found = np.asarray(int8_product(x, jnp.asarray(values), jnp.asarray(scale)), np.float64)
+        x = np.asarray(x.astype(jnp.float32))
         expected, terms = (np.einsum("gmi,goi->gmo", part(x.astype(np.float64)), part(values.astype(np.float64)))
                            * scale[:, None] for part in (np.asarray, np.abs))
         error = float(np.max(np.abs(found - expected) / np.maximum(terms, 1e-300)))

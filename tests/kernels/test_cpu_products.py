@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from qwen_kernels.cpu import build, int8_product, int8_target
+from qwen_kernels.cpu import build, int8_product, int8_targets
 
-SETS = ("AVX-512", "AVX2", "portable")
+BFLOAT16 = "AVX-512 with bfloat16"
+SETS = (BFLOAT16, "AVX-512", "AVX2", "portable")
 
 
 def operands(rows, inputs, outputs, seed=0, dtype=jnp.float32):
@@ -47,8 +48,9 @@ def test_every_shape(instruction_set):
     shapes += [(2, 64, outputs) for outputs in (1, 63, 64, 65, 128, 300)] + [(64, 31, 33), (65, 31, 33)]
     shapes += [tuple(random.integers(1, (20, 300, 200))) for _ in range(20)]
     for number, shape in enumerate(shapes):
-        x, values, scale = operands(*shape, seed=number)
-        assert_right(x, values, scale, int8_product(x, values, scale))
+        for dtype in (jnp.float32, jnp.bfloat16) if instruction_set == BFLOAT16 else (jnp.float32,):
+            x, values, scale = operands(*shape, seed=number, dtype=dtype)
+            assert_right(x, values, scale, int8_product(x, values, scale))
 
 
 def test_bfloat16_rows_and_more_axes():
@@ -71,9 +73,11 @@ def test_a_matrix_for_each_index_in_front():
 
 def test_the_kernel_is_what_runs():
     x, values, scale = operands(2, 48, 20)
-    assert int8_target() in jax.jit(int8_product).lower(x, values, scale).as_text()
-    many = operands(65, 48, 20)
-    assert int8_target() not in jax.jit(int8_product).lower(*many).as_text()
+    targets, lowered = int8_targets(), jax.jit(int8_product).lower
+    assert f"@{targets.floats}(" in lowered(x, values, scale).as_text()
+    as_they_are = f"@{targets.bfloats}(" in lowered(x.astype(jnp.bfloat16), values, scale).as_text()
+    assert as_they_are == (build.instruction_set() == BFLOAT16) == (targets.bfloats is not None)
+    assert "qwen_int8_product" not in lowered(*operands(65, 48, 20)).as_text()
 
 
 def test_extreme_values():

@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
@@ -26,19 +27,31 @@ FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-w", *os.environ.get("QWEN_JA
 SECONDS = 300  # most that the compiler may take
 
 
-@cache
-def int8_target() -> str | None:
-    """Return the name under which JAX calls the int8 product, registered; None where it cannot be compiled.
+class Targets(NamedTuple):
+    """Names under which JAX calls the int8 product, registered; they have a digest of the sources, so that a program on
+    disk never calls another version of the kernel.
 
-    The name has a digest of the sources, so that a program on disk never calls another version of the kernel. Why there
-    is none is logged once.
+    Attributes:
+      floats: the product of float32 rows.
+      bfloats: that of bfloat16 rows; None where the processor does not multiply them.
     """
+
+    floats: str
+    bfloats: str | None
+
+
+@cache
+def int8_targets() -> Targets | None:
+    """Register the int8 products and return their names; None where they cannot be compiled, which is logged once."""
     loaded = library()
     if loaded is None:
         return None
-    name = f"qwen_int8_product_{_digest()}"
-    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(loaded.qwen_int8_product), platform="cpu")
-    return name
+    names = {"qwen_int8_product": None, "qwen_int8_product_bfloat16": None}
+    for symbol in names:
+        names[symbol] = f"{symbol}_{_digest()}"
+        jax.ffi.register_ffi_target(names[symbol], jax.ffi.pycapsule(getattr(loaded, symbol)), platform="cpu")
+    floats, bfloats = names.values()
+    return Targets(floats, bfloats if loaded.qwen_multiplies_bfloat16() else None)
 
 
 @cache

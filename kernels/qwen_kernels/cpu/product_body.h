@@ -1,5 +1,5 @@
-// The product for one instruction set: included in a namespace that has Lanes, WIDTH, SUMS (how many sums the registers
-// hold) and operations on Lanes.
+// The product for one instruction set: included in a namespace that has Input (type of the rows), Operands (WIDTH inputs
+// or weights in a register), Lanes (of sums), SUMS (how many of them the registers hold) and the operations on these.
 
 constexpr int64_t NEAR = 24 << 10;  // bytes of rows that stay in the first cache beside the weights
 constexpr int64_t AHEAD = 2048;     // bytes between a weight that is read and the one that is fetched
@@ -7,42 +7,42 @@ constexpr int64_t AHEAD = 2048;     // bytes between a weight that is read and t
 // OUTS outputs of ROWS rows. One output at a time reads the weights in order, which memory does fastest; several read
 // the rows less often, which pays where there are many, or where they are so long that they leave the first cache.
 template <int ROWS, int OUTS>
-INLINE void output(const float *x, const int8_t *w, const float *scale, float *y, int64_t k, int64_t stride) {
+INLINE void output(const Input *x, const int8_t *w, const float *scale, float *y, int64_t k, int64_t stride) {
   const int64_t ahead = OUTS > 1 ? OUTS * k : AHEAD;
   Lanes sums[ROWS][OUTS];
   for (int row = 0; row < ROWS; ++row)
     for (int out = 0; out < OUTS; ++out) sums[row][out] = zero();
   int64_t i = 0;
   for (; i + WIDTH <= k; i += WIDTH) {
-    Lanes weights[OUTS];
+    Operands weights[OUTS];
     for (int out = 0; out < OUTS; ++out) {
       if (i % 64 == 0) __builtin_prefetch(w + out * k + i + ahead);
       weights[out] = widened(w + out * k + i);
     }
     for (int row = 0; row < ROWS; ++row) {
-      const Lanes inputs = load(x + row * k + i);
+      const Operands inputs = load(x + row * k + i);
       for (int out = 0; out < OUTS; ++out) sums[row][out] = multiply_add(weights[out], inputs, sums[row][out]);
     }
   }
   for (int row = 0; row < ROWS; ++row)
     for (int out = 0; out < OUTS; ++out) {
       float total = sum(sums[row][out]);
-      for (int64_t rest = i; rest < k; ++rest) total += w[out * k + rest] * x[row * k + rest];
+      for (int64_t rest = i; rest < k; ++rest) total += w[out * k + rest] * number(x[row * k + rest]);
       y[row * stride + out] = total * scale[out];
     }
 }
 
 template <int ROWS>
-INLINE void outputs(const float *x, const int8_t *w, const float *scale, float *y, int64_t k, int64_t n,
+INLINE void outputs(const Input *x, const int8_t *w, const float *scale, float *y, int64_t k, int64_t n,
                     int64_t stride) {
   constexpr int OUTS = SUMS / ROWS < 1 ? 1 : SUMS / ROWS > 4 ? 4 : SUMS / ROWS;
   int64_t j = 0;
-  if (ROWS >= 4 || ROWS * k * (int64_t)sizeof(float) > NEAR)
+  if (ROWS >= 4 || ROWS * k * (int64_t)sizeof(Input) > NEAR)
     for (; j + OUTS <= n; j += OUTS) output<ROWS, OUTS>(x, w + j * k, scale + j, y + j, k, stride);
   for (; j < n; ++j) output<ROWS, 1>(x, w + j * k, scale + j, y + j, k, stride);
 }
 
-static void product(ARGUMENTS) {
+static void product(const Input *x, ARGUMENTS) {
   for (; m >= 8; m -= 8, x += 8 * k, y += 8 * stride) outputs<8>(x, w, scale, y, k, n, stride);
   for (; m >= 4; m -= 4, x += 4 * k, y += 4 * stride) outputs<4>(x, w, scale, y, k, n, stride);
   for (; m >= 2; m -= 2, x += 2 * k, y += 2 * stride) outputs<2>(x, w, scale, y, k, n, stride);

@@ -1,12 +1,14 @@
-// Products of float32 rows with int8 matrices, for XLA on CPUs (https://docs.jax.dev/en/latest/ffi.html).
+// Products of float32 or bfloat16 rows with int8 matrices, for XLA on CPUs (https://docs.jax.dev/en/latest/ffi.html).
 //
-// A few rows read each weight once, and memory decides the time: weights stay int8 in memory and become float32 in
-// registers. The body is compiled once for each instruction set, and the best one that the processor has is chosen when
+// A few rows read each weight once, and memory decides the time: weights stay int8 in memory and become float32 or
+// bfloat16, which hold them exactly, in registers. Sums are float32. The body is compiled once for each instruction set, and the best one that the processor has is chosen when
 // the library is loaded.
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstring>
 #include <memory>
+#include <string>
 #include <thread>
 
 #include "xla/ffi/api/ffi.h"
@@ -14,9 +16,9 @@
 namespace ffi = xla::ffi;
 
 #define INLINE static inline __attribute__((always_inline))
-// x[m, k], w[n, k], scale[n] -> y[m, n], of which n outputs are computed; rows of y are `stride` apart.
-#define ARGUMENTS                                                                                          \
-  const float *x, const int8_t *w, const float *scale, float *y, int64_t m, int64_t k, int64_t n, int64_t stride
+// x[m, k], w[n, k], scale[n] -> y[m, n], of which n outputs are computed; rows of y are `stride` apart. x comes first.
+#define ARGUMENTS \
+  const int8_t *w, const float *scale, float *y, int64_t m, int64_t k, int64_t n, int64_t stride
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -24,8 +26,10 @@ namespace ffi = xla::ffi;
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,fma")
 namespace avx512 {
-typedef __m512 Lanes;
+typedef float Input;
+typedef __m512 Lanes, Operands;
 constexpr int WIDTH = 16, SUMS = 32;
+INLINE float number(Input x) { return x; }
 INLINE Lanes zero() { return _mm512_setzero_ps(); }
 INLINE Lanes load(const float *p) { return _mm512_loadu_ps(p); }
 INLINE Lanes widened(const int8_t *p) {
@@ -38,10 +42,37 @@ INLINE float sum(Lanes a) { return _mm512_reduce_add_ps(a); }
 #pragma GCC pop_options
 
 #pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512bf16,fma")
+namespace avx512_bf16 {
+typedef uint16_t Input;
+typedef __m512bh Operands;
+typedef __m512 Lanes;
+constexpr int WIDTH = 32, SUMS = 32;
+INLINE float number(Input x) {
+  const uint32_t bits = (uint32_t)x << 16;
+  float result;
+  memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+INLINE Lanes zero() { return _mm512_setzero_ps(); }
+INLINE Operands load(const Input *p) { return (Operands)_mm512_loadu_si512(p); }
+INLINE __m512 floats(const int8_t *p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+INLINE Operands widened(const int8_t *p) { return _mm512_cvtne2ps_pbh(floats(p + 16), floats(p)); }
+INLINE Lanes multiply_add(Operands a, Operands b, Lanes c) { return _mm512_dpbf16_ps(c, a, b); }
+INLINE float sum(Lanes a) { return _mm512_reduce_add_ps(a); }
+#include "product_body.h"
+}  // namespace avx512_bf16
+#pragma GCC pop_options
+
+#pragma GCC push_options
 #pragma GCC target("avx2,fma")
 namespace avx2 {
-typedef __m256 Lanes;
+typedef float Input;
+typedef __m256 Lanes, Operands;
 constexpr int WIDTH = 8, SUMS = 8;
+INLINE float number(Input x) { return x; }
 INLINE Lanes zero() { return _mm256_setzero_ps(); }
 INLINE Lanes load(const float *p) { return _mm256_loadu_ps(p); }
 INLINE Lanes widened(const int8_t *p) {
@@ -59,8 +90,9 @@ INLINE float sum(Lanes a) {
 #endif
 
 namespace portable {
-typedef float Lanes;
+typedef float Input, Lanes, Operands;
 constexpr int WIDTH = 1, SUMS = 8;
+INLINE float number(Input x) { return x; }
 INLINE Lanes zero() { return 0; }
 INLINE Lanes load(const float *p) { return *p; }
 INLINE Lanes widened(const int8_t *p) { return *p; }
@@ -69,36 +101,55 @@ INLINE float sum(Lanes a) { return a; }
 #include "product_body.h"
 }  // namespace portable
 
-typedef void (*Product)(ARGUMENTS);
+template <typename Input>
+using Product = void (*)(const Input *x, ARGUMENTS);
 
 struct InstructionSet {
   const char *name;
-  Product product;
+  Product<float> floats;
+  Product<uint16_t> bfloats;  // null where bfloat16 is not multiplied: rows come as float32 then
 };
 
-static InstructionSet best_instruction_set() {
+static const InstructionSet *known() {
+  static const InstructionSet all[] = {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
-    return {"AVX-512", avx512::product};
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {"AVX2", avx2::product};
+      {"AVX-512 with bfloat16", avx512::product, avx512_bf16::product},
+      {"AVX-512", avx512::product, nullptr},
+      {"AVX2", avx2::product, nullptr},
 #endif
-  return {"portable", portable::product};
+      {"portable", portable::product, nullptr},
+      {nullptr, nullptr, nullptr}};
+  return all;
+}
+
+static bool supported(const std::string &name) {
+#if defined(__x86_64__)
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl");
+  if (name == "AVX-512 with bfloat16") return avx512 && __builtin_cpu_supports("avx512bf16");
+  if (name == "AVX-512") return avx512;
+  if (name == "AVX2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+  return true;
+}
+
+static InstructionSet best_instruction_set() {
+  const InstructionSet *set = known();
+  while (!supported(set->name)) ++set;
+  return *set;
 }
 
 static InstructionSet chosen = best_instruction_set();
 
 extern "C" const char *qwen_instruction_set() { return chosen.name; }
 
+extern "C" int qwen_multiplies_bfloat16() { return chosen.bfloats != nullptr; }
+
 // Makes the library use another instruction set that the processor has; returns whether there is one of that name.
 extern "C" int qwen_use_instruction_set(const char *name) {
-  const InstructionSet known[] = {best_instruction_set(),
-#if defined(__x86_64__)
-                                  {"AVX2", __builtin_cpu_supports("avx2") ? avx2::product : nullptr},
-#endif
-                                  {"portable", portable::product}};
-  for (const InstructionSet &set : known)
-    if (set.product && std::string(set.name) == name) {
-      chosen = set;
+  for (const InstructionSet *set = known(); set->name; ++set)
+    if (std::string(set->name) == name && supported(set->name)) {
+      chosen = *set;
       return 1;
     }
   return 0;
@@ -110,20 +161,20 @@ struct Progress {
 
 constexpr int64_t OUTPUTS = 64;  // of a chunk
 
-using Rows = ffi::Buffer<ffi::F32, 3>;
 using Matrices = ffi::Buffer<ffi::S8, 3>;
 using Scales = ffi::Buffer<ffi::F32, 2>;
+using Result = ffi::Buffer<ffi::F32, 3>;
 
-// x[g, m, k], weights[g, n, k], scale[g, n] -> result[g, m, n]
-static ffi::Error Int8Product(ffi::ThreadPool pool, Rows x, Matrices weights, Scales scale,
-                              ffi::Result<Rows> result) {
-  const int64_t groups = x.dimensions()[0], m = x.dimensions()[1], k = x.dimensions()[2];
-  const int64_t n = weights.dimensions()[1];
+// rows[g, m, k], weights[g, n, k], scale[g, n] -> result[g, m, n]
+template <typename Input>
+static ffi::Error multiply(ffi::ThreadPool pool, const Input *rows, ffi::Span<const int64_t> shape, Matrices weights,
+                           Scales scale, ffi::Result<Result> result, Product<Input> product) {
+  const int64_t groups = shape[0], m = shape[1], k = shape[2], n = weights.dimensions()[1];
   const int64_t of_group = (n + OUTPUTS - 1) / OUTPUTS, chunks = groups * of_group;
-  const float *rows = x.typed_data(), *scales = scale.typed_data();
+  const float *scales = scale.typed_data();
   const int8_t *matrix = weights.typed_data();
   float *out = result->typed_data();
-  const Product product = chosen.product;
+  if (!product) return ffi::Error::InvalidArgument("this processor does not multiply bfloat16");
   auto progress = std::make_shared<Progress>();
   auto work = [=] {
     for (int64_t chunk; (chunk = progress->taken.fetch_add(1)) < chunks;) {
@@ -145,10 +196,24 @@ static ffi::Error Int8Product(ffi::ThreadPool pool, Rows x, Matrices weights, Sc
   return ffi::Error::Success();
 }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(qwen_int8_product, Int8Product,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Rows>()
-                                  .Arg<Matrices>()
-                                  .Arg<Scales>()
-                                  .Ret<Rows>());
+using Floats = ffi::Buffer<ffi::F32, 3>;
+using Bfloats = ffi::Buffer<ffi::BF16, 3>;
+
+static ffi::Error Int8Product(ffi::ThreadPool pool, Floats x, Matrices weights, Scales scale,
+                              ffi::Result<Result> result) {
+  return multiply<float>(pool, x.typed_data(), x.dimensions(), weights, scale, result, chosen.floats);
+}
+
+static ffi::Error Int8ProductBfloat16(ffi::ThreadPool pool, Bfloats x, Matrices weights, Scales scale,
+                                      ffi::Result<Result> result) {
+  return multiply<uint16_t>(pool, (const uint16_t *)x.untyped_data(), x.dimensions(), weights, scale, result,
+                            chosen.bfloats);
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    qwen_int8_product, Int8Product,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Matrices>().Arg<Scales>().Ret<Result>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    qwen_int8_product_bfloat16, Int8ProductBfloat16,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Bfloats>().Arg<Matrices>().Arg<Scales>().Ret<Result>());

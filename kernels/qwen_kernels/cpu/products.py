@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from qwen_kernels.cpu.build import int8_target
+from qwen_kernels.cpu.build import int8_targets
 
 MOST_ROWS = 64  # the kernel's: for more, widening the matrix once costs less
 
@@ -27,10 +27,12 @@ def int8_product(x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array
                           ) * scale[:, None]
 
     def kernel(rows, values, scale):
-        if (target := int8_target()) is None:
+        if (targets := int8_targets()) is None:
             return widened(rows, values, scale)
+        as_they_are = rows.dtype == jnp.bfloat16 and targets.bfloats
         shape = jax.ShapeDtypeStruct((*rows.shape[:2], values.shape[1]), jnp.float32)
-        return jax.ffi.ffi_call(target, shape, vmap_method="sequential")(rows.astype(jnp.float32), values, scale)
+        call = jax.ffi.ffi_call(targets.bfloats if as_they_are else targets.floats, shape, vmap_method="sequential")
+        return call(rows if as_they_are else rows.astype(jnp.float32), values, scale)
 
     if rows.shape[1] <= MOST_ROWS:
         result = jax.lax.platform_dependent(*operands, cpu=kernel, default=widened)

@@ -33,13 +33,13 @@ class Compressed(Blocks):
         unread = kinds - {("float", 8), ("int", 8), ("int", 4)}
         if not groups or unread:
             kind, bits = min(unread, default=(None, None), key=str)
-            raise refuse(f"compressed-tensors weights of {bits} bits ({kind}) are" if unread else
-                         "compressed-tensors without config_groups are")
+            raise refuse(f"compressed-tensors weights of {bits} bits ({kind})" if unread else
+                         "compressed-tensors without config_groups")
         bits = {count for kind, count in kinds if kind == "int"}
         if len(bits) > 1:
-            raise refuse("compressed-tensors with integers of 4 bits in some layers and of 8 in others are")
+            raise refuse("compressed-tensors with integers of 4 bits in some layers and of 8 in others")
         if (settings.get("sparsity_config") or {}).get("format", "dense") != "dense":
-            raise refuse("compressed-tensors with sparse weights are")
+            raise refuse("compressed-tensors with sparse weights")
         self.bits = next(iter(bits), 8)
 
     def matrices(self, stored: Mapping[str, Stored]) -> dict[str, Matrix]:

@@ -28,7 +28,7 @@ class Blocks:
     def __init__(self, settings: Mapping[str, Any]) -> None:
         """Raise UserError when ``settings``, a ``quantization_config``, names blocks of another size."""
         if list(settings.get("weight_block_size") or [BLOCK, BLOCK]) != [BLOCK, BLOCK]:
-            raise refuse(f"FP8 weights with blocks of {settings['weight_block_size']} are")
+            raise refuse(f"FP8 weights with blocks of {settings['weight_block_size']}")
 
     def matrices(self, stored: Mapping[str, Stored]) -> dict[str, Matrix]:
         return {name: Matrix(tensor.shape, {"values": name, "scale": scale_name(name, stored)})

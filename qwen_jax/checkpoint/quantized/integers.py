@@ -32,9 +32,9 @@ class Gptq:
         self.bits = bits_of(settings, (4, 8), "GPTQ")
         kind = settings.get("checkpoint_format") or settings.get("format") or "gptq"
         if kind not in ("gptq", "gptq_v2"):
-            raise refuse(f"GPTQ weights in the layout {kind!r} are")
+            raise refuse(f"GPTQ weights in the layout {kind!r}")
         if any(not pattern.startswith("-") for pattern in settings.get("dynamic") or {}):
-            raise refuse("GPTQ weights with other bits in some layers (dynamic) are")
+            raise refuse("GPTQ weights with other bits in some layers (dynamic)")
         # The first layout stores a zero point less one.
         self.offset = 1 if kind == "gptq" else 0
 
@@ -62,7 +62,7 @@ class Awq:
         version = str(settings.get("version", "gemm")).lower()
         if version != "gemm" or not settings.get("zero_point", True):
             raise refuse(f"AWQ weights in the layout {version!r}"
-                         + (" are" if settings.get("zero_point", True) else " without zero points are"))
+                         + ("" if settings.get("zero_point", True) else " without zero points"))
 
     def matrices(self, stored: Mapping[str, Stored]) -> dict[str, Matrix]:
         return grouped(stored, lambda codes: (codes[1] * 8, codes[0]), lambda groups, out: (groups, out // 8))
@@ -80,7 +80,7 @@ class Awq:
 def bits_of(settings: Mapping[str, Any], read: tuple[int, ...], method: str) -> int:
     """Return the bits of a code; UserError when they are none of those that are ``read``."""
     if settings.get("bits") not in read:
-        raise refuse(f"{method} weights of {settings.get('bits')} bits are")
+        raise refuse(f"{method} weights of {settings.get('bits')} bits")
     return settings["bits"]
 
 

@@ -68,8 +68,8 @@ def scheme_of(hf: Mapping[str, Any], folder: Path | None = None) -> Scheme:
 
 
 def refuse(what: str) -> UserError:
-    """Return the error for a quantised checkpoint with settings that are not read."""
-    return UserError(f"{what} not supported: use another release of this model")
+    """Return the error for quantised weights that are not read; ``what`` names them."""
+    return UserError(f"{what} are not supported: use another release of this model")
 
 
 def _beside(folder: Path | None) -> dict[str, Any]:
