@@ -233,9 +233,9 @@ def test_memory_stays_within_one_group(tmp_path, monkeypatch):
         saved.extend(weakref.ref(array) for array in piece.values())
         sizes.append(sum(array.nbytes for array in piece.values()))
 
-    def watch_read(self, name):
+    def watch_read(self, name, dtype=None):
         assert not any(ref() is not None for ref in saved), "an earlier group is still in memory"
-        return read(self, name)
+        return read(self, name, dtype)
 
     monkeypatch.setattr(orbax_store.ocp.partial, "save", watch_save)
     monkeypatch.setattr(safetensors_io.SafetensorsFolder, "read", watch_read)
