@@ -54,7 +54,7 @@ def packed(codes, bits):
     return words.astype(np.uint32).view(np.int32)
 
 
-def as_gptq(weight, bits=4, size=32, **_):
+def as_gptq(weight, bits=4, size=32, checkpoint_format="gptq", **_):
     """A matrix's parts as GPTQ lays them, with the inputs in the order of their size, and what they stand for."""
     out, inputs = weight.shape
     rank = np.argsort(np.argsort(-np.abs(weight).max(axis=0)))
@@ -67,8 +67,8 @@ def as_gptq(weight, bits=4, size=32, **_):
     wide = scale.astype(np.float32)[groups].T
     codes = np.clip(np.round(weight / wide) + zero[groups].T, 0, 2**bits - 1)
     meant = (codes - zero[groups].T) * wide
-    return {"qweight": packed(codes, bits).T.copy(), "qzeros": packed(zero - 1, bits), "scales": scale,
-            "g_idx": groups.astype(np.int32)}, meant
+    return {"qweight": packed(codes, bits).T.copy(), "scales": scale,
+            "qzeros": packed(zero - (checkpoint_format == "gptq"), bits), "g_idx": groups.astype(np.int32)}, meant
 
 
 def as_awq(weight, size=32, **_):
@@ -111,7 +111,8 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}
 
 
-@pytest.mark.parametrize("how, settings", [(as_gptq, GPTQ), (as_gptq, GPTQ | {"bits": 8}), (as_awq, AWQ)])
+@pytest.mark.parametrize("how, settings", [(as_gptq, GPTQ), (as_gptq, GPTQ | {"bits": 8}),
+                                           (as_gptq, GPTQ | {"checkpoint_format": "gptq_v2"}), (as_awq, AWQ)])
 def test_logits_of_a_quantised_model(folder, tmp_path, how, settings):
     theirs = write(folder, tmp_path / "x", how, settings, biases=0)
     np.testing.assert_allclose(load_model(tmp_path / "x", "float32")(TOKENS), hf_logits(theirs, TOKENS), atol=2e-4)
