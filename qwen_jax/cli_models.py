@@ -120,8 +120,10 @@ def _memory(args: argparse.Namespace) -> dict[str, Any]:
     if not args.memory_gb > 0:
         raise UserError(f"--memory-gb must be the device's memory in GB, a positive number, not {args.memory_gb:g}")
     config, where = find_config(args.model)
-    precision = precision_of(config, args.fp8, "auto")
-    return {"model": where, "fp8": args.fp8} | memory_report(config, "bfloat16", precision, int(args.memory_gb * 1e9))
+    precision = precision_of(config, args.fp8, "auto", weights=args.weights)
+    weights = args.weights or ("e4m3" if args.fp8 else "bfloat16")
+    return {"model": where, "fp8": args.fp8, "weights": weights,
+            **memory_report(config, "bfloat16", precision, int(args.memory_gb * 1e9))}
 
 
 def _facts(ref: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from qwen_jax.quantization import default_precision
 LIMITS = Limits(max_batch_size=2, max_seq_len=128, prefill_shapes=((1, 64),), recompute_shapes=(), decode_rows=(2,))
 
 
-@pytest.mark.parametrize("options", [{}, {"fp8_enabled": True}, {"kv_cache_dtype": "e4m3"}])
+@pytest.mark.parametrize("options", [{}, {"fp8_enabled": True}, {"kv_cache_dtype": "e4m3"}, {"weights": "int8"}])
 def test_as_many_bytes_as_there_are(options):
     engine = Engine(random_qwen2(num_hidden_layers=4), dtype="bfloat16", limits=LIMITS, warmup=False, cache_dir=None,
                     **options)
@@ -48,5 +48,11 @@ def test_report(capsys):
     assert main(["info", "qwen2.5-72b", "--memory", "--fp8", "--memory-gb", "141", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert 70e9 < said["weight_bytes"] < 80e9 and said["context_tokens_that_fit"] > 300_000 and said["fp8"] is True
+    assert main(["info", "qwen2.5-72b", "--memory", "--weights", "int8", "--memory-gb", "141", "--json"]) == 0
+    int8 = json.loads(capsys.readouterr().out)
+    assert int8["weights"] == "int8" and int8["weight_bytes"] < said["weight_bytes"]
+    assert int8["kv_bytes_per_token"] > said["kv_bytes_per_token"]
+    assert main(["info", "qwen2.5-72b", "--memory", "--weights", "int8", "--fp8"]) == 2
+    assert "choose one" in capsys.readouterr().err
     assert main(["info", "qwen2.5-72b", "--memory", "--memory-gb", "0"]) == 2
     assert "--memory-gb" in capsys.readouterr().err
