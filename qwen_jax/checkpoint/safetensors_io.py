@@ -209,16 +209,21 @@ def check_finite(name: str, tensor: np.ndarray) -> None:
         raise UserError(f"{name} holds NaN or Inf in {tensor.dtype}: the weights are damaged, or do not fit this type")
 
 
+def read_into(tensor: np.ndarray, name: str, file: Path, offset: int) -> None:
+    """Fill a C-contiguous array with a file's bytes from ``offset`` on; UserError when the file ends before that."""
+    with open(file, "rb", buffering=0) as opened:
+        opened.seek(offset)
+        view, done = memoryview(as_bytes(tensor)), 0
+        while done < tensor.nbytes:
+            count = opened.readinto(view[done:])
+            if not count:
+                raise UserError(f"{file} is truncated inside {name}: download it again")
+            done += count
+
+
 def _read(name: str, location: _Location) -> np.ndarray:
     tensor = np.empty(location.shape, location.dtype)
-    with open(location.file, "rb", buffering=0) as file:
-        file.seek(location.offset)
-        view, done = memoryview(as_bytes(tensor)), 0
-        while done < location.nbytes:
-            count = file.readinto(view[done:])
-            if not count:
-                raise UserError(f"{location.file} is truncated inside {name}: download it again")
-            done += count
+    read_into(tensor, name, location.file, location.offset)
     return tensor
 
 

@@ -46,18 +46,20 @@ def int8_targets() -> Targets | None:
     loaded = library()
     if loaded is None:
         return None
-    names = {"qwen_int8_product": None, "qwen_int8_product_bfloat16": None}
-    for symbol in names:
-        names[symbol] = f"{symbol}_{_digest()}"
-        jax.ffi.register_ffi_target(names[symbol], jax.ffi.pycapsule(getattr(loaded, symbol)), platform="cpu")
-    floats, bfloats = names.values()
-    return Targets(floats, bfloats if loaded.qwen_multiplies_bfloat16() else None)
+
+    def registered(symbol: str) -> str:
+        name = f"{symbol}_{_digest()}"
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(loaded, symbol)), platform="cpu")
+        return name
+
+    bfloats = registered("qwen_int8_product_bfloat16") if loaded.qwen_multiplies_bfloat16() else None
+    return Targets(registered("qwen_int8_product"), bfloats)
 
 
 @cache
 def library() -> ctypes.CDLL | None:
     """Return the compiled kernels, loaded; None where they cannot be compiled, which is logged."""
-    folder = cache_root() / "kernels"
+    folder, temporary = cache_root() / "kernels", None
     try:
         try:
             os.close(open_private(folder))
@@ -65,7 +67,7 @@ def library() -> ctypes.CDLL | None:
                 raise PermissionError(f"{folder} cannot be written")
         except (OSError, NotPrivate) as error:
             logger.warning("%s: the CPU kernels are compiled in each process anew", error)
-            folder = Path(tempfile.mkdtemp(prefix="qwen-jax-kernels-"))
+            folder = temporary = Path(tempfile.mkdtemp(prefix="qwen-jax-kernels-"))
         path = folder / f"{platform.machine()}-{_digest()}.so"
         if not path.is_file():
             _compile(path)
@@ -74,6 +76,9 @@ def library() -> ctypes.CDLL | None:
         logger.warning("the CPU kernels cannot be compiled (%s): XLA computes products with int8 weights, which takes "
                        "several times as long as with 16-bit weights", error)
         return None
+    finally:
+        if temporary:  # a library that is loaded needs its file no longer
+            shutil.rmtree(temporary, ignore_errors=True)
     loaded.qwen_instruction_set.restype = ctypes.c_char_p
     return loaded
 

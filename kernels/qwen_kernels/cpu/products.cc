@@ -1,8 +1,8 @@
 // Products of float32 or bfloat16 rows with int8 matrices, for XLA on CPUs (https://docs.jax.dev/en/latest/ffi.html).
 //
 // A few rows read each weight once, and memory decides the time: weights stay int8 in memory and become float32 or
-// bfloat16, which hold them exactly, in registers. Sums are float32. The body is compiled once for each instruction set, and the best one that the processor has is chosen when
-// the library is loaded.
+// bfloat16, which hold them exactly, in registers. Sums are float32. The body is compiled once for each instruction set,
+// and the best one that the processor has is chosen when the library is loaded.
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -20,6 +20,14 @@ namespace ffi = xla::ffi;
 #define ARGUMENTS \
   const int8_t *w, const float *scale, float *y, int64_t m, int64_t k, int64_t n, int64_t stride
 
+INLINE float number(float x) { return x; }
+INLINE float number(uint16_t bfloat) {
+  const uint32_t bits = (uint32_t)bfloat << 16;
+  float result;
+  memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -29,7 +37,6 @@ namespace avx512 {
 typedef float Input;
 typedef __m512 Lanes, Operands;
 constexpr int WIDTH = 16, SUMS = 32;
-INLINE float number(Input x) { return x; }
 INLINE Lanes zero() { return _mm512_setzero_ps(); }
 INLINE Lanes load(const float *p) { return _mm512_loadu_ps(p); }
 INLINE Lanes widened(const int8_t *p) {
@@ -48,20 +55,11 @@ typedef uint16_t Input;
 typedef __m512bh Operands;
 typedef __m512 Lanes;
 constexpr int WIDTH = 32, SUMS = 32;
-INLINE float number(Input x) {
-  const uint32_t bits = (uint32_t)x << 16;
-  float result;
-  memcpy(&result, &bits, sizeof(result));
-  return result;
-}
-INLINE Lanes zero() { return _mm512_setzero_ps(); }
+using avx512::sum;
+using avx512::zero;
 INLINE Operands load(const Input *p) { return (Operands)_mm512_loadu_si512(p); }
-INLINE __m512 floats(const int8_t *p) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
-}
-INLINE Operands widened(const int8_t *p) { return _mm512_cvtne2ps_pbh(floats(p + 16), floats(p)); }
+INLINE Operands widened(const int8_t *p) { return _mm512_cvtne2ps_pbh(avx512::widened(p + 16), avx512::widened(p)); }
 INLINE Lanes multiply_add(Operands a, Operands b, Lanes c) { return _mm512_dpbf16_ps(c, a, b); }
-INLINE float sum(Lanes a) { return _mm512_reduce_add_ps(a); }
 #include "product_body.h"
 }  // namespace avx512_bf16
 #pragma GCC pop_options
@@ -72,7 +70,6 @@ namespace avx2 {
 typedef float Input;
 typedef __m256 Lanes, Operands;
 constexpr int WIDTH = 8, SUMS = 8;
-INLINE float number(Input x) { return x; }
 INLINE Lanes zero() { return _mm256_setzero_ps(); }
 INLINE Lanes load(const float *p) { return _mm256_loadu_ps(p); }
 INLINE Lanes widened(const int8_t *p) {
@@ -92,7 +89,6 @@ INLINE float sum(Lanes a) {
 namespace portable {
 typedef float Input, Lanes, Operands;
 constexpr int WIDTH = 1, SUMS = 8;
-INLINE float number(Input x) { return x; }
 INLINE Lanes zero() { return 0; }
 INLINE Lanes load(const float *p) { return *p; }
 INLINE Lanes widened(const int8_t *p) { return *p; }

@@ -43,9 +43,9 @@ def export_gguf(src: str | Path | Source, dst: str | Path, dtype: str = "float16
     Host memory stays within a few copies of one group of tensors. Without a tokenizer the file takes token ids only.
     A tokenizer that normalises or splits text in a way that llama.cpp does not have is reported in the log.
 
-    Returns ``dst``. Raises UserError for another dtype, bad input, an existing ``dst``, too
-    little disk space, weights beyond float16's range, YaRN settings other than factor and original length, and
-    tokenizers other than byte-level BPE (llama.cpp has neither).
+    Returns ``dst``. Raises UserError for another dtype, bad input, an existing ``dst``, too little disk space, weights
+    beyond float16's range, YaRN settings other than factor and original length, and tokenizers other than byte-level
+    BPE (llama.cpp has neither).
     """
     if dtype not in GGUF_DTYPES:
         raise UserError(f"GGUF files are not written in {dtype!r}: use {', '.join(GGUF_DTYPES)}")

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qwen_jax.checkpoint.safetensors_io import DTYPES, check_finite
-from qwen_jax.errors import UserError
+from qwen_jax.checkpoint.safetensors_io import DTYPES, check_finite, read_into
 
 TABLE = "gguf_tensors.json"
 _CHUNK = 1 << 21  # numbers that are dequantised at a time by each thread
@@ -60,22 +59,14 @@ class GGUFTensors:
         Raises UserError when the file ends early, and for NaN and Inf.
         """
         found = self._tensors[name]
-        file = self._folder / found.file
         data = np.empty(found.nbytes, np.uint8)
-        with open(file, "rb", buffering=0) as opened:
-            opened.seek(found.offset)
-            view, done = memoryview(data), 0
-            while done < found.nbytes:
-                count = opened.readinto(view[done:])
-                if not count:
-                    raise UserError(f"{file.resolve()} is truncated inside {name}: download it again")
-                done += count
-        result = data.view(DTYPES[found.kind]).reshape(found.shape) if found.kind in DTYPES else None
-        if result is None:
-            result = _dequantized(data, found, dtype or self._dtype)
-        elif dtype is not None:
+        read_into(data, name, (self._folder / found.file).resolve(), found.offset)
+        if found.kind in DTYPES:
+            result = data.view(DTYPES[found.kind]).reshape(found.shape)
             with np.errstate(over="ignore"):  # what does not fit is found below
-                result = result.astype(dtype, copy=False)
+                result = result if dtype is None else result.astype(dtype, copy=False)
+        else:
+            result = _dequantized(data, found, dtype or self._dtype)
         check_finite(name, result)
         return result
 
