@@ -29,7 +29,7 @@ from qwen_jax.checkpoint.source import (
 from qwen_jax.checkpoint.tensors import SCALE, as_dtype, progress, sha256, split_stored, stored_dtypes
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
-from qwen_jax.quantization import E4M3, EightBitTensor
+from qwen_jax.quantization import E4M3, QuantizedTensor
 
 
 def convert(src: str | Path, dst: str | Path, dtype: Any = None, fp8: bool = False, processes: int = 1) -> Path:
@@ -132,13 +132,13 @@ def verify(src: str | Path | Source) -> None:
         with progress(sum(entry.size for entry in table.values()), "verifying") as bar:
             for path, array in _stored_arrays(source, manifest):
                 for name, tensor in split_stored(table[path], array):
-                    if not isinstance(tensor, EightBitTensor):
+                    if not isinstance(tensor, QuantizedTensor):
                         check_finite(name, tensor)
                     check(name, tensor)
                 bar.update(table[path].size)
 
 
-def _stored_arrays(source: Source, manifest: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray | EightBitTensor]]:
+def _stored_arrays(source: Source, manifest: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray | QuantizedTensor]]:
     """Yield the path in our model and the stored value of every parameter of a converted checkpoint, group by group."""
     dtypes = stored_dtypes(source.config, manifest)
     sizes = {path: entry.size * dtypes[path].itemsize for path, entry in layout(source.config).items()}
@@ -147,13 +147,13 @@ def _stored_arrays(source: Source, manifest: Mapping[str, Any]) -> Iterator[tupl
         loaded = orbax_store.read(source.params, dict.fromkeys([*group, *scales], np.ndarray))
         for path in group:
             array = loaded.pop(path)
-            yield path, EightBitTensor(array, loaded.pop(path + SCALE)) if dtypes[path] == E4M3 else array
+            yield path, QuantizedTensor(array, loaded.pop(path + SCALE)) if dtypes[path] == E4M3 else array
 
 
-def _checksums(source: Source, manifest: Mapping[str, Any]) -> Callable[[str, np.ndarray | EightBitTensor], None]:
+def _checksums(source: Source, manifest: Mapping[str, Any]) -> Callable[[str, np.ndarray | QuantizedTensor], None]:
     """Return a function that takes a tensor's name and value, and raises UserError when its SHA-256 is not that in the
     manifest."""
-    def check(name: str, tensor: np.ndarray | EightBitTensor) -> None:
+    def check(name: str, tensor: np.ndarray | QuantizedTensor) -> None:
         if manifest["tensors"].get(name, {}).get("sha256") != sha256(tensor):
             raise UserError(f"{name} in {source.path} differs from its SHA-256 in the manifest: the checkpoint is "
                             "damaged, convert it again")
@@ -193,8 +193,8 @@ def save_hf(model_or_params: Any, config: ModelConfig, dst: str | Path, tokenize
 
 
 def _write_hf(dst: Path, config: ModelConfig, hf_config: Mapping[str, Any], dtypes: Mapping[str, np.dtype],
-              arrays: Iterator[tuple[str, np.ndarray | EightBitTensor]], *, max_shard_bytes: int,
-              side_files: Path | None, check: Callable[[str, np.ndarray | EightBitTensor], None],
+              arrays: Iterator[tuple[str, np.ndarray | QuantizedTensor]], *, max_shard_bytes: int,
+              side_files: Path | None, check: Callable[[str, np.ndarray | QuantizedTensor], None],
               generation_config: Mapping[str, Any] | None = None) -> Path:
     """Write parameters, given with their paths in our model, as a new Hugging Face folder, and return ``dst``.
 
@@ -214,7 +214,7 @@ def _write_hf(dst: Path, config: ModelConfig, hf_config: Mapping[str, Any], dtyp
         for path, array in arrays:
             for name, tensor in split_stored(table[path], array):
                 check(name, tensor)
-                if isinstance(tensor, EightBitTensor):
+                if isinstance(tensor, QuantizedTensor):
                     tensor = (tensor.values.astype(np.float32) * tensor.scale[:, None]).astype(dtypes[path])
                 writer.write(name, tensor)
                 bar.update(tensor.nbytes)

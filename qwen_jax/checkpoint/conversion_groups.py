@@ -13,7 +13,7 @@ from qwen_jax.checkpoint.precision_file import read_calibrated
 from qwen_jax.checkpoint.safetensors_io import SafetensorsFolder, check_finite
 from qwen_jax.checkpoint.source import Source
 from qwen_jax.checkpoint.tensors import SCALE, open_tensors, sha256, split_stored
-from qwen_jax.quantization import EightBitTensor, Precision, default_precision, quantize_host
+from qwen_jax.quantization import Precision, QuantizedTensor, default_precision, quantize_host
 
 
 class GroupConverter:
@@ -60,15 +60,15 @@ class GroupConverter:
             value = self._converted(path)
             for name, tensor in split_stored(self._table[path], value):
                 entries[name] = {"dtype": str(tensor.dtype), "shape": list(tensor.shape), "sha256": sha256(tensor)}
-            if isinstance(value, EightBitTensor):
+            if isinstance(value, QuantizedTensor):
                 arrays[path], arrays[path + SCALE] = value.values, value.scale
             else:
                 arrays[path] = value
         return arrays, entries
 
-    def _converted(self, path: str) -> np.ndarray | EightBitTensor:
+    def _converted(self, path: str) -> np.ndarray | QuantizedTensor:
         array, inputs = assemble(self._table[path], self._read), self._precision.inputs(path)
-        return array if inputs is None else EightBitTensor(*quantize_host(array, inputs))
+        return array if inputs is None else QuantizedTensor(*quantize_host(array, inputs))
 
     def _read(self, name: str) -> np.ndarray:
         tensor = self._tensors.read(name, self._dtype)

@@ -19,7 +19,7 @@ from qwen_jax.checkpoint.tensors import SCALE, as_dtype, open_tensors, progress,
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
 from qwen_jax.parallel.placement import Expand, Placement, leading, place, zeros
-from qwen_jax.quantization import E4M3, INPUTS, EightBitTensor, Precision
+from qwen_jax.quantization import E4M3, INPUTS, Precision, QuantizedTensor
 
 if TYPE_CHECKING:
     from qwen_jax.model.qwen2 import Qwen2
@@ -41,7 +41,7 @@ def load_model(ref: str | Path | Source, dtype: Any = "bfloat16") -> Qwen2:
 
 def load_params(source: Source, config: ModelConfig, dtype: Any = None,
                 shardings: Mapping[str, Sharding] | None = None, precision: Precision | None = None,
-                expand: Mapping[str, Expand] | None = None) -> dict[str, jax.Array | EightBitTensor]:
+                expand: Mapping[str, Expand] | None = None) -> dict[str, jax.Array | QuantizedTensor]:
     """Load a model's parameters onto devices; return them by path, such as ``layers.0.mlp.down``.
 
     Args:
@@ -73,12 +73,12 @@ def placements_for(config: ModelConfig, dtype: Any = None, shardings: Mapping[st
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return {path: Placement((shardings or {}).get(path, default), None if dtype is None else as_dtype(dtype),
                             precision and precision.inputs(path), (expand or {}).get(path),
-                            precision.dtype if precision else E4M3)
+                            precision.weight_dtype(path) if precision else E4M3)
             for path in layout(config)}
 
 
 def iter_params(source: Source, config: ModelConfig, placements: Mapping[str, Placement]
-                ) -> Iterator[tuple[str, jax.Array | EightBitTensor]]:
+                ) -> Iterator[tuple[str, jax.Array | QuantizedTensor]]:
     """Load a model's parameters one at a time: yield each one's path and its array on the devices.
 
     The caller can free memory in between. Reads and raises as `load_params`, in the order that needs the least memory.
@@ -87,7 +87,7 @@ def iter_params(source: Source, config: ModelConfig, placements: Mapping[str, Pl
 
 
 def _from_folder(source: Source, config: ModelConfig, placements: Mapping[str, Placement]
-                 ) -> Iterator[tuple[str, jax.Array | EightBitTensor]]:
+                 ) -> Iterator[tuple[str, jax.Array | QuantizedTensor]]:
     # `place` gets arrays to which nothing else refers, here and in `_from_orbax`: so it can free them.
     table, tensors = layout(config), open_tensors(source)
     with progress(sum(entry.size for entry in table.values()), "loading") as bar:
@@ -140,7 +140,7 @@ def from_transformers(model: Any, dtype: Any = None) -> tuple[ModelConfig, dict[
 
 
 def _from_orbax(source: Source, config: ModelConfig, placements: Mapping[str, Placement]
-                ) -> Iterator[tuple[str, jax.Array | EightBitTensor]]:
+                ) -> Iterator[tuple[str, jax.Array | QuantizedTensor]]:
     table, stored = layout(config), stored_dtypes(config, read_manifest(source))
     stand_ins = {path: _stand_in(path, entry.shape, stored[path]) for path, entry in table.items()}
     sizes = {path: entry.size * stored[path].itemsize for path, entry in table.items()}
@@ -166,20 +166,20 @@ def _from_orbax(source: Source, config: ModelConfig, placements: Mapping[str, Pl
 def _taken(arrays: dict[str, Any], path: str) -> Any:
     """Remove a parameter, with its scales if it is FP8, from the arrays read from a checkpoint, and return it."""
     value = arrays.pop(path)
-    return EightBitTensor(value, arrays.pop(path + SCALE)) if path + SCALE in arrays else value
+    return QuantizedTensor(value, arrays.pop(path + SCALE)) if path + SCALE in arrays else value
 
 
-def _stand_in(path: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray | EightBitTensor:
+def _stand_in(path: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray | QuantizedTensor:
     """Return zeros with the shape and type of a parameter of a converted checkpoint, without reading it."""
     if dtype != E4M3:
         return zeros(shape, dtype)
     outputs = len(shape) - INPUTS[path.removeprefix("layers.").partition(".")[2]]
-    return EightBitTensor(zeros(shape, dtype), zeros(shape[:outputs], np.dtype(np.float32)))
+    return QuantizedTensor(zeros(shape, dtype), zeros(shape[:outputs], np.dtype(np.float32)))
 
 
-def _targets(path: str, stand_in: np.ndarray | EightBitTensor, placement: Placement) -> dict[str, Any]:
+def _targets(path: str, stand_in: np.ndarray | QuantizedTensor, placement: Placement) -> dict[str, Any]:
     """Return the form in which `orbax_store.read` is to give each array of a parameter, by the array's name on disk."""
-    eight_bit = isinstance(stand_in, EightBitTensor)
+    eight_bit = isinstance(stand_in, QuantizedTensor)
     arrays = {path: stand_in.values, path + SCALE: stand_in.scale} if eight_bit else {path: stand_in}
     if placement.expand:
         return dict.fromkeys(arrays, np.ndarray)

@@ -18,22 +18,22 @@ from qwen_jax.checkpoint.safetensors_io import DTYPES, SafetensorsFolder, as_byt
 from qwen_jax.checkpoint.source import Source, read_json
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
-from qwen_jax.quantization import E4M3, EightBitTensor
+from qwen_jax.quantization import E4M3, QuantizedTensor
 
 SCALE = ".scale"  # ending of the name under which an FP8 parameter's scales lie beside its values
 
 
-def split_stored(entry: Entry, stored: np.ndarray | EightBitTensor
-                 ) -> Iterator[tuple[str, np.ndarray | EightBitTensor]]:
+def split_stored(entry: Entry, stored: np.ndarray | QuantizedTensor
+                 ) -> Iterator[tuple[str, np.ndarray | QuantizedTensor]]:
     """Split a stored parameter into its Hugging Face tensors: yield the name and value of each.
 
     An FP8 tensor is yielded as its rows and their scales.
     """
-    if not isinstance(stored, EightBitTensor):
+    if not isinstance(stored, QuantizedTensor):
         yield from split(entry, stored)
         return
     for tensor, (name, values) in zip(entry.tensors, split(entry, stored.values), strict=True):
-        yield name, EightBitTensor(values, np.ascontiguousarray(stored.scale[tensor.index]).reshape(-1))
+        yield name, QuantizedTensor(values, np.ascontiguousarray(stored.scale[tensor.index]).reshape(-1))
 
 
 def open_tensors(source: Source) -> SafetensorsFolder | GGUFTensors:
@@ -81,10 +81,10 @@ def as_dtype(dtype: Any) -> np.dtype:
     return converted
 
 
-def sha256(tensor: np.ndarray | EightBitTensor) -> str:
+def sha256(tensor: np.ndarray | QuantizedTensor) -> str:
     """Return the hexadecimal SHA-256 of a C-contiguous array's bytes; of FP8, the values' and then the scales'."""
     digest = hashlib.sha256()
-    for array in (tensor.values, tensor.scale) if isinstance(tensor, EightBitTensor) else (tensor,):
+    for array in (tensor.values, tensor.scale) if isinstance(tensor, QuantizedTensor) else (tensor,):
         digest.update(as_bytes(array))
     return digest.hexdigest()
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
-from qwen_jax.quantization import EightBitTensor, rows
+from qwen_jax.quantization import QuantizedTensor, rows
 
 HALF_MULTIPLE = 128  # tokens that divide half a row: whole pages, and whole blocks of queries
 
@@ -60,7 +60,7 @@ class Partition:
         half = tokens // 2
         return [slice(0, half), slice(half, tokens)] if self.halved else [slice(0, tokens)]
 
-    def lookup(self, table: jax.Array | EightBitTensor, tokens: jax.Array, dtype) -> jax.Array:
+    def lookup(self, table: jax.Array | QuantizedTensor, tokens: jax.Array, dtype) -> jax.Array:
         """Look up the embeddings of tokens in a table ``[V, D]`` of which this device has ``[V / size, D]``.
 
         Returns ``[B, T, D]``, or this device's share as `summed` does.

@@ -18,7 +18,7 @@ from qwen_kernels.attention import causal_attention
 from qwen_jax.config import ModelConfig
 from qwen_jax.model.partition import WHOLE, Partition
 from qwen_jax.model.rope import apply_rope, rope_tables
-from qwen_jax.quantization import EightBitTensor, matrix, product
+from qwen_jax.quantization import QuantizedTensor, matrix, product
 
 # Attention of a layer: (layer index, q[B, T, K, G, H], k[B, T, K, H], v[B, T, K, H]) -> [B, T, K, G, H]
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -223,15 +223,16 @@ class Qwen2(nnx.Module):
         return self.layers[0].attention_norm.scale.dtype
 
     @property
-    def head_weight(self) -> jax.Array | EightBitTensor:
+    def head_weight(self) -> jax.Array | QuantizedTensor:
         """Weight ``[V, D]`` of the output head, which is the embedding table when they are tied."""
         return (self.embed if self.head is None else self.head).weight.get_value()
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Return float32 logits ``[..., V]`` of final hidden states ``hidden[..., D]``, the same on every device."""
         flat = hidden.reshape(-1, hidden.shape[-1])
-        # XLA:CPU widens the whole matrix for a bf16 product of a single row.
-        padded = jnp.pad(flat, ((0, max(0, 2 - len(flat))), (0, 0)))
+        # XLA:CPU widens the whole matrix for a product of a single row of 16 bits.
+        least = 1 if isinstance(self.head_weight, QuantizedTensor) else 2
+        padded = jnp.pad(flat, ((0, max(0, least - len(flat))), (0, 0)))
         logits = product("nd,vd->nv", padded, self.head_weight, jnp.float32)[: len(flat)]
         logits = self.partition.gathered_logits(logits, self.config.vocab_size)
         return logits.reshape(*hidden.shape[:-1], -1)

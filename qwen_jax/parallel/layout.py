@@ -17,7 +17,7 @@ import numpy as np
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import check_positive_integer
-from qwen_jax.quantization import EightBitTensor
+from qwen_jax.quantization import QuantizedTensor
 
 
 @dataclass(frozen=True)
@@ -117,12 +117,12 @@ def best_layout(config: ModelConfig, tensor: int, cached_tokens: int) -> Layout:
     return min(layouts(config, tensor), key=read)
 
 
-def expand(value: np.ndarray | EightBitTensor, axes: Sequence[str], layout: Layout) -> np.ndarray | EightBitTensor:
+def expand(value: np.ndarray | QuantizedTensor, axes: Sequence[str], layout: Layout) -> np.ndarray | QuantizedTensor:
     """Pad a parameter with these logical axes (see model.abstract), and copy its KV heads, as ``layout`` says.
 
     "kv_heads" and "group" are neighbours; a group of G heads, or of G + 2 with key and value, is known by its size.
     """
-    if isinstance(value, EightBitTensor):
+    if isinstance(value, QuantizedTensor):
         scale = expand(value.scale, axes[:value.scale.ndim], layout)
         # What is added has scale 1, as every channel of zeros has.
         return replace(value, values=expand(value.values, axes, layout), scale=np.where(scale == 0, 1, scale))
@@ -135,10 +135,10 @@ def expand(value: np.ndarray | EightBitTensor, axes: Sequence[str], layout: Layo
     return value
 
 
-def contract(value: np.ndarray | EightBitTensor, axes: Sequence[str], layout: Layout) -> np.ndarray | EightBitTensor:
+def contract(value: np.ndarray | QuantizedTensor, axes: Sequence[str], layout: Layout) -> np.ndarray | QuantizedTensor:
     """Remove padding and copies from a parameter that `expand` made: the exact inverse of `expand`."""
     config = layout.config
-    if isinstance(value, EightBitTensor):
+    if isinstance(value, QuantizedTensor):
         return replace(value, values=contract(value.values, axes, layout),
                        scale=contract(value.scale, axes[:value.scale.ndim], layout))
     for axis, name in enumerate(axes):

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from qwen_jax.quantization import E4M3, EightBitTensor, quantize
+from qwen_jax.quantization import E4M3, INT4, QuantizedTensor, quantize
 
 _SLAB_BYTES = 32 << 20
 
-Host = TypeVar("Host", np.ndarray, EightBitTensor)
+Host = TypeVar("Host", np.ndarray, QuantizedTensor)
 Expand = Callable[[Host], Host]
 
 
@@ -30,9 +30,9 @@ class Placement(NamedTuple):
 
     Attributes:
       sharding: sharding of the result; the scales of an 8-bit parameter have the leading axes of it.
-      dtype: element type of a result that is not 8-bit; None keeps the type that the parameter has.
-      inputs: number of last axes that a product contracts, for a parameter that is to be 8-bit; None for the others.
-      eight_bit: element type of a parameter that is to be 8-bit.
+      dtype: element type of a result that is not quantised; None keeps the type that the parameter has.
+      inputs: number of last axes that a product contracts, for a parameter that is to be quantised; None for others.
+      quantized: element type of a parameter that is to be quantised.
       expand: function that makes the array to place from the parameter on the host, where their shapes differ. It must
         treat all indices of an axis that it does not change alike, because it gets some of them at a time.
     """
@@ -41,40 +41,40 @@ class Placement(NamedTuple):
     dtype: np.dtype | None = None
     inputs: int | None = None
     expand: Expand | None = None
-    eight_bit: np.dtype = E4M3
+    quantized: np.dtype = E4M3
 
 
 def place(value: Any, placement: Placement) -> Any:
     """Return a parameter on devices, expanded, cast and quantised as ``placement`` says.
 
     Args:
-      value: the whole parameter: a NumPy array, which must be the same in every process, an array on devices, an
-        `EightBitTensor` of either, or shapes (``jax.ShapeDtypeStruct``), of which shapes with shardings are made.
+      value: the whole parameter: a NumPy array, which must be the same in every process, an array on devices, a
+        `QuantizedTensor` of either, or shapes (``jax.ShapeDtypeStruct``), of which shapes with shardings are made.
 
     An expanded parameter is never whole on the host: its shards are filled a slab at a time. A host array to which the
     caller keeps no reference is freed before anything is quantised.
     """
-    sharding, dtype, inputs, expand, eight_bit = placement
+    sharding, dtype, inputs, expand, quantized = placement
     value = put(value, sharding, dtype) if expand is None else _put_expanded(value, sharding, dtype, expand)
     if isinstance(jax.tree.leaves(value)[0], jax.Array):
         # jaxlib keeps the host's arrays until Python next collects garbage: without this several would be alive.
         jax.block_until_ready(value)
         gc.collect(0)
-    if isinstance(value, EightBitTensor):
-        if inputs is not None and value.dtype == eight_bit:
+    if isinstance(value, QuantizedTensor):
+        if inputs is not None and value.dtype == quantized:
             return value
         value = _dequantized(value, dtype, sharding)
-    return value if inputs is None else _quantized(value, inputs, sharding, eight_bit)
+    return value if inputs is None else _quantized(value, inputs, sharding, quantized)
 
 
 def put(value: Any, sharding: Sharding, dtype: np.dtype | None = None) -> Any:
-    """Return ``value`` as an array with ``sharding``, or an `EightBitTensor` whose scales are split by its leading
+    """Return ``value`` as an array with ``sharding``, or a `QuantizedTensor` whose scales are split by its leading
     axes.
 
     value: as in `place`. dtype: to cast a NumPy array or a shape to; 8-bit tensors and arrays on devices keep theirs.
     Raises NotImplementedError for an array of several processes that would have to move.
     """
-    if isinstance(value, EightBitTensor):
+    if isinstance(value, QuantizedTensor):
         scale = put(value.scale, leading(sharding, value.scale.ndim))
         return replace(value, values=put(value.values, sharding), scale=scale)
     if isinstance(value, jax.ShapeDtypeStruct):
@@ -190,16 +190,16 @@ def _without_shards(shape: jax.ShapeDtypeStruct) -> jax.Array:
     return jax.make_array_from_single_device_arrays(shape.shape, shape.sharding, [], dtype=shape.dtype)
 
 
-def _quantized(value: Any, inputs: int, sharding: Sharding, dtype: np.dtype) -> EightBitTensor:
-    """Quantise an array or a shape to an `EightBitTensor`, where a product contracts the last ``inputs`` axes."""
-    scales = leading(sharding, value.ndim - inputs)
+def _quantized(value: Any, inputs: int, sharding: Sharding, dtype: np.dtype) -> QuantizedTensor:
+    """Quantise an array or a shape to a `QuantizedTensor`, where a product contracts the last ``inputs`` axes."""
+    scales = sharding if dtype == INT4 else leading(sharding, value.ndim - inputs)
     if sharding.addressable_devices and isinstance(value, jax.Array):
         return _quantizer(inputs, dtype, sharding, scales)(value)
     shapes = put(jax.eval_shape(partial(quantize, inputs=inputs, dtype=dtype), value), sharding)
     return jax.tree.map(_without_shards, shapes) if isinstance(value, jax.Array) else shapes
 
 
-def _dequantized(value: EightBitTensor, dtype: np.dtype | None, sharding: Sharding) -> Any:
+def _dequantized(value: QuantizedTensor, dtype: np.dtype | None, sharding: Sharding) -> Any:
     """Return an 8-bit parameter, or its shape, dequantised to ``dtype`` (None: bfloat16)."""
     dtype = jnp.dtype(jnp.bfloat16) if dtype is None else dtype
     if sharding.addressable_devices and isinstance(value.values, jax.Array):
@@ -210,10 +210,10 @@ def _dequantized(value: EightBitTensor, dtype: np.dtype | None, sharding: Shardi
 
 @cache
 def _quantizer(inputs: int, dtype: np.dtype, values: Sharding, scales: Sharding
-               ) -> Callable[[jax.Array], EightBitTensor]:
-    return jax.jit(partial(quantize, inputs=inputs, dtype=dtype), out_shardings=EightBitTensor(values, scales))
+               ) -> Callable[[jax.Array], QuantizedTensor]:
+    return jax.jit(partial(quantize, inputs=inputs, dtype=dtype), out_shardings=QuantizedTensor(values, scales))
 
 
 @cache
-def _dequantizer(dtype: str, sharding: Sharding) -> Callable[[EightBitTensor], jax.Array]:
+def _dequantizer(dtype: str, sharding: Sharding) -> Callable[[QuantizedTensor], jax.Array]:
     return jax.jit(lambda tensor: tensor.dequantize(dtype), out_shardings=sharding)

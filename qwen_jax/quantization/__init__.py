@@ -1,16 +1,5 @@
 """8-bit weights and KV caches: element types, scales, and which parts of a model are 8-bit."""
 
-from qwen_jax.quantization.fp8 import (
-    E4M3,
-    EightBitTensor,
-    TrainedInFP8,
-    matrix,
-    quantize,
-    quantize_host,
-    rows,
-    saturate,
-    widened,
-)
 from qwen_jax.quantization.precision import (
     INPUTS,
     Calibrated,
@@ -21,7 +10,19 @@ from qwen_jax.quantization.precision import (
     scales_of,
 )
 from qwen_jax.quantization.product import multiplies_fp8, product
+from qwen_jax.quantization.quantized_tensor import (
+    E4M3,
+    INT4,
+    QuantizedTensor,
+    TrainedInFP8,
+    matrix,
+    quantize,
+    quantize_host,
+    rows,
+    saturate,
+    widened,
+)
 
-__all__ = ["E4M3", "INPUTS", "Calibrated", "EightBitTensor", "Precision", "Ranges", "TrainedInFP8", "default_precision",
-           "matrix", "multiplies_fp8", "page_formats", "product", "quantize", "quantize_host", "rows", "saturate",
-           "scales_of", "widened"]
+__all__ = ["E4M3", "INPUTS", "INT4", "Calibrated", "Precision", "QuantizedTensor", "Ranges", "TrainedInFP8",
+           "default_precision", "matrix", "multiplies_fp8", "page_formats", "product", "quantize", "quantize_host",
+           "rows", "saturate", "scales_of", "widened"]

@@ -14,7 +14,7 @@ from qwen_kernels.attention.eight_bit import LARGEST
 
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UserError
-from qwen_jax.quantization.fp8 import E4M3, INT8, EightBitTensor, quantize
+from qwen_jax.quantization.quantized_tensor import E4M3, INT4, INT8, QuantizedTensor, quantize
 
 KV_DTYPES = tuple(LARGEST)
 MARGIN = 1.5  # times the largest value that calibration saw: the range; rows far outside are computed again in 16 bits
@@ -31,7 +31,7 @@ class Precision:
       weights: for each layer, whether its matrices are 8-bit.
       tables: whether the embedding and the head are 8-bit.
       kv_cache: for each layer, the element type of its pages: "int8", "e4m3", or None for the model's own type.
-      format: element type of 8-bit weights, "e4m3" or "int8".
+      format: element type of quantised weights, "e4m3", "int8" or "int4"; with "int4", tables are int8.
     """
 
     weights: tuple[bool, ...]
@@ -44,10 +44,9 @@ class Precision:
         """True if a number that is computed is rounded to 8 bits: keys and values, or operands of products."""
         return any(self.kv_cache) or self.format == "e4m3" and (any(self.weights) or self.tables)
 
-    @property
-    def dtype(self) -> jnp.dtype:
-        """Element type of 8-bit weights."""
-        return {"e4m3": E4M3, "int8": INT8}[self.format]
+    def weight_dtype(self, path: str) -> jnp.dtype:
+        """Return the element type of the parameter at ``path`` if it is quantised."""
+        return {"e4m3": E4M3, "int8": INT8, "int4": INT8 if path in _TABLES else INT4}[self.format]
 
     def inputs(self, path: str) -> int | None:
         """Return the number of contracted axes of the parameter at ``path`` if it is 8-bit, else None."""
@@ -58,14 +57,14 @@ class Precision:
         return INPUTS.get(name) if kind == "layers" and self.weights[int(index)] else None
 
     def store(self, path: str, value: Any) -> Any:
-        """Return a parameter as this precision stores it: unchanged, or quantised to an `EightBitTensor`.
+        """Return a parameter as this precision stores it: unchanged, or quantised to a `QuantizedTensor`.
 
         value: the parameter, or its shape.
         """
         inputs = self.inputs(path)
-        if inputs is None or isinstance(value, EightBitTensor):
+        if inputs is None or isinstance(value, QuantizedTensor):
             return value
-        return _lazily(_quantize, value, inputs=inputs, dtype=self.dtype)
+        return _lazily(_quantize, value, inputs=inputs, dtype=self.weight_dtype(path))
 
 
 def default_precision(config: ModelConfig, weights: bool, kv_cache: str | None, tables: bool = False) -> Precision:
@@ -143,15 +142,15 @@ def page_formats(bqkv: jax.Array, scales: tuple[jax.Array, jax.Array], frequenci
 
 
 @partial(jax.jit, static_argnames=("inputs", "dtype"))
-def _quantize(value: jax.Array, inputs: int, dtype: jnp.dtype) -> EightBitTensor:
+def _quantize(value: jax.Array, inputs: int, dtype: jnp.dtype) -> QuantizedTensor:
     return quantize(value, inputs, dtype)
 
 
 @jax.jit
-def _bounds(wqkv: jax.Array | EightBitTensor, norm: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _bounds(wqkv: jax.Array | QuantizedTensor, norm: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return e4m3 scales for a layer's keys and values, so large that none is out of range (see `scales_of`)."""
     wkv = jax.tree.map(lambda x: x[:, -2:], wqkv)  # [K, 2, H, D]
-    wkv = wkv.dequantize(jnp.float32) if isinstance(wkv, EightBitTensor) else wkv.astype(jnp.float32)
+    wkv = wkv.dequantize(jnp.float32) if isinstance(wkv, QuantizedTensor) else wkv.astype(jnp.float32)
     bound = jnp.linalg.norm(wkv * norm.astype(jnp.float32), axis=-1) * wkv.shape[-1] ** 0.5
     keys, values = bound[:, 0], bound[:, 1]
     planes = jnp.tile(jnp.hypot(*jnp.split(keys, 2, axis=-1)), 2)  # RoPE moves length between a plane's channels

@@ -1,9 +1,9 @@
-"""Products of activations with weights, plain or 8-bit, and their derivatives.
+"""Products of activations with weights, plain or quantised, and their derivatives.
 
-With int8 weights only the weights are rounded. With e4m3 both operands are, each vector that is contracted with a scale
-from its own largest value, and the scales are applied to the result, so that the product itself is one of two 8-bit
-operands, which hardware has. Values and weights are e4m3, gradients e5m2, which has more range and less precision
-(https://arxiv.org/abs/2209.05433).
+With int8 and int4 weights only the weights are rounded. With e4m3 both operands are, each vector that is contracted
+with a scale from its own largest value, and the scales are applied to the result, so that the product itself is one of
+two 8-bit operands, which hardware has. Values and weights are e4m3, gradients e5m2, which has more range and less
+precision (https://arxiv.org/abs/2209.05433).
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from qwen_kernels.cpu import int8_product
+from qwen_kernels.cpu import int4_product, int8_product
 
-from qwen_jax.quantization.fp8 import E4M3, INT8, EightBitTensor, TrainedInFP8, round_with_scale
+from qwen_jax.quantization.quantized_tensor import E4M3, INT4, INT8, QuantizedTensor, TrainedInFP8, round_with_scale
 
 E5M2 = jnp.dtype(jnp.float8_e5m2)
 
 
-def product(spec: str, x: jax.Array, weight: jax.Array | EightBitTensor | TrainedInFP8, result=None) -> jax.Array:
+def product(spec: str, x: jax.Array, weight: jax.Array | QuantizedTensor | TrainedInFP8, result=None) -> jax.Array:
     """Compute the einsum ``spec`` of ``x`` and a weight of any kind, accumulated in float32 and rounded once.
 
     The result has the dtype ``result``, by default that of ``x``. The weight's output axes come first in its part of
-    ``spec`` and last in the result's. An 8-bit weight has no gradient. With int8 ``x`` is taken as it is; with e4m3 it
-    is rounded to e4m3 as well (unless the weight is `wide`), and in the backward pass the result's gradient to e5m2.
-    `TrainedInFP8` rounds both operands of all three products: forward, and for the gradients of ``x`` and of the
-    weight.
+    ``spec`` and last in the result's. A quantised weight has no gradient. With int8 and int4 ``x`` is taken as it is;
+    with e4m3 it is rounded to e4m3 as well (unless the weight is `wide`), and in the backward pass the result's
+    gradient to e5m2. `TrainedInFP8` rounds both operands of all three products: forward, and for the gradients of ``x``
+    and of the weight.
     """
     result = result or x.dtype
-    if isinstance(weight, EightBitTensor):
+    if isinstance(weight, QuantizedTensor):
         return _frozen(spec, x, weight).astype(result)
     if isinstance(weight, TrainedInFP8):
         return _trained(spec, x, weight.value).astype(result)
@@ -37,10 +37,10 @@ def product(spec: str, x: jax.Array, weight: jax.Array | EightBitTensor | Traine
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _frozen(spec: str, x: jax.Array, weight: EightBitTensor) -> jax.Array:
-    """Compute the einsum of ``x`` and an 8-bit weight, which gets no gradient; the result is float32."""
-    if weight.dtype == INT8:
-        return _int8(spec, x, weight)
+def _frozen(spec: str, x: jax.Array, weight: QuantizedTensor) -> jax.Array:
+    """Compute the einsum of ``x`` and a quantised weight, which gets no gradient; the result is float32."""
+    if weight.dtype in (INT8, INT4):
+        return _integers(spec, x, weight)
     if weight.wide:
         out = jnp.einsum(spec, x, weight.values.astype(x.dtype), preferred_element_type=jnp.float32)
     else:
@@ -54,24 +54,28 @@ def _frozen_forward(spec, x, weight):
 
 def _frozen_backward(spec, residuals, gradient):
     weight, zero = residuals
-    gradient, spec = gradient * _scale_of_outputs(spec, weight), _swapped(spec, 0)
-    if weight.wide or weight.dtype == INT8:
-        x_gradient = jnp.einsum(spec, gradient.astype(zero.dtype), weight.values.astype(zero.dtype),
+    if weight.dtype == INT4:
+        values = weight.dequantize(zero.dtype)
+    else:
+        values, gradient = weight.values, gradient * _scale_of_outputs(spec, weight)
+    spec = _swapped(spec, 0)
+    if weight.wide or weight.dtype in (INT8, INT4):
+        x_gradient = jnp.einsum(spec, gradient.astype(zero.dtype), values.astype(zero.dtype),
                                 preferred_element_type=jnp.float32)
     else:
-        x_gradient = _multiply(spec, _rounded(spec, 0, gradient, E5M2), (weight.values, None))
+        x_gradient = _multiply(spec, _rounded(spec, 0, gradient, E5M2), (values, None))
     return x_gradient.astype(zero.dtype), jax.tree.map(jnp.zeros_like, weight)
 
 
-def _int8(spec: str, x: jax.Array, weight: EightBitTensor) -> jax.Array:
-    """Compute the einsum of ``x`` and an int8 weight; the result is float32.
+def _integers(spec: str, x: jax.Array, weight: QuantizedTensor) -> jax.Array:
+    """Compute the einsum of ``x`` and an int8 or int4 weight; the result is float32.
 
     The operands share the last axis, which is contracted, and the first one or none.
     """
     first, second = spec.split("->")[0].split(",")
     if (first[0] == second[0]) != (weight.values.ndim == 3):
-        raise NotImplementedError(f"the product {spec} with int8 weights")
-    return int8_product(x, weight.values, weight.scale)
+        raise NotImplementedError(f"the product {spec} with integer weights")
+    return (int4_product if weight.dtype == INT4 else int8_product)(x, weight.values, weight.scale)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -131,7 +135,7 @@ def _multiply(spec: str, a: Rounded, b: Rounded) -> jax.Array:
     return out
 
 
-def _scale_of_outputs(spec: str, weight: EightBitTensor) -> jax.Array:
+def _scale_of_outputs(spec: str, weight: QuantizedTensor) -> jax.Array:
     """Return the weight's scales, shaped to broadcast against the result of the einsum ``spec``."""
     axes, result = spec.split(",")[1].split("->")
     return _spread(weight.scale, [axis for axis in axes if axis in result], result)

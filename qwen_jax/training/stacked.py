@@ -15,18 +15,18 @@ from qwen_jax.model import Qwen2, abstract, build, build_layer
 from qwen_jax.model.lora import adapt_site
 from qwen_jax.model.rope import rope_tables
 from qwen_jax.parallel.mesh import spec_of
-from qwen_jax.quantization import INPUTS, EightBitTensor, TrainedInFP8
+from qwen_jax.quantization import INPUTS, QuantizedTensor, TrainedInFP8
 
 LAYERS = "layers."
 
 
 # A parameter of all layers is an array [L, ...]. Where only some layers are 8-bit it is a tuple with a stack for
 # each run of layers of one kind.
-Stacked = Mapping[str, jax.Array | tuple[jax.Array | EightBitTensor, ...]]
+Stacked = Mapping[str, jax.Array | tuple[jax.Array | QuantizedTensor, ...]]
 
 
-def stack(params: dict[str, jax.Array | EightBitTensor], consume: bool = False
-          ) -> dict[str, jax.Array | tuple[jax.Array | EightBitTensor, ...]]:
+def stack(params: dict[str, jax.Array | QuantizedTensor], consume: bool = False
+          ) -> dict[str, jax.Array | tuple[jax.Array | QuantizedTensor, ...]]:
     """Stack canonical parameters: ``layers.{i}.{name}`` of all layers become ``layers.{name}``.
 
     consume: take each layer's parameters out of ``params`` once they are stacked, so that their memory is free.
@@ -36,7 +36,7 @@ def stack(params: dict[str, jax.Array | EightBitTensor], consume: bool = False
     stacked = {path: value for path, value in params.items() if not path.startswith(LAYERS)}
     for name in sorted(names):
         runs = tuple(jax.tree.map(lambda *layers: jnp.stack(layers), *run) for _, run in groupby(
-            (params[f"{LAYERS}{i}.{name}"] for i in range(count)), lambda value: isinstance(value, EightBitTensor)))
+            (params[f"{LAYERS}{i}.{name}"] for i in range(count)), lambda value: isinstance(value, QuantizedTensor)))
         stacked[LAYERS + name] = runs if len(runs) > 1 else runs[0]
         if consume:
             jax.block_until_ready(runs)  # else the next name is stacked while these are still needed
@@ -45,7 +45,7 @@ def stack(params: dict[str, jax.Array | EightBitTensor], consume: bool = False
     return stacked
 
 
-def unstack(stacked: Stacked) -> dict[str, jax.Array | EightBitTensor]:
+def unstack(stacked: Stacked) -> dict[str, jax.Array | QuantizedTensor]:
     """Split stacked parameters into the canonical parameters of every layer: the inverse of `stack`."""
     params = {path: value for path, value in stacked.items() if not path.startswith(LAYERS)}
     for path, value in stacked.items():
@@ -79,7 +79,7 @@ def hidden(config: ModelConfig, stacked: Stacked, tokens: jax.Array, positions: 
     backward; by default none does.
     """
     def cast(params):
-        return {name: value if isinstance(value, EightBitTensor) else value.astype(compute_dtype)
+        return {name: value if isinstance(value, QuantizedTensor) else value.astype(compute_dtype)
                 for name, value in params.items()}
 
     model = build(config, cast(unstack(stacked)))  # used for embedding, norm and head: unused layers are not compiled
@@ -89,7 +89,7 @@ def hidden(config: ModelConfig, stacked: Stacked, tokens: jax.Array, positions: 
         def run(x, item):
             params, factors = map(cast, item)
             if fp8:
-                params = {name: value if isinstance(value, EightBitTensor) or name not in INPUTS
+                params = {name: value if isinstance(value, QuantizedTensor) or name not in INPUTS
                           else TrainedInFP8(value) for name, value in params.items()}
             layer = build_layer(config, params)
 

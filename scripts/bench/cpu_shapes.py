@@ -1,4 +1,4 @@
-"""Compare the int8 product for CPUs with float64 on random shapes, and with every instruction set of this machine.
+"""Compare the int8 and int4 products for CPUs with float64 on random shapes, with every instruction set of a machine.
 
     python scripts/bench/cpu_shapes.py [--shapes 10000] [--seed 0]
 
@@ -19,7 +19,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-from qwen_kernels.cpu import MOST_ROWS, int8_product, library  # noqa: E402
+from qwen_kernels.cpu import GROUP, MOST_ROWS, int4_product, int8_product, library, pack_int4  # noqa: E402
 from tqdm import trange  # noqa: E402
 
 BFLOAT16 = b"AVX-512 with bfloat16"
@@ -40,19 +40,36 @@ def main() -> int:
         kernels.qwen_use_instruction_set(sets[number % len(sets)])
         groups, rows = int(random.integers(1, 4)), int(random.integers(1, MOST_ROWS + 1))
         inputs, outputs = (int(size) for size in random.integers(1, (700, 400)))
+        four_bits = bool(random.integers(2))
+        inputs = -(-inputs // GROUP) * GROUP if four_bits else inputs
         x = random.standard_normal((groups, rows, inputs)).astype(np.float32) * 10 ** random.uniform(-6, 6)
-        values = random.integers(-128, 128, (groups, outputs, inputs), np.int8)
-        scale = random.uniform(1e-4, 10, (groups, outputs)).astype(np.float32)
         x = jnp.asarray(x, jnp.bfloat16 if sets[number % len(sets)] == BFLOAT16 else jnp.float32)
-        found = np.asarray(int8_product(x, jnp.asarray(values), jnp.asarray(scale)), np.float64)
-        x = np.asarray(x.astype(jnp.float32))
-        expected, terms = (np.einsum("gmi,goi->gmo", part(x.astype(np.float64)), part(values.astype(np.float64)))
-                           * scale[:, None] for part in (np.asarray, np.abs))
+        if four_bits:
+            values = random.integers(-8, 8, (groups, outputs, inputs))
+            scale = jnp.asarray(random.uniform(-10, 10, (groups, outputs, inputs // GROUP)), jnp.bfloat16)
+            found = int4_product(x, pack_int4(jnp.asarray(values)), scale)
+            scale = np.repeat(np.asarray(scale, np.float64), GROUP, axis=-1)
+        else:
+            values = random.integers(-128, 128, (groups, outputs, inputs))
+            scale = random.uniform(1e-4, 10, (groups, outputs, 1)).astype(np.float32)
+            found = int8_product(x, jnp.asarray(values, jnp.int8), jnp.asarray(scale[..., 0]))
+        found, x, weights = np.asarray(found, np.float64), np.asarray(x, np.float64), values * scale.astype(np.float64)
+        if four_bits and sets[number % len(sets)] == b"AVX2":
+            x = rounded_to_int8(x)
+        expected, terms = (np.einsum("gmi,goi->gmo", part(x), part(weights)) for part in (np.asarray, np.abs))
         error = float(np.max(np.abs(found - expected) / np.maximum(terms, 1e-300)))
         worst, wrong = max(worst, error), wrong + (error > MOST)
     names = ", ".join(name.decode() for name in sets)
     print(f"{args.shapes} shapes, {names}: {wrong} wrong, largest error {worst:.1e}")
     return int(wrong > 0)
+
+
+def rounded_to_int8(x: np.ndarray) -> np.ndarray:
+    """Round each group of inputs to int8, as the int4 product does with AVX2; all in float32 as there."""
+    groups = x.astype(np.float32).reshape(*x.shape[:-1], -1, GROUP)
+    most = np.max(np.abs(groups), axis=-1, keepdims=True)
+    inverse = np.divide(np.float32(127), most, out=np.zeros_like(most), where=most > 0)
+    return (np.rint(groups * inverse).astype(np.float64) * (most / np.float32(127))).reshape(x.shape)
 
 
 if __name__ == "__main__":

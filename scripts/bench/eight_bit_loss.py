@@ -1,4 +1,4 @@
-"""Measure what 8 bits cost a model on texts: loss, most likely tokens, and values that do not fit.
+"""Measure what 8 or 4 bits cost a model on texts: loss, most likely tokens, and values that do not fit.
 
     python scripts/bench/eight_bit_loss.py MODEL FILE... [--tokens 2048] [--variants "auto" "all, e4m3" ...]
 
@@ -9,7 +9,7 @@ theirs is too large for its page.
 
 `auto` and `int8 pages` need a calibrated checkpoint (`qwen-jax calibrate --fp8`; `--calibration FOLDER` names another
 place of the file). `cast` stores plain casts to e4m3, keys with their biases; `per tensor` gives every matrix, and all
-keys and all values of a layer, one scale.
+keys and all values of a layer, one scale. `--kernels` computes products of integers as engines do for up to 64 rows.
 """
 
 from __future__ import annotations
@@ -27,19 +27,20 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from qwen_kernels.attention import EightBitPages, causal_attention, eight_bit_dtype  # noqa: E402
+from qwen_kernels.cpu import products  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from qwen_jax.checkpoint import load_params, load_tokenizer, read_calibrated, resolve  # noqa: E402
 from qwen_jax.evaluation.calibrate_precision import rounded_pages  # noqa: E402
 from qwen_jax.model import build, build_layer  # noqa: E402
 from qwen_jax.model.rope import rope_tables  # noqa: E402
-from qwen_jax.quantization import EightBitTensor, Precision, default_precision, page_formats, rows, scales_of  # noqa: E402
-from qwen_jax.quantization.fp8 import E4M3_MAX, saturate  # noqa: E402
+from qwen_jax.quantization import Precision, QuantizedTensor, default_precision, page_formats, rows, scales_of  # noqa: E402
+from qwen_jax.quantization.quantized_tensor import E4M3_MAX, saturate  # noqa: E402
 
 CHUNK = 128  # tokens whose logits exist at a time
 NAIVE = ("cast", "per tensor")
-VARIANTS = ("int8 weights", "e4m3 weights", "e4m3 pages", "int8 pages", "all, e4m3", "auto", "cast weights",
-            "cast pages", "per tensor weights", "per tensor pages")
+VARIANTS = ("int8 weights", "int4 weights", "e4m3 weights", "e4m3 pages", "int8 pages", "all, e4m3", "auto",
+            "cast weights", "cast pages", "per tensor weights", "per tensor pages")
 
 
 class Variant(NamedTuple):
@@ -64,6 +65,7 @@ def variant_of(name: str, config, params, calibrated) -> Variant:
         raise SystemExit("the checkpoint is not calibrated: run `qwen-jax calibrate --fp8`")
     layers = (True,) * config.num_layers
     precision = {"int8 weights": lambda: Precision(layers, True, (None,) * config.num_layers, "int8"),
+                 "int4 weights": lambda: Precision(layers, True, (None,) * config.num_layers, "int4"),
                  "e4m3 weights": lambda: default_precision(config, True, None),
                  "e4m3 pages": lambda: default_precision(config, False, "e4m3"),
                  "int8 pages": lambda: default_precision(config, False, "int8"),
@@ -73,10 +75,10 @@ def variant_of(name: str, config, params, calibrated) -> Variant:
     return Variant(stored, precision.kv_cache, scales_of(params, precision, calibrated and calibrated.ranges))
 
 
-def naive_weight(value: jax.Array, inputs: int, kind: str) -> EightBitTensor:
+def naive_weight(value: jax.Array, inputs: int, kind: str) -> QuantizedTensor:
     """Round a matrix, whose last ``inputs`` axes are contracted, to e4m3 with one scale: 1 for a plain cast."""
     scale = jnp.max(jnp.abs(value)) / E4M3_MAX if kind == "per tensor" else jnp.ones(())
-    return EightBitTensor(saturate(value / scale), jnp.broadcast_to(scale, value.shape[: value.ndim - inputs]))
+    return QuantizedTensor(saturate(value / scale), jnp.broadcast_to(scale, value.shape[: value.ndim - inputs]))
 
 
 @partial(jax.jit, static_argnames=("config", "kind"))
@@ -139,7 +141,10 @@ def main() -> int:
     parser.add_argument("--most", type=int, default=1 << 30, help="tokens in all")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--calibration", type=Path, help="folder of the calibration's file")
+    parser.add_argument("--kernels", action="store_true", help="use the CPU kernels for all products of integers")
     args = parser.parse_args()
+    if args.kernels:
+        products.MOST_ROWS = args.tokens
     source = resolve(args.model)
     config, tokenizer = source.config, load_tokenizer(source)
     params = load_params(source, config, "float32")

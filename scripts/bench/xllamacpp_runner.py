@@ -1,6 +1,6 @@
 """Run llama.cpp on a GGUF file behind a pipe: a JSON object per line in, a JSON object per line out.
 
-`int8.py` starts this script, in an environment with xllamacpp.
+`integer_weights.py` starts this script, in an environment with xllamacpp.
 
     {"gguf": "model.gguf", "context": 2048, "parallel": 8}  ->  {"ready": true}   (the first line)
     {"prompts": [[1, 2, 3]], "tokens": 16}                  ->  {"seconds": 1.5}

@@ -15,7 +15,7 @@ from qwen_jax import UserError
 from qwen_jax.checkpoint import convert, export, load_model, load_params, resolve, verify
 from qwen_jax.checkpoint.source import read_manifest
 from qwen_jax.model import params_of
-from qwen_jax.quantization import EightBitTensor, default_precision, quantize_host
+from qwen_jax.quantization import QuantizedTensor, default_precision, quantize_host
 
 E4M3 = ml_dtypes.float8_e4m3fn
 
@@ -54,8 +54,8 @@ def test_both_ways_of_loading(folder, converted):
     at_load = load_params(resolve(folder), source.config, "float32", precision=precision)
     widened = load_params(source, source.config, "float32")
     for path, value in eight_bit.items():
-        assert isinstance(value, EightBitTensor) == is_eight_bit("model." + path + ".weight")
-        if isinstance(value, EightBitTensor):
+        assert isinstance(value, QuantizedTensor) == is_eight_bit("model." + path + ".weight")
+        if isinstance(value, QuantizedTensor):
             same = np.asarray(value.values).view(np.uint8) == np.asarray(at_load[path].values).view(np.uint8)
             assert same.mean() > 0.999
             np.testing.assert_allclose(value.scale, at_load[path].scale, rtol=1e-6)

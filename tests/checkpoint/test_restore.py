@@ -15,7 +15,7 @@ from hf_folders import hf_model
 
 from qwen_jax.checkpoint import convert
 from qwen_jax.parallel.placement import Placement, place
-from qwen_jax.quantization import E4M3, EightBitTensor
+from qwen_jax.quantization import E4M3, QuantizedTensor
 
 COMMON = """
 import sys
@@ -27,7 +27,7 @@ from qwen_jax.checkpoint import load_params, resolve
 from qwen_jax.model.abstract import abstract
 from qwen_jax.parallel.layout import best_layout, contract, expand, expanded_shape
 from qwen_jax.parallel.mesh import spec_of
-from qwen_jax.quantization import EightBitTensor, default_precision
+from qwen_jax.quantization import QuantizedTensor, default_precision
 
 folders = [resolve(folder) for folder in sys.argv[1:4]]  # Hugging Face, converted, converted to FP8
 config = folders[0].config
@@ -56,7 +56,7 @@ def same(one, other):
 
 
 def arrays(value):
-    return [value.values, value.scale] if isinstance(value, EightBitTensor) else [value]
+    return [value.values, value.scale] if isinstance(value, QuantizedTensor) else [value]
 
 
 def check_shardings(params, shardings):
@@ -79,7 +79,7 @@ cases = {"tensor 2": (2, None), "tensor 3": (3, None), "tensor 4": (4, None),
 for source in folders:
     for precision in (None, eight_bit):
         plain = load_params(source, config, "bfloat16", precision=precision)
-        assert any(isinstance(value, EightBitTensor) for value in plain.values()) == (precision is not None)
+        assert any(isinstance(value, QuantizedTensor) for value in plain.values()) == (precision is not None)
         for name, (tensor, mesh_of) in cases.items():
             layout = best_layout(config, tensor, 1)
             whole = mesh(devices[1:1 + tensor])
@@ -191,7 +191,7 @@ def test_expanding_in_slabs_is_expanding_at_once(monkeypatch, axis, eight_bit):
     monkeypatch.setattr("qwen_jax.parallel.placement._SLAB_BYTES", 100)
     value = np.arange(6 * 5 * 7, dtype=np.float32).reshape(6, 5, 7)
     if eight_bit:
-        value = EightBitTensor(value.astype(E4M3), value[:, :, 0])
+        value = QuantizedTensor(value.astype(E4M3), value[:, :, 0])
     calls = []
 
     def expand(part):

@@ -19,7 +19,7 @@ from qwen_jax.evaluation.calibrate_precision import calibrate_eight_bit
 from qwen_jax.model import build, params_of
 from qwen_jax.model.lora import LoraConfig, init_adapter
 from qwen_jax.model.rope import apply_rope, rope_tables
-from qwen_jax.quantization import EightBitTensor, default_precision, scales_of
+from qwen_jax.quantization import QuantizedTensor, default_precision, scales_of
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, logprobs=0)
 LIMITS = Limits(max_batch_size=4, max_seq_len=512, prefill_shapes=((1, 64), (1, 256)), recompute_shapes=(),
@@ -55,7 +55,7 @@ def answers(engine):
 def test_what_is_stored(engine):
     weights = engine.runner.weights
     model = build(engine.config, weights.sharding.by_name(weights.leaves_of[0])[0])
-    kinds = {path: isinstance(value, EightBitTensor) for path, value in params_of(model).items()}
+    kinds = {path: isinstance(value, QuantizedTensor) for path, value in params_of(model).items()}
     for layer in range(4):
         for name in ("attention.wqkv", "attention.wo", "mlp.gate_up", "mlp.down"):
             assert kinds[f"layers.{layer}.{name}"] == (layer in (1, 2))

@@ -12,6 +12,7 @@ from qwen_kernels.attention import (
     page_dtype,
     paged_attention,
     write_pages,
+    xla,
 )
 from qwen_kernels.attention.storage import from_storage, to_storage
 
@@ -89,6 +90,18 @@ def test_head_layouts_and_bfloat16(kv_heads, group, dim):
     assert got.dtype == jnp.bfloat16
     expected = brute_force(*(np.asarray(x, np.float32) for x in half), start, length)
     assert np.abs(np.asarray(got, np.float32) - expected).max() < 0.03
+
+
+@pytest.mark.parametrize("rows, tokens, pages", [(1, 1, 4), (40, 1, 3), (160, 1, 1), (1, 128, 4), (3, 128, 2),
+                                                 (3, 64, 4)])
+def test_chunks_are_shorter_where_many_rows_share_the_processors_cache(rows, tokens, pages):
+    """A chunk of 160 rows' keys would have 10 MB with as many pages as one row's."""
+    rng = np.random.default_rng(3)
+    starts = rng.integers(0, 600, rows).tolist()
+    q, k, v, *paged = paged_case(rng, tokens, starts, [tokens] * rows)
+    assert xla.chunk_pages(q, PAGE) == pages
+    out = jax.jit(lambda *a: paged_attention(*a, implementation="xla"))(q, *paged)
+    np.testing.assert_allclose(out, brute_force(q, k, v, *paged[-2:]), rtol=2e-4, atol=2e-5)
 
 
 def test_result_does_not_depend_on_the_neighbours():

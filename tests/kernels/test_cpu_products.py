@@ -1,4 +1,4 @@
-"""The int8 product in C++ against float64: shapes, instruction sets, several at once, and machines without it."""
+"""The int8 and int4 products in C++ against float64: shapes, instruction sets, several at once, no compiler."""
 
 import logging
 import os
@@ -10,7 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from qwen_kernels.cpu import build, int8_product, int8_targets
+from qwen_kernels.cpu import (
+    GROUP,
+    MOST_ROWS,
+    build,
+    dequantize_int4,
+    int4_product,
+    int8_product,
+    pack_int4,
+    product_targets,
+)
 
 BFLOAT16 = "AVX-512 with bfloat16"
 SETS = (BFLOAT16, "AVX-512", "AVX2", "portable")
@@ -23,10 +32,33 @@ def operands(rows, inputs, outputs, seed=0, dtype=jnp.float32):
             jnp.asarray(random.uniform(.01, 2, outputs), jnp.float32))
 
 
+def int4_operands(rows, inputs, outputs, seed=0, dtype=jnp.float32):
+    """Rows, packed weights, scales, and the integers that are packed."""
+    random = np.random.default_rng(seed)
+    integers = random.integers(-8, 8, (outputs, inputs))
+    scale = jnp.asarray(random.uniform(-2, 2, (outputs, inputs // GROUP)), jnp.bfloat16)
+    return jnp.asarray(random.standard_normal((rows, inputs)), dtype), pack_int4(jnp.asarray(integers)), scale, integers
+
+
 def assert_right(x, values, scale, found):
     wide = [np.asarray(part.astype(jnp.float32), np.float64) for part in (x, values, scale)]
-    expected = wide[0] @ wide[1].T * wide[2]
-    bound = np.abs(wide[0]) @ np.abs(wide[1]).T * wide[2]  # of the sum's terms, which rounding goes by
+    assert_product(wide[0], wide[1] * wide[2][:, None], found)
+
+
+def assert_right_int4(x, integers, scale, found):
+    """Weights are as the format is described, without the library's own unpacking. AVX2 rounds few rows to int8."""
+    scales = np.repeat(np.asarray(scale.astype(jnp.float32), np.float64), GROUP, axis=1)
+    x = np.asarray(x.astype(jnp.float32))
+    if build.instruction_set() == "AVX2" and len(x) <= MOST_ROWS:
+        groups = x.reshape(len(x), -1, GROUP)
+        most = np.abs(groups).max(axis=2, keepdims=True)
+        x = (np.rint(groups * (np.float32(127) / most)) * (most / np.float32(127))).reshape(x.shape)
+    assert_product(x.astype(np.float64), integers * scales, found)
+
+
+def assert_product(x, weights, found):
+    expected = x @ weights.T
+    bound = np.abs(x) @ np.abs(weights).T  # of the sum's terms, which rounding goes by
     assert np.all(np.abs(found - expected) <= 1e-6 * bound + 1e-30)
 
 
@@ -53,6 +85,26 @@ def test_every_shape(instruction_set):
             assert_right(x, values, scale, int8_product(x, values, scale))
 
 
+def test_every_shape_of_int4(instruction_set):
+    shapes = [(rows, 64, 70) for rows in (*range(1, 20), 64)] + [(3, 32 * groups, 5) for groups in (1, 2, 3, 7, 28)]
+    shapes += [(2, 64, outputs) for outputs in (1, 63, 64, 65, 128, 300)]
+    for number, shape in enumerate(shapes):
+        for dtype in (jnp.float32, jnp.bfloat16) if instruction_set == BFLOAT16 else (jnp.float32,):
+            x, packed, scale, integers = int4_operands(*shape, seed=number, dtype=dtype)
+            assert_right_int4(x, integers, scale, int4_product(x, packed, scale))
+
+
+def test_int4_of_many_rows_and_of_several_matrices():
+    x, packed, scale, integers = int4_operands(65, 96, 20)  # more rows than the kernel takes
+    scales = np.repeat(np.asarray(scale, np.float32), GROUP, axis=1)
+    np.testing.assert_array_equal(dequantize_int4(packed, scale), integers * scales)
+    assert_right_int4(x, integers, scale, int4_product(x, packed, scale))
+    parts = [int4_operands(5, 64, 70, seed=seed) for seed in range(3)]
+    found = int4_product(*(jnp.stack([part[index] for part in parts]) for index in range(3)))
+    for (x, _, scale, integers), result in zip(parts, found, strict=True):
+        assert_right_int4(x, integers, scale, result)
+
+
 def test_bfloat16_rows_and_more_axes():
     x, values, scale = operands(6, 48, 20, dtype=jnp.bfloat16)
     found = int8_product(x.reshape(2, 3, 48), values, scale)
@@ -73,11 +125,21 @@ def test_a_matrix_for_each_index_in_front():
 
 def test_the_kernel_is_what_runs():
     x, values, scale = operands(2, 48, 20)
-    targets, lowered = int8_targets(), jax.jit(int8_product).lower
-    assert f"@{targets.floats}(" in lowered(x, values, scale).as_text()
-    as_they_are = f"@{targets.bfloats}(" in lowered(x.astype(jnp.bfloat16), values, scale).as_text()
-    assert as_they_are == (build.instruction_set() == BFLOAT16) == (targets.bfloats is not None)
+    targets, lowered = product_targets(), jax.jit(int8_product).lower
+    floats, bfloats = targets.int8
+    assert f"@{floats}(" in lowered(x, values, scale).as_text()
+    as_they_are = f"@{bfloats}(" in lowered(x.astype(jnp.bfloat16), values, scale).as_text()
+    assert as_they_are == (build.instruction_set() == BFLOAT16) == (bfloats is not None)
     assert "qwen_int8_product" not in lowered(*operands(65, 48, 20)).as_text()
+    assert f"@{targets.int4[0]}(" in jax.jit(int4_product).lower(*int4_operands(2, 64, 20)[:3]).as_text()
+
+
+def test_many_bfloat16_rows_are_widened_where_their_products_are_emulated():
+    x, values, scale = operands(65, 48, 20, dtype=jnp.bfloat16)
+    emulated = product_targets().int8[1] is None
+    product = next(line for line in jax.jit(int8_product).lower(x, values, scale).as_text().splitlines()
+                   if "dot_general" in line)
+    assert ("xf32>, tensor" in product) == emulated and ("xbf16>, tensor" in product) != emulated
 
 
 def test_extreme_values():
@@ -86,6 +148,17 @@ def test_extreme_values():
     found = np.asarray(int8_product(x, values, jnp.ones(3)))
     assert np.all(found[0] == 0) and found[1, 0] == pytest.approx(-128 * 32e30, rel=1e-6)
     assert found[2, 0] == -np.inf and np.isnan(found[2, 2])  # inf times zero
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_int4_of_a_row_that_is_not_finite(instruction_set, bad):
+    """It does not become a number, nor touch the other rows."""
+    x, packed, scale, integers = int4_operands(3, 64, 5)
+    found = np.asarray(int4_product(x.at[1, 40].set(bad), packed, scale))
+    assert not np.any(np.isfinite(found[1][integers[:, 40] != 0]))
+    assert_right_int4(x[::2], integers, scale, found[::2])
+    zeros = int4_product(jnp.zeros((2, 64)), packed, scale)
+    assert not np.any(zeros)
 
 
 def test_many_at_once_do_not_wait_for_each_other():

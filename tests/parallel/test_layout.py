@@ -9,8 +9,8 @@ from qwen_jax.config import PRESETS
 from qwen_jax.errors import UserError
 from qwen_jax.model import abstract
 from qwen_jax.parallel.layout import best_layout, contract, expand, expanded_shape, layouts
-from qwen_jax.quantization import EightBitTensor
-from qwen_jax.quantization.fp8 import quantize_host
+from qwen_jax.quantization import QuantizedTensor
+from qwen_jax.quantization.quantized_tensor import quantize_host
 
 SIZES = ("0.5b", "1.5b", "3b", "7b", "14b", "32b", "72b")
 DEGREES = range(1, 9)
@@ -108,7 +108,7 @@ def test_8_bit_weights_expand_as_their_values_do(path):
     config = shrunk("0.5b")
     value, axes = parameters(config)[path]
     inputs = {"wo": 3}.get(path.rpartition(".")[2], 1)
-    tensor = EightBitTensor(*quantize_host(value, inputs))
+    tensor = QuantizedTensor(*quantize_host(value, inputs))
     layout = best_layout(config, 8, 100)
     there = expand(tensor, axes, layout)
     wide = np.asarray(there.values, np.float32) * there.scale.reshape(there.scale.shape + (1,) * inputs)

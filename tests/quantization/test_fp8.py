@@ -9,7 +9,7 @@ import pytest
 
 from qwen_jax.quantization import (
     E4M3,
-    EightBitTensor,
+    QuantizedTensor,
     matrix,
     multiplies_fp8,
     product,
@@ -93,7 +93,7 @@ def test_matrix_and_rows():
     for given in (weight, quantize(weight, 3)):
         flat = matrix(given, 3)
         assert flat.shape == (6, 24)
-        if isinstance(flat, EightBitTensor):
+        if isinstance(flat, QuantizedTensor):
             np.testing.assert_array_equal(flat.dequantize(jnp.float32),
                                           given.dequantize(jnp.float32).reshape(6, 24))
     table = quantize(jax.random.normal(jax.random.key(1), (10, 16)), 1)

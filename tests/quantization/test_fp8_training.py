@@ -9,7 +9,7 @@ from qwen_kernels.attention import causal_attention
 from qwen_jax.config import ModelConfig, Rope
 from qwen_jax.model import build, init, params_of
 from qwen_jax.model.lora import LoraConfig, init_adapter
-from qwen_jax.quantization import EightBitTensor, TrainedInFP8, default_precision, product, quantize, widened
+from qwen_jax.quantization import QuantizedTensor, TrainedInFP8, default_precision, product, quantize, widened
 from qwen_jax.training.batch import Batch
 from qwen_jax.training.recipe import Optimizer
 from qwen_jax.training.stacked import hidden, stack, unstack
@@ -95,7 +95,7 @@ def batch(seed=0):
 def test_only_the_inner_layers_and_as_an_fp8_model_computes():
     params = params_of(init(CONFIG, 0, "float32"))
     stored = {path: FP8.store(path, value) for path, value in params.items()}
-    assert {path.split(".")[1] for path, value in stored.items() if isinstance(value, EightBitTensor)} == {"1", "2"}
+    assert {path.split(".")[1] for path, value in stored.items() if isinstance(value, QuantizedTensor)} == {"1", "2"}
     data = batch()
     want = jax.jit(lambda p: build(CONFIG, p).hidden(data.tokens, data.positions, lambda _, *qkv: causal_attention(
         *qkv)))(stored)

@@ -21,7 +21,7 @@ from qwen_jax.checkpoint import load_model, load_tokenizer, read_calibrated, rea
 from qwen_jax.engine.config.resolve import precision_of
 from qwen_jax.evaluation.sparse_fidelity import fidelity
 from qwen_jax.model import build, params_of
-from qwen_jax.quantization import EightBitTensor
+from qwen_jax.quantization import QuantizedTensor
 
 pytestmark = pytest.mark.real
 ANSWERS = json.loads((Path(__file__).parent / "greedy.json").read_text())
@@ -82,7 +82,7 @@ def test_int8_weights_add_little_to_the_loss(source):
     precision = precision_of(model.config, False, None, weights="int8")
     params = params_of(model)
     rounded = {path: precision.store(path, value) for path, value in params.items()}
-    assert sum(isinstance(value, EightBitTensor) for value in rounded.values()) == 4 * model.config.num_layers + 1
+    assert sum(isinstance(value, QuantizedTensor) for value in rounded.values()) == 4 * model.config.num_layers + 1
     assert abs(loss(rounded) - loss(params)) <= 0.02
 
 

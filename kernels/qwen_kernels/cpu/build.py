@@ -21,28 +21,27 @@ from qwen_kernels.private_folder import NotPrivate, open_private
 
 logger = logging.getLogger(__name__)
 
-SOURCES = ("products.cc", "product_body.h")
+SOURCES = ("products.cc", "product_body.h", "int4_body.h", "int4_avx2.h")
 # More flags, such as -fsanitize=address, come from the environment (CONTRIBUTING.md).
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-w", *os.environ.get("QWEN_JAX_KERNEL_FLAGS", "").split())
 SECONDS = 300  # most that the compiler may take
 
 
 class Targets(NamedTuple):
-    """Names under which JAX calls the int8 product, registered; they have a digest of the sources, so that a program on
-    disk never calls another version of the kernel.
+    """Names under which JAX calls the products, registered; they have a digest of the sources, so that a program on
+    disk never calls another version of a kernel.
 
-    Attributes:
-      floats: the product of float32 rows.
-      bfloats: that of bfloat16 rows; None where the processor does not multiply them.
+    For each type of weights: the product of float32 rows, and that of bfloat16 rows, None where the processor does not
+    multiply them.
     """
 
-    floats: str
-    bfloats: str | None
+    int8: tuple[str, str | None]
+    int4: tuple[str, str | None]
 
 
 @cache
-def int8_targets() -> Targets | None:
-    """Register the int8 products and return their names; None where they cannot be compiled, which is logged once."""
+def product_targets() -> Targets | None:
+    """Register the products and return their names; None where they cannot be compiled, which is logged once."""
     loaded = library()
     if loaded is None:
         return None
@@ -52,8 +51,9 @@ def int8_targets() -> Targets | None:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(loaded, symbol)), platform="cpu")
         return name
 
-    bfloats = registered("qwen_int8_product_bfloat16") if loaded.qwen_multiplies_bfloat16() else None
-    return Targets(registered("qwen_int8_product"), bfloats)
+    bfloats = loaded.qwen_multiplies_bfloat16()
+    return Targets(*((registered(symbol), registered(f"{symbol}_bfloat16") if bfloats else None)
+                     for symbol in ("qwen_int8_product", "qwen_int4_product")))
 
 
 @cache
@@ -73,8 +73,8 @@ def library() -> ctypes.CDLL | None:
             _compile(path)
         loaded = ctypes.CDLL(str(path))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        logger.warning("the CPU kernels cannot be compiled (%s): XLA computes products with int8 weights, which takes "
-                       "several times as long as with 16-bit weights", error)
+        logger.warning("the CPU kernels cannot be compiled (%s): XLA computes products with int8 and int4 weights, "
+                       "which takes several times as long as with 16-bit weights", error)
         return None
     finally:
         if temporary:  # a library that is loaded needs its file no longer

@@ -1,7 +1,10 @@
-// Products of float32 or bfloat16 rows with int8 matrices, for XLA on CPUs (https://docs.jax.dev/en/latest/ffi.html).
+// Products of float32 or bfloat16 rows with int8 and int4 matrices, for XLA on CPUs
+// (https://docs.jax.dev/en/latest/ffi.html).
 //
-// A few rows read each weight once, and memory decides the time: weights stay int8 in memory and become float32 or
-// bfloat16, which hold them exactly, in registers. Sums are float32. The body is compiled once for each instruction set,
+// A few rows read each weight once, and memory decides the time: weights stay as they are in memory and become float32
+// or bfloat16, which hold them exactly, in registers. Sums are float32. int8 weights have a float32 scale for each
+// output. int4 weights have a bfloat16 scale for each GROUP of an output's inputs, whose integers, plus 8, are in half as
+// many bytes: those of the first half of the group in the low bits, those of the second half in the high ones. The body is compiled once for each instruction set,
 // and the best one that the processor has is chosen when the library is loaded.
 #include <algorithm>
 #include <atomic>
@@ -10,15 +13,21 @@
 #include <memory>
 #include <string>
 #include <thread>
+#include <type_traits>
+#include <vector>
 
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
 
 #define INLINE static inline __attribute__((always_inline))
+constexpr int64_t GROUP = 32;
 // x[m, k], w[n, k], scale[n] -> y[m, n], of which n outputs are computed; rows of y are `stride` apart. x comes first.
 #define ARGUMENTS \
   const int8_t *w, const float *scale, float *y, int64_t m, int64_t k, int64_t n, int64_t stride
+// The same with w[n, k / 2] and scale[n, k / GROUP].
+#define INT4_ARGUMENTS \
+  const uint8_t *w, const uint16_t *scale, float *y, int64_t m, int64_t k, int64_t n, int64_t stride
 
 INLINE float number(float x) { return x; }
 INLINE float number(uint16_t bfloat) {
@@ -31,6 +40,15 @@ INLINE float number(uint16_t bfloat) {
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+// Of a group's 16 bytes: the integers of its first half, from -8 to 7, and those of its second half.
+INLINE __m128i less_eight(__m128i bytes) {
+  return _mm_sub_epi8(_mm_and_si128(bytes, _mm_set1_epi8(15)), _mm_set1_epi8(8));
+}
+INLINE __m128i first_half(const uint8_t *packed) { return less_eight(_mm_loadu_si128((const __m128i *)packed)); }
+INLINE __m128i second_half(const uint8_t *packed) {
+  return less_eight(_mm_srli_epi16(_mm_loadu_si128((const __m128i *)packed), 4));
+}
+
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,fma")
 namespace avx512 {
@@ -39,12 +57,18 @@ typedef __m512 Lanes, Operands;
 constexpr int WIDTH = 16, SUMS = 32;
 INLINE Lanes zero() { return _mm512_setzero_ps(); }
 INLINE Lanes load(const float *p) { return _mm512_loadu_ps(p); }
-INLINE Lanes widened(const int8_t *p) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+INLINE Lanes floats(__m128i integers) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(integers)); }
+INLINE Lanes widened(const int8_t *p) { return floats(_mm_loadu_si128((const __m128i *)p)); }
+INLINE void unpack(const uint8_t *packed, Operands *weights) {
+  weights[0] = floats(first_half(packed));
+  weights[1] = floats(second_half(packed));
 }
 INLINE Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE Lanes all(float x) { return _mm512_set1_ps(x); }
+INLINE Lanes add_scaled(Lanes a, Lanes scale, Lanes c) { return _mm512_fmadd_ps(a, scale, c); }
 INLINE float sum(Lanes a) { return _mm512_reduce_add_ps(a); }
 #include "product_body.h"
+#include "int4_body.h"
 }  // namespace avx512
 #pragma GCC pop_options
 
@@ -55,12 +79,18 @@ typedef uint16_t Input;
 typedef __m512bh Operands;
 typedef __m512 Lanes;
 constexpr int WIDTH = 32, SUMS = 32;
+using avx512::add_scaled;
+using avx512::all;
 using avx512::sum;
 using avx512::zero;
 INLINE Operands load(const Input *p) { return (Operands)_mm512_loadu_si512(p); }
 INLINE Operands widened(const int8_t *p) { return _mm512_cvtne2ps_pbh(avx512::widened(p + 16), avx512::widened(p)); }
+INLINE void unpack(const uint8_t *packed, Operands *weights) {
+  weights[0] = _mm512_cvtne2ps_pbh(avx512::floats(second_half(packed)), avx512::floats(first_half(packed)));
+}
 INLINE Lanes multiply_add(Operands a, Operands b, Lanes c) { return _mm512_dpbf16_ps(c, a, b); }
 #include "product_body.h"
+#include "int4_body.h"
 }  // namespace avx512_bf16
 #pragma GCC pop_options
 
@@ -72,16 +102,20 @@ typedef __m256 Lanes, Operands;
 constexpr int WIDTH = 8, SUMS = 8;
 INLINE Lanes zero() { return _mm256_setzero_ps(); }
 INLINE Lanes load(const float *p) { return _mm256_loadu_ps(p); }
+INLINE void store(float *p, Lanes a) { _mm256_storeu_ps(p, a); }
 INLINE Lanes widened(const int8_t *p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
 }
 INLINE Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE Lanes all(float x) { return _mm256_set1_ps(x); }
+INLINE Lanes add_scaled(Lanes a, Lanes scale, Lanes c) { return _mm256_fmadd_ps(a, scale, c); }
 INLINE float sum(Lanes a) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
 }
 #include "product_body.h"
+#include "int4_avx2.h"
 }  // namespace avx2
 #pragma GCC pop_options
 #endif
@@ -92,29 +126,42 @@ constexpr int WIDTH = 1, SUMS = 8;
 INLINE Lanes zero() { return 0; }
 INLINE Lanes load(const float *p) { return *p; }
 INLINE Lanes widened(const int8_t *p) { return *p; }
+INLINE void unpack(const uint8_t *packed, Operands *weights) {
+  for (int i = 0; i < GROUP / 2; ++i) {
+    weights[i] = (packed[i] & 15) - 8;
+    weights[i + GROUP / 2] = (packed[i] >> 4) - 8;
+  }
+}
 INLINE Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return a * b + c; }
+INLINE Lanes all(float x) { return x; }
+INLINE Lanes add_scaled(Lanes a, Lanes scale, Lanes c) { return a * scale + c; }
 INLINE float sum(Lanes a) { return a; }
 #include "product_body.h"
+#include "int4_body.h"
 }  // namespace portable
 
 template <typename Input>
 using Product = void (*)(const Input *x, ARGUMENTS);
+template <typename Input>
+using Int4Product = void (*)(const Input *x, INT4_ARGUMENTS);
 
 struct InstructionSet {
   const char *name;
   Product<float> floats;
+  Int4Product<float> int4_floats;
   Product<uint16_t> bfloats;  // null where bfloat16 is not multiplied: rows come as float32 then
+  Int4Product<uint16_t> int4_bfloats;
 };
 
 static const InstructionSet *known() {
   static const InstructionSet all[] = {
 #if defined(__x86_64__)
-      {"AVX-512 with bfloat16", avx512::product, avx512_bf16::product},
-      {"AVX-512", avx512::product, nullptr},
-      {"AVX2", avx2::product, nullptr},
+      {"AVX-512 with bfloat16", avx512::product, avx512::int4_product, avx512_bf16::product, avx512_bf16::int4_product},
+      {"AVX-512", avx512::product, avx512::int4_product, nullptr, nullptr},
+      {"AVX2", avx2::product, avx2::int4_product, nullptr, nullptr},
 #endif
-      {"portable", portable::product, nullptr},
-      {nullptr, nullptr, nullptr}};
+      {"portable", portable::product, portable::int4_product, nullptr, nullptr},
+      {}};
   return all;
 }
 
@@ -157,26 +204,29 @@ struct Progress {
 
 constexpr int64_t OUTPUTS = 64;  // of a chunk
 
-using Matrices = ffi::Buffer<ffi::S8, 3>;
-using Scales = ffi::Buffer<ffi::F32, 2>;
+using Floats = ffi::Buffer<ffi::F32, 3>;
+using Bfloats = ffi::Buffer<ffi::BF16, 3>;
+using Int8s = ffi::Buffer<ffi::S8, 3>;
+using Int4s = ffi::Buffer<ffi::U8, 3>;
+using OutputScales = ffi::Buffer<ffi::F32, 2>;
+using GroupScales = ffi::Buffer<ffi::BF16, 3>;
 using Result = ffi::Buffer<ffi::F32, 3>;
 
-// rows[g, m, k], weights[g, n, k], scale[g, n] -> result[g, m, n]
-template <typename Input>
-static ffi::Error multiply(ffi::ThreadPool pool, const Input *rows, ffi::Span<const int64_t> shape, Matrices weights,
-                           Scales scale, ffi::Result<Result> result, Product<Input> product) {
-  const int64_t groups = shape[0], m = shape[1], k = shape[2], n = weights.dimensions()[1];
+// rows[g, m, k], weights of g n outputs, their scales -> result[g, m, n]. size, scales: of an output, weights and scales.
+template <typename Input, typename Weight, typename Scale, typename Function>
+static ffi::Error multiply(ffi::ThreadPool pool, const Input *rows, const Weight *weights, const Scale *scale,
+                           ffi::Span<const int64_t> shape, ffi::Result<Result> result, int64_t size, int64_t scales,
+                           Function product) {
+  const int64_t groups = shape[0], m = shape[1], k = shape[2], n = result->dimensions()[2];
   const int64_t of_group = (n + OUTPUTS - 1) / OUTPUTS, chunks = groups * of_group;
-  const float *scales = scale.typed_data();
-  const int8_t *matrix = weights.typed_data();
   float *out = result->typed_data();
   if (!product) return ffi::Error::InvalidArgument("this processor does not multiply bfloat16");
   auto progress = std::make_shared<Progress>();
   auto work = [=] {
     for (int64_t chunk; (chunk = progress->taken.fetch_add(1)) < chunks;) {
-      const int64_t group = chunk / of_group, first = chunk % of_group * OUTPUTS;
-      product(rows + group * m * k, matrix + (group * n + first) * k, scales + group * n + first,
-              out + group * m * n + first, m, k, std::min(OUTPUTS, n - first), n);
+      const int64_t group = chunk / of_group, first = chunk % of_group * OUTPUTS, output = group * n + first;
+      product(rows + group * m * k, weights + output * size, scale + output * scales, out + group * m * n + first, m, k,
+              std::min(OUTPUTS, n - first), n);
       progress->done.fetch_add(1, std::memory_order_release);
     }
   };
@@ -192,24 +242,43 @@ static ffi::Error multiply(ffi::ThreadPool pool, const Input *rows, ffi::Span<co
   return ffi::Error::Success();
 }
 
-using Floats = ffi::Buffer<ffi::F32, 3>;
-using Bfloats = ffi::Buffer<ffi::BF16, 3>;
-
-static ffi::Error Int8Product(ffi::ThreadPool pool, Floats x, Matrices weights, Scales scale,
-                              ffi::Result<Result> result) {
-  return multiply<float>(pool, x.typed_data(), x.dimensions(), weights, scale, result, chosen.floats);
+template <typename Rows>
+static const auto *elements(Rows &rows) {
+  if constexpr (std::is_same_v<Rows, Floats>) return rows.typed_data();
+  else return (const uint16_t *)rows.untyped_data();
 }
 
-static ffi::Error Int8ProductBfloat16(ffi::ThreadPool pool, Bfloats x, Matrices weights, Scales scale,
-                                      ffi::Result<Result> result) {
-  return multiply<uint16_t>(pool, (const uint16_t *)x.untyped_data(), x.dimensions(), weights, scale, result,
-                            chosen.bfloats);
+template <typename Rows>
+static ffi::Error int8_product(ffi::ThreadPool pool, Rows x, Int8s weights, OutputScales scale, ffi::Result<Result> result) {
+  const auto call = [&](auto product) {
+    return multiply(pool, elements(x), (const int8_t *)weights.typed_data(), (const float *)scale.typed_data(),
+                    x.dimensions(), result, x.dimensions()[2], 1, product);
+  };
+  if constexpr (std::is_same_v<Rows, Floats>) return call(chosen.floats);
+  else return call(chosen.bfloats);
 }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    qwen_int8_product, Int8Product,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Matrices>().Arg<Scales>().Ret<Result>());
+template <typename Rows>
+static ffi::Error int4_product(ffi::ThreadPool pool, Rows x, Int4s weights, GroupScales scale, ffi::Result<Result> result) {
+  const int64_t k = x.dimensions()[2];
+  const auto call = [&](auto product) {
+    return multiply(pool, elements(x), (const uint8_t *)weights.typed_data(), (const uint16_t *)scale.untyped_data(),
+                    x.dimensions(), result, k / 2, k / GROUP, product);
+  };
+  if (k % GROUP) return ffi::Error::InvalidArgument("the inputs of int4 weights must be whole groups");
+  if constexpr (std::is_same_v<Rows, Floats>) return call(chosen.int4_floats);
+  else return call(chosen.int4_bfloats);
+}
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    qwen_int8_product_bfloat16, Int8ProductBfloat16,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Bfloats>().Arg<Matrices>().Arg<Scales>().Ret<Result>());
+#define HANDLER(NAME, FUNCTION, ROWS, WEIGHTS, SCALES)                                              \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(NAME, FUNCTION<ROWS>,                                               \
+                                ffi::Ffi::Bind()                                                    \
+                                    .Ctx<ffi::ThreadPool>()                                         \
+                                    .Arg<ROWS>()                                                    \
+                                    .Arg<WEIGHTS>()                                                 \
+                                    .Arg<SCALES>()                                                  \
+                                    .Ret<Result>())
+HANDLER(qwen_int8_product, int8_product, Floats, Int8s, OutputScales);
+HANDLER(qwen_int8_product_bfloat16, int8_product, Bfloats, Int8s, OutputScales);
+HANDLER(qwen_int4_product, int4_product, Floats, Int4s, GroupScales);
+HANDLER(qwen_int4_product_bfloat16, int4_product, Bfloats, Int4s, GroupScales);

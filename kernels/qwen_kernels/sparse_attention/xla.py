@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_kernels.attention.storage import map_blocks
-from qwen_kernels.attention.xla import CHUNK_PAGES, DECODE_CHUNK_PAGES, attend_pages
+from qwen_kernels.attention.xla import attend_pages, chunk_pages
 from qwen_kernels.sparse_attention.selection import HIDDEN, Selection
 
 
@@ -33,8 +33,8 @@ def _attend_heads(q, *, k_pages, v_pages, page_table, start, length, selection: 
     """Compute attention of the queries ``q[B, T, K, G, H]`` of KV heads ``heads`` to the pages selected for them."""
     rows, tokens = q.shape[:2]
     size = tokens // selection.count.shape[1]
-    pages = min(DECODE_CHUNK_PAGES if size == 1 else CHUNK_PAGES, selection.places.shape[-1])
     blocks = q.reshape(rows, -1, size, *q.shape[2:]).swapaxes(0, 1)
+    pages = min(chunk_pages(blocks[0], k_pages.shape[2]), selection.places.shape[-1])
     padding = -selection.places.shape[-1] % pages
     listed = jnp.pad(selection.places, ((0, 0),) * 3 + ((0, padding),), constant_values=HIDDEN)
 

@@ -10,7 +10,7 @@ from flax import nnx
 from qwen_kernels.attention import EightBitPages
 
 from qwen_jax.model import Qwen2, params_of
-from qwen_jax.quantization import EightBitTensor, widened
+from qwen_jax.quantization import INT4, QuantizedTensor, widened
 
 
 class Guard:
@@ -49,12 +49,13 @@ class Guard:
 def damaged_weights(model: Qwen2) -> jax.Array:
     """Return 1 + the first layer whose 8-bit weights have a scale that is not a positive number; 0 without one.
 
-    Damaged weights trip all rows. They are checked once for all the tokens of a step.
+    Damaged weights trip all rows. They are checked once for all the tokens of a step. int4 has too many scales for
+    that, a tenth of what a step reads; what is not finite shows in what a layer computes.
     """
     num_layers = model.config.num_layers
     layers = [jnp.int32(num_layers + 2)]
     for path, value in params_of(model).items():
-        if isinstance(value, EightBitTensor):
+        if isinstance(value, QuantizedTensor) and value.dtype != INT4:
             layer = int(path.split(".")[1]) if path.startswith("layers.") else num_layers
             fine = jnp.all((value.scale > 0) & jnp.isfinite(value.scale))
             layers.append(jnp.where(fine, layers[0], layer + 1))

@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 import jax
+from qwen_kernels.cpu import GROUP
 from qwen_kernels.page import PAGE
 
 from qwen_jax.config import ModelConfig
@@ -17,7 +18,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.model import abstract
 from qwen_jax.parallel.page_bytes import kv_page_bytes, summary_page_bytes
 from qwen_jax.parallel.plan import ParallelPlan
-from qwen_jax.quantization import Precision
+from qwen_jax.quantization import INT4, Precision
 
 # Share of free memory that the KV cache takes by default: a GPU belongs to the engine alone, a CPU's memory does not.
 _KV_SHARE = {"gpu": 0.8, "tpu": 0.8, "cpu": 0.25}
@@ -41,9 +42,13 @@ def weight_bytes_per_step(config: ModelConfig, specs: Mapping[str, Any], precisi
 def _bytes_by_path(specs: Mapping[str, Any], precision: Precision) -> dict[str, int]:
     by_path = {}
     for path, spec in specs.items():
-        inputs = precision.inputs(path)
-        by_path[path] = (prod(spec.shape) * spec.dtype.itemsize if inputs is None
-                         else prod(spec.shape) + 4 * prod(spec.shape[:-inputs]))
+        inputs, size = precision.inputs(path), prod(spec.shape)
+        if inputs is None:
+            by_path[path] = size * spec.dtype.itemsize
+        elif precision.weight_dtype(path) == INT4:
+            by_path[path] = size // 2 + 2 * size // GROUP
+        else:
+            by_path[path] = size + 4 * prod(spec.shape[:-inputs])
     return by_path
 
 

@@ -155,13 +155,11 @@ def attention_tiles(pages: int) -> Iterator[None]:
     pages: number of pages; 0 leaves the kernel's own number.
     """
     with _tiles_lock:
-        before = xla.CHUNK_PAGES, xla.DECODE_CHUNK_PAGES
+        before, xla.CHUNK_PAGES = xla.CHUNK_PAGES, pages
         try:
-            if pages:
-                xla.CHUNK_PAGES = xla.DECODE_CHUNK_PAGES = pages
             yield
         finally:
-            xla.CHUNK_PAGES, xla.DECODE_CHUNK_PAGES = before
+            xla.CHUNK_PAGES = before
 
 
 def code_digest(package: Path, kernels: Path) -> str:

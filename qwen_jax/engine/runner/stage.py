@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from qwen_kernels.attention import PageFormat
-from qwen_kernels.cpu import int8_targets
+from qwen_kernels.cpu import product_targets
 from qwen_kernels.sparse_attention import Sparsity
 
 from qwen_jax.config import UNTRACED
@@ -94,8 +94,8 @@ class Stage:
         self.identity = [_traced(self.shard), str(sharding.dtype), sizes.num_pages, sizes.slots,
                          adapters.identity_of_shapes, draft and _traced(draft_shard),
                          repr(self._sparsity) if self._sparse else None, repr(precision), sizes.wide_pages]
-        if precision.format == "int8" and jax.default_backend() == "cpu":
-            self.identity.append(int8_targets())  # which also registers it, before a program on disk asks for it
+        if precision.format in ("int8", "int4") and jax.default_backend() == "cpu":
+            self.identity.append(product_targets())  # which also registers it, before a program on disk asks for it
 
     def prepare(self) -> None:
         """Compile the program that allocates an empty state (pages, token counts) on the devices."""

@@ -122,7 +122,7 @@ def default_limits(max_batch_size: int = 64, max_seq_len: int = 4096, platform: 
     grid = grid or default_grid(platform)
     longest = pages_for(max_seq_len) * PAGE
     prefill_rows = min(max_batch_size, policy.recompute_above_rows)
-    running = _round_up(max_batch_size, _DECODE_ROWS[0])
+    running = _round_up(max_batch_size, grid.decode_rows[0])
 
     def prefill_shapes(shapes: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
         return _unique((min(rows, prefill_rows), tokens) for rows, tokens in shapes if tokens <= longest)

@@ -44,6 +44,8 @@ class WeightSharding:
     def __init__(self, config: ModelConfig, dtype: Any, shards: Sequence[ModelShard], precision: Precision,
                  ranges: tuple[Ranges, ...] | None = None) -> None:
         self.shards, self.dtype, self.precision, self._ranges = tuple(shards), jnp.dtype(dtype), precision, ranges
+        if precision.format == "int4" and any(shard.layout.tensor > 1 for shard in self.shards):
+            raise UserError("int4 weights cannot be divided over several devices: use weights='int8', or tp_size=1")
         self.specs = abstract(config, self.dtype)
         self._owners = {path: next(shards_with(shards, path))[0] for path in self.specs}
         shapes = self.by_shard((path, self.place(path, jax.ShapeDtypeStruct(spec.shape, spec.dtype)))
@@ -67,7 +69,7 @@ class WeightSharding:
             sharding = self.shards[self._owners[path]].sharding(spec.axes, shape)
             changed = partial(expand, axes=spec.axes, layout=layout) if shape != spec.shape else None
             placements[path] = Placement(sharding, self.dtype, self.precision.inputs(path), changed,
-                                         self.precision.dtype)
+                                         self.precision.weight_dtype(path))
         return placements
 
     def place(self, path: str, value: Any) -> Any:

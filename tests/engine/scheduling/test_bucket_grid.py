@@ -55,11 +55,11 @@ def test_tiles_change_the_program_and_not_the_result(tokens):
             lowered = jax.jit(lambda *x: paged_attention(*x)).lower(*arguments)
         return lowered.as_text(), lowered.compile()(*arguments)
 
-    before = xla.CHUNK_PAGES, xla.DECODE_CHUNK_PAGES
+    before = xla.CHUNK_PAGES
     texts, results = zip(*map(run, (0, 1, 2)))
     spans = [f"tensor<2x2x{pages * PAGE}x16xf32>" for pages in (4, 1, 2)]  # keys of both rows and heads in one chunk
     for text, span in zip(texts, spans):
         assert [shape for shape in spans if shape in text] == [span]
-    assert before == (xla.CHUNK_PAGES, xla.DECODE_CHUNK_PAGES)
+    assert before == xla.CHUNK_PAGES
     for result in results[1:]:
         np.testing.assert_allclose(result, results[0], rtol=2e-5, atol=2e-6)
