@@ -18,7 +18,7 @@ from qwen_kernels.attention import causal_attention
 from qwen_jax.config import ModelConfig
 from qwen_jax.model.partition import WHOLE, Partition
 from qwen_jax.model.rope import apply_rope, rope_tables
-from qwen_jax.quantization import QuantizedTensor, matrix, product
+from qwen_jax.quantization import INT8, QuantizedTensor, matrix, product
 
 # Attention of a layer: (layer index, q[B, T, K, G, H], k[B, T, K, H], v[B, T, K, H]) -> [B, T, K, G, H]
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -231,8 +231,9 @@ class Qwen2(nnx.Module):
         """Return float32 logits ``[..., V]`` of final hidden states ``hidden[..., D]``, the same on every device."""
         flat = hidden.reshape(-1, hidden.shape[-1])
         # XLA:CPU widens the whole matrix for a product of a single row of 16 bits.
-        least = 1 if isinstance(self.head_weight, QuantizedTensor) else 2
+        weight = self.head_weight
+        least = 1 if weight.dtype == INT8 else 2
         padded = jnp.pad(flat, ((0, max(0, least - len(flat))), (0, 0)))
-        logits = product("nd,vd->nv", padded, self.head_weight, jnp.float32)[: len(flat)]
+        logits = product("nd,vd->nv", padded, weight, jnp.float32)[: len(flat)]
         logits = self.partition.gathered_logits(logits, self.config.vocab_size)
         return logits.reshape(*hidden.shape[:-1], -1)

@@ -13,6 +13,7 @@ from qwen_jax.quantization.product import multiplies_fp8, product
 from qwen_jax.quantization.quantized_tensor import (
     E4M3,
     INT4,
+    INT8,
     QuantizedTensor,
     TrainedInFP8,
     matrix,
@@ -23,6 +24,6 @@ from qwen_jax.quantization.quantized_tensor import (
     widened,
 )
 
-__all__ = ["E4M3", "INPUTS", "INT4", "Calibrated", "Precision", "QuantizedTensor", "Ranges", "TrainedInFP8",
+__all__ = ["E4M3", "INPUTS", "INT4", "INT8", "Calibrated", "Precision", "QuantizedTensor", "Ranges", "TrainedInFP8",
            "default_precision", "matrix", "multiplies_fp8", "page_formats", "product", "quantize", "quantize_host",
            "rows", "saturate", "scales_of", "widened"]

@@ -1,6 +1,6 @@
-// The product with int4 weights in integers, for AVX2, where widening weights to float32 takes longer than reading them.
-// Rows are rounded to int8 with a scale for each group of inputs, as llama.cpp rounds them. Weights are multiplied as
-// they are stored, from 0 to 15, and 8 times the sum of a group's inputs is taken off.
+// The product with int4 weights in integers, for AVX2, where widening weights takes longer than reading them: included
+// after product_body.h. Rows are rounded to int8 with a scale for each group of inputs, as llama.cpp rounds them.
+// Weights are multiplied as they are stored, from 0 to 15, and 8 times the sum of a group's inputs is taken off.
 
 INLINE Lanes absolute(Lanes x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
 
@@ -93,8 +93,5 @@ INLINE void int4_outputs(const float *x, const uint8_t *w, const uint16_t *scale
 }
 
 static void int4_product(const float *x, INT4_ARGUMENTS) {
-  for (; m >= 8; m -= 8, x += 8 * k, y += 8 * stride) int4_outputs<8>(x, w, scale, y, k, n, stride);
-  for (; m >= 4; m -= 4, x += 4 * k, y += 4 * stride) int4_outputs<4>(x, w, scale, y, k, n, stride);
-  for (; m >= 2; m -= 2, x += 2 * k, y += 2 * stride) int4_outputs<2>(x, w, scale, y, k, n, stride);
-  if (m) int4_outputs<1>(x, w, scale, y, k, n, stride);
+  BY_ROWS(int4_outputs)
 }

@@ -14,7 +14,7 @@ INLINE void int4_output(const Input *x, const uint8_t *w, const uint16_t *scale,
       Lanes products = zero();
       for (int i = 0; i < GROUP / WIDTH; ++i)
         products = multiply_add(weights[i], load(x + row * k + group * GROUP + i * WIDTH), products);
-      sums[row] = add_scaled(products, scales, sums[row]);
+      sums[row] = multiply_add(products, scales, sums[row]);
     }
   }
   for (int row = 0; row < ROWS; ++row) y[row * stride] = sum(sums[row]);
@@ -28,8 +28,5 @@ INLINE void int4_outputs(const Input *x, const uint8_t *w, const uint16_t *scale
 }
 
 static void int4_product(const Input *x, INT4_ARGUMENTS) {
-  for (; m >= 8; m -= 8, x += 8 * k, y += 8 * stride) int4_outputs<8>(x, w, scale, y, k, n, stride);
-  for (; m >= 4; m -= 4, x += 4 * k, y += 4 * stride) int4_outputs<4>(x, w, scale, y, k, n, stride);
-  for (; m >= 2; m -= 2, x += 2 * k, y += 2 * stride) int4_outputs<2>(x, w, scale, y, k, n, stride);
-  if (m) int4_outputs<1>(x, w, scale, y, k, n, stride);
+  BY_ROWS(int4_outputs)
 }

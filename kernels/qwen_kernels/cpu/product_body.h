@@ -1,5 +1,6 @@
-// The product for one instruction set: included in a namespace that has Input (type of the rows), Operands (WIDTH inputs
-// or weights in a register), Lanes (of sums), SUMS (how many of them the registers hold) and the operations on these.
+// The product with int8 weights for one instruction set: included in a namespace that has Input (type of the rows),
+// Operands (WIDTH inputs or weights in a register), Lanes (of sums), SUMS (how many of them the registers hold) and the
+// operations on these.
 
 constexpr int64_t NEAR = 24 << 10;  // bytes of rows that stay in the first cache beside the weights
 constexpr int64_t AHEAD = 2048;     // bytes between a weight that is read and the one that is fetched
@@ -35,7 +36,7 @@ INLINE void output(const Input *x, const int8_t *w, const float *scale, float *y
   for (int row = 0; row < ROWS; ++row)
     for (int out = 0; out < OUTS; ++out) {
       for (int chain = 1; chain < CHAINS; ++chain)
-        sums[row][out][0] = add_scaled(sums[row][out][chain], all(1), sums[row][out][0]);
+        sums[row][out][0] = multiply_add(sums[row][out][chain], all(1), sums[row][out][0]);
       float total = sum(sums[row][out][0]);
       for (int64_t rest = i; rest < k; ++rest) total += w[out * k + rest] * number(x[row * k + rest]);
       y[row * stride + out] = total * scale[out];
@@ -53,8 +54,5 @@ INLINE void outputs(const Input *x, const int8_t *w, const float *scale, float *
 }
 
 static void product(const Input *x, ARGUMENTS) {
-  for (; m >= 8; m -= 8, x += 8 * k, y += 8 * stride) outputs<8>(x, w, scale, y, k, n, stride);
-  for (; m >= 4; m -= 4, x += 4 * k, y += 4 * stride) outputs<4>(x, w, scale, y, k, n, stride);
-  for (; m >= 2; m -= 2, x += 2 * k, y += 2 * stride) outputs<2>(x, w, scale, y, k, n, stride);
-  if (m) outputs<1>(x, w, scale, y, k, n, stride);
+  BY_ROWS(outputs)
 }

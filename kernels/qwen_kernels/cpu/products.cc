@@ -3,9 +3,10 @@
 //
 // A few rows read each weight once, and memory decides the time: weights stay as they are in memory and become float32
 // or bfloat16, which hold them exactly, in registers. Sums are float32. int8 weights have a float32 scale for each
-// output. int4 weights have a bfloat16 scale for each GROUP of an output's inputs, whose integers, plus 8, are in half as
-// many bytes: those of the first half of the group in the low bits, those of the second half in the high ones. The body is compiled once for each instruction set,
-// and the best one that the processor has is chosen when the library is loaded.
+// output. int4 weights have a bfloat16 scale for each GROUP of an output's inputs, whose integers, plus 8, are in half
+// as many bytes: those of the first half of the group in the low bits, those of the second half in the high ones.
+// The bodies are compiled once for each instruction set, and the best one that the processor has is chosen when the
+// library is loaded.
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -13,7 +14,6 @@
 #include <memory>
 #include <string>
 #include <thread>
-#include <type_traits>
 #include <vector>
 
 #include "xla/ffi/api/ffi.h"
@@ -28,6 +28,13 @@ constexpr int64_t GROUP = 32;
 // The same with w[n, k / 2] and scale[n, k / GROUP].
 #define INT4_ARGUMENTS \
   const uint8_t *w, const uint16_t *scale, float *y, int64_t m, int64_t k, int64_t n, int64_t stride
+
+// Calls OUTPUTS, a function of ARGUMENTS or INT4_ARGUMENTS for as many rows as its parameter says, for all m rows.
+#define BY_ROWS(OUTPUTS)                                                                                       \
+  for (; m >= 8; m -= 8, x += 8 * k, y += 8 * stride) OUTPUTS<8>(x, w, scale, y, k, n, stride);                \
+  for (; m >= 4; m -= 4, x += 4 * k, y += 4 * stride) OUTPUTS<4>(x, w, scale, y, k, n, stride);                \
+  for (; m >= 2; m -= 2, x += 2 * k, y += 2 * stride) OUTPUTS<2>(x, w, scale, y, k, n, stride);                \
+  if (m) OUTPUTS<1>(x, w, scale, y, k, n, stride);
 
 INLINE float number(float x) { return x; }
 INLINE float number(uint16_t bfloat) {
@@ -65,7 +72,6 @@ INLINE void unpack(const uint8_t *packed, Operands *weights) {
 }
 INLINE Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE Lanes all(float x) { return _mm512_set1_ps(x); }
-INLINE Lanes add_scaled(Lanes a, Lanes scale, Lanes c) { return _mm512_fmadd_ps(a, scale, c); }
 INLINE float sum(Lanes a) { return _mm512_reduce_add_ps(a); }
 #include "product_body.h"
 #include "int4_body.h"
@@ -79,8 +85,8 @@ typedef uint16_t Input;
 typedef __m512bh Operands;
 typedef __m512 Lanes;
 constexpr int WIDTH = 32, SUMS = 32;
-using avx512::add_scaled;
 using avx512::all;
+using avx512::multiply_add;
 using avx512::sum;
 using avx512::zero;
 INLINE Operands load(const Input *p) { return (Operands)_mm512_loadu_si512(p); }
@@ -108,7 +114,6 @@ INLINE Lanes widened(const int8_t *p) {
 }
 INLINE Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE Lanes all(float x) { return _mm256_set1_ps(x); }
-INLINE Lanes add_scaled(Lanes a, Lanes scale, Lanes c) { return _mm256_fmadd_ps(a, scale, c); }
 INLINE float sum(Lanes a) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
@@ -134,33 +139,33 @@ INLINE void unpack(const uint8_t *packed, Operands *weights) {
 }
 INLINE Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return a * b + c; }
 INLINE Lanes all(float x) { return x; }
-INLINE Lanes add_scaled(Lanes a, Lanes scale, Lanes c) { return a * scale + c; }
 INLINE float sum(Lanes a) { return a; }
 #include "product_body.h"
 #include "int4_body.h"
 }  // namespace portable
 
 template <typename Input>
-using Product = void (*)(const Input *x, ARGUMENTS);
-template <typename Input>
-using Int4Product = void (*)(const Input *x, INT4_ARGUMENTS);
+struct Products {
+  void (*int8)(const Input *x, ARGUMENTS);
+  void (*int4)(const Input *x, INT4_ARGUMENTS);
+};
 
 struct InstructionSet {
   const char *name;
-  Product<float> floats;
-  Int4Product<float> int4_floats;
-  Product<uint16_t> bfloats;  // null where bfloat16 is not multiplied: rows come as float32 then
-  Int4Product<uint16_t> int4_bfloats;
+  Products<float> floats;
+  Products<uint16_t> bfloats;  // null where bfloat16 is not multiplied: rows come as float32 then
 };
 
 static const InstructionSet *known() {
   static const InstructionSet all[] = {
 #if defined(__x86_64__)
-      {"AVX-512 with bfloat16", avx512::product, avx512::int4_product, avx512_bf16::product, avx512_bf16::int4_product},
-      {"AVX-512", avx512::product, avx512::int4_product, nullptr, nullptr},
-      {"AVX2", avx2::product, avx2::int4_product, nullptr, nullptr},
+      {"AVX-512 with bfloat16",
+       {avx512::product, avx512::int4_product},
+       {avx512_bf16::product, avx512_bf16::int4_product}},
+      {"AVX-512", {avx512::product, avx512::int4_product}, {}},
+      {"AVX2", {avx2::product, avx2::int4_product}, {}},
 #endif
-      {"portable", portable::product, portable::int4_product, nullptr, nullptr},
+      {"portable", {portable::product, portable::int4_product}, {}},
       {}};
   return all;
 }
@@ -186,7 +191,7 @@ static InstructionSet chosen = best_instruction_set();
 
 extern "C" const char *qwen_instruction_set() { return chosen.name; }
 
-extern "C" int qwen_multiplies_bfloat16() { return chosen.bfloats != nullptr; }
+extern "C" int qwen_multiplies_bfloat16() { return chosen.bfloats.int8 != nullptr; }
 
 // Makes the library use another instruction set that the processor has; returns whether there is one of that name.
 extern "C" int qwen_use_instruction_set(const char *name) {
@@ -212,7 +217,8 @@ using OutputScales = ffi::Buffer<ffi::F32, 2>;
 using GroupScales = ffi::Buffer<ffi::BF16, 3>;
 using Result = ffi::Buffer<ffi::F32, 3>;
 
-// rows[g, m, k], weights of g n outputs, their scales -> result[g, m, n]. size, scales: of an output, weights and scales.
+// rows[g, m, k], weights of g n outputs, their scales -> result[g, m, n]. An output has `size` weights (as they are
+// stored) and `scales` scales.
 template <typename Input, typename Weight, typename Scale, typename Function>
 static ffi::Error multiply(ffi::ThreadPool pool, const Input *rows, const Weight *weights, const Scale *scale,
                            ffi::Span<const int64_t> shape, ffi::Result<Result> result, int64_t size, int64_t scales,
@@ -242,32 +248,26 @@ static ffi::Error multiply(ffi::ThreadPool pool, const Input *rows, const Weight
   return ffi::Error::Success();
 }
 
+static const float *elements(Floats &rows) { return rows.typed_data(); }
+static const uint16_t *elements(Bfloats &rows) { return (const uint16_t *)rows.untyped_data(); }
+static const Products<float> &products_of(Floats &) { return chosen.floats; }
+static const Products<uint16_t> &products_of(Bfloats &) { return chosen.bfloats; }
+
 template <typename Rows>
-static const auto *elements(Rows &rows) {
-  if constexpr (std::is_same_v<Rows, Floats>) return rows.typed_data();
-  else return (const uint16_t *)rows.untyped_data();
+static ffi::Error int8_product(ffi::ThreadPool pool, Rows x, Int8s weights, OutputScales scale,
+                               ffi::Result<Result> result) {
+  const ffi::Span<const int64_t> shape = x.dimensions();
+  return multiply(pool, elements(x), weights.typed_data(), scale.typed_data(), shape, result, shape[2], 1,
+                  products_of(x).int8);
 }
 
 template <typename Rows>
-static ffi::Error int8_product(ffi::ThreadPool pool, Rows x, Int8s weights, OutputScales scale, ffi::Result<Result> result) {
-  const auto call = [&](auto product) {
-    return multiply(pool, elements(x), (const int8_t *)weights.typed_data(), (const float *)scale.typed_data(),
-                    x.dimensions(), result, x.dimensions()[2], 1, product);
-  };
-  if constexpr (std::is_same_v<Rows, Floats>) return call(chosen.floats);
-  else return call(chosen.bfloats);
-}
-
-template <typename Rows>
-static ffi::Error int4_product(ffi::ThreadPool pool, Rows x, Int4s weights, GroupScales scale, ffi::Result<Result> result) {
-  const int64_t k = x.dimensions()[2];
-  const auto call = [&](auto product) {
-    return multiply(pool, elements(x), (const uint8_t *)weights.typed_data(), (const uint16_t *)scale.untyped_data(),
-                    x.dimensions(), result, k / 2, k / GROUP, product);
-  };
-  if (k % GROUP) return ffi::Error::InvalidArgument("the inputs of int4 weights must be whole groups");
-  if constexpr (std::is_same_v<Rows, Floats>) return call(chosen.int4_floats);
-  else return call(chosen.int4_bfloats);
+static ffi::Error int4_product(ffi::ThreadPool pool, Rows x, Int4s weights, GroupScales scale,
+                               ffi::Result<Result> result) {
+  const ffi::Span<const int64_t> shape = x.dimensions();
+  if (shape[2] % GROUP) return ffi::Error::InvalidArgument("the inputs of int4 weights must be whole groups");
+  return multiply(pool, elements(x), weights.typed_data(), (const uint16_t *)scale.untyped_data(), shape, result,
+                  shape[2] / 2, shape[2] / GROUP, products_of(x).int4);
 }
 
 #define HANDLER(NAME, FUNCTION, ROWS, WEIGHTS, SCALES)                                              \
