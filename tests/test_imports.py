@@ -35,6 +35,14 @@ def test_a_process_without_a_model_has_no_jax(module):
     assert done.stdout.split() == []
 
 
+def test_a_model_with_a_tokenizer_file_needs_no_torch():
+    """Which is installed here, and takes two seconds to import: of every start of a server or a command."""
+    pytest.importorskip("torch")
+    code = ("import sys; from qwen_jax.checkpoint import load_model, load_tokenizer, resolve; source = "
+            "resolve('bundled'); load_model(source); load_tokenizer(source); sys.exit('torch' in sys.modules)")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 def modules():
     """Every module of the project as its path and its dotted name."""
     for name, folder in PACKAGES.items():

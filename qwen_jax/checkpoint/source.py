@@ -148,9 +148,11 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerFast | None:
     files = {name for name in TOKENIZER_FILES if (source.path / name).is_file()}
     if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= files:
         return None
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # seconds to import: only where text is needed
-
-    kind = PreTrainedTokenizerFast if "tokenizer.json" in files else AutoTokenizer
+    # A second to import, so only where text is needed. AutoTokenizer would import torch: two seconds more.
+    if "tokenizer.json" in files:
+        from transformers import PreTrainedTokenizerFast as kind
+    else:
+        from transformers import AutoTokenizer as kind
     try:
         return kind.from_pretrained(source.path, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exceptions
