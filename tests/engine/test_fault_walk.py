@@ -23,7 +23,7 @@ from qwen_jax.engine.scheduling.speculation import NGRAM
 from qwen_jax.model import build, init, params_of
 from qwen_jax.model.lora import LoraConfig, init_adapter, merge_adapter
 
-STEPS = int(os.environ.get("FAULT_WALK_STEPS", 2000))
+STEPS = int(os.environ.get("FAULT_WALK_STEPS", 1000))
 rng = np.random.default_rng(0)
 PROMPTS = [rng.integers(0, 320, n).tolist() for n in (1, 7, 40, 64, 70, 130, 180)]
 PROMPTS += [PROMPTS[5] + [1, 2, 3], PROMPTS[6][:128] + PROMPTS[2], [5, 6, 7, 8] * 20]

@@ -23,9 +23,11 @@ from qwen_jax.errors import UserError
 from qwen_jax.model import abstract, init, params_of
 from qwen_jax.parallel.layout import contract
 
+SLOW = pytest.mark.slow
 # Each degree and each size once, each number of stages and replicas with others; the rest: scripts/bench/parallel.py.
-COMBINATIONS = [("1.5b", 1, 2, 2), ("72b", 2, 4, 1), ("3b", 3, 1, 2), ("32b", 4, 2, 1), ("14b", 5, 1, 1),
-                ("0.5b", 6, 1, 1), ("7b", 7, 1, 1), ("7b", 8, 1, 1)]
+COMBINATIONS = [("1.5b", 1, 2, 2), ("3b", 3, 1, 2), ("32b", 4, 2, 1), ("7b", 8, 1, 1),
+                *(pytest.param(*one, marks=SLOW) for one in (("72b", 2, 4, 1), ("14b", 5, 1, 1), ("0.5b", 6, 1, 1),
+                                                             ("7b", 7, 1, 1)))]
 
 
 @pytest.mark.parametrize("size, tensor, stages, data", COMBINATIONS)
@@ -89,7 +91,7 @@ def distances(outputs, others) -> np.ndarray:
                                                     strict=True)])
 
 
-@pytest.mark.parametrize("plan", [{"tp_size": 3}, {"tp_size": 2, "pp_size": 2}])
+@pytest.mark.parametrize("plan", [{"tp_size": 3}, pytest.param({"tp_size": 2, "pp_size": 2}, marks=SLOW)])
 def test_8_bits(plan):
     """Weights of the middle layers and all pages: as near to 32 bits as on one device. It is not the same to the last
     digit, because a device rounds its part of a product's input with a scale of its own."""
@@ -125,7 +127,7 @@ def test_only_some_devices_see_a_fault_and_all_act_on_it():
     assert [len(one.token_ids) for one in wanted] == [len(one.token_ids) for one in got]
 
 
-@pytest.mark.parametrize("plan", [{"tp_size": 4}, {"tp_size": 2, "pp_size": 2}])
+@pytest.mark.parametrize("plan", [pytest.param({"tp_size": 4}, marks=SLOW), {"tp_size": 2, "pp_size": 2}])
 def test_sparse_attention_adapters_and_options_of_sampling(plan, tmp_path):
     from qwen_jax.checkpoint.adapters import save_adapter
     from qwen_jax.model.lora import TARGETS, LoraConfig, init_adapter
@@ -153,7 +155,7 @@ def test_sparse_attention_adapters_and_options_of_sampling(plan, tmp_path):
 
 
 @pytest.mark.parametrize("plan, scattered, more", [
-    ({"tp_size": 4}, True, {}), ({"tp_size": 3}, False, {"kv_cache_dtype": "e4m3"}),
+    ({"tp_size": 4}, True, {}), pytest.param({"tp_size": 3}, False, {"kv_cache_dtype": "e4m3"}, marks=SLOW),
     ({"tp_size": 2, "pp_size": 2}, True, {"policy": SchedulePolicy(sparse_above_tokens=200)})])
 def test_large_prefills_in_two_halves(plan, scattered, more, monkeypatch):
     """Rows that end in either half, chunks that do not begin at 0, 8-bit pages, sparse attention, stages."""
@@ -173,7 +175,7 @@ def test_large_prefills_in_two_halves(plan, scattered, more, monkeypatch):
 
 
 @pytest.mark.parametrize("plan, speculation", [({"tp_size": 3}, "draft"), ({"tp_size": 2, "pp_size": 2}, "ngram"),
-                                               ({"dp_size": 2}, "draft")])
+                                               pytest.param({"dp_size": 2}, "draft", marks=SLOW)])
 def test_speculation(plan, speculation):
     draft = init(shrunk("0.5b", num_layers=1), 9) if speculation == "draft" else "ngram"
     limits = Limits(4, 128, ((2, 64),), (), (4,), 1, draft_tokens=3)

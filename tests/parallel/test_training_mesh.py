@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from quick_xla import QUICK
 
 from qwen_jax.errors import UserError
 from qwen_jax.parallel.mesh import make_mesh
@@ -14,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 def run(code: str, *arguments: str) -> str:
     """Runs code in a process of its own, on four CPU devices."""
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count=4"}
     done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, **flags})
     assert done.returncode == 0, done.stderr[-3000:]

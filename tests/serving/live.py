@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 import psutil
-from quick_xla import QUICK
+from quick_xla import SERVED
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -24,7 +24,7 @@ def free_port() -> int:
 
 def quick_environment() -> dict[str, str]:
     """Of an engine's process, for tests: it compiles quickly (`quick_xla`)."""
-    return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK}
+    return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": SERVED}
 
 
 class Live:

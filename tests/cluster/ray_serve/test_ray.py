@@ -134,6 +134,7 @@ def test_a_killed_actor_ends_its_engine_and_both_come_back(cluster):
     assert len(gone) == 1  # an engine whose devices Ray gives to others must not go on
 
 
+@pytest.mark.slow
 def test_other_engines_take_over_one_after_another(cluster):
     before = set(cluster.engines())
     gateway = cluster.processes("ServeReplica:qwen-jax")[0].pid

@@ -128,7 +128,7 @@ def test_a_stream_that_had_begun_ends_with_an_error_and_others_go_on(pair):
         time.sleep(0.2)
 
 
-@pytest.mark.parametrize("poison", [DEVICE, FREEZE])
+@pytest.mark.parametrize("poison", [DEVICE, pytest.param(FREEZE, marks=pytest.mark.slow)])
 def test_a_request_that_ends_engines_is_not_passed_on_for_ever(executable_cache, poison):
     """A request that ends two of three engines gets an error, and other requests are answered by the third."""
     options = ("--replicas", "3", "--max-requests", "50", "--stall-seconds", "2")

@@ -38,7 +38,7 @@ def check(whole: Engine, pieces: Engine, texts=LONG, params=GREEDY, most: float 
     return ours
 
 
-@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("layers", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_answers_scores_and_embeddings(layers):
     whole, pieces = pair(layers)
     check(whole, pieces)
@@ -64,6 +64,7 @@ def test_sparse_attention():
                                                                     theirs.sparse_pages_visible) != (0, 0)
 
 
+@pytest.mark.slow
 def test_recompute():
     limits = Limits(8, 256, ((4, 64),), ((8, 64, 2),), (8,))
     whole, pieces = pair(2, limits=limits, policy=SchedulePolicy(recompute_above_rows=4))
@@ -86,7 +87,7 @@ def test_adapters(tmp_path):
     assert adapted[0].token_ids != pieces.generate(LONG, GREEDY)[0].token_ids
 
 
-@pytest.mark.parametrize("draft", [NGRAM, "model"])
+@pytest.mark.parametrize("draft", [NGRAM, pytest.param("model", marks=pytest.mark.slow)])
 def test_guesses(draft, monkeypatch):
     monkeypatch.setattr(Speculation, "_cost", lambda self: 0.0)  # never off
     speculation = model_of("7b") if draft == "model" else NGRAM
