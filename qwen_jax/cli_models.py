@@ -115,13 +115,14 @@ def _memory(args: argparse.Namespace) -> dict[str, Any]:
     """Return the bytes of a model's weights and KV cache, and what fits on a device of ``--memory-gb``."""
     from qwen_jax.checkpoint.source import find_config
     from qwen_jax.engine.config.memory import memory_report
-    from qwen_jax.engine.config.resolve import precision_of
+    from qwen_jax.engine.config.resolve import chosen_weights, precision_of
 
     if not args.memory_gb > 0:
         raise UserError(f"--memory-gb must be the device's memory in GB, a positive number, not {args.memory_gb:g}")
     config, where = find_config(args.model)
-    precision = precision_of(config, args.fp8, "auto", weights=args.weights)
-    weights = args.weights or ("e4m3" if args.fp8 else "bfloat16")
+    weights = chosen_weights(args.weights, args.fp8)
+    precision = precision_of(config, args.fp8, "auto", weights=weights)
+    weights = weights or ("e4m3" if args.fp8 else "bfloat16")
     return {"model": where, "fp8": args.fp8, "weights": weights,
             **memory_report(config, "bfloat16", precision, int(args.memory_gb * 1e9))}
 

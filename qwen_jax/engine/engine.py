@@ -7,6 +7,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,7 +76,9 @@ class Engine:
                  config: EngineConfig | None = None, **options: Any) -> None:
         if config is not None and options:
             raise UserError(f"give config or options, not both: {', '.join(options)} would be ignored")
-        self._options = options = config or EngineConfig.of(options)
+        options = config or EngineConfig.of(options)
+        options = replace(options, weights=resolve.chosen_weights(options.weights, options.fp8_enabled))
+        self._options = options
         source, dtype, defaults = resolve.source_of(model, options.dtype)
         self.config, self.generation_config = source.config, generation_config or defaults
         draft = resolve.draft_of(options.speculation, dtype)

@@ -44,8 +44,9 @@ class EngineOptions(Options):
         "devices that divide every layer of an engine among themselves", "N", ge=1)] = 1
     fp8_enabled: Annotated[bool, option(
         "8-bit weights and KV cache", argument="--fp8")] = False
-    weights: Annotated[Literal["int8", "int4"], option(
-        "type to which weights are rounded; CPUs then answer few requests two or three times as fast")] | None = None
+    weights: Annotated[Literal["auto", "int8", "int4"], option(
+        "type to which weights are rounded; CPUs then answer few requests two or three times as fast; auto is int8 on "
+        "CPUs, and nothing elsewhere")] | None = None
     max_adapters: Annotated[int, option(
         "LoRA adapters loaded at once", "N", ge=0)] = 0
     max_adapter_rank: Annotated[int, option(

@@ -10,6 +10,7 @@ from qwen_kernels.cpu import library, product_targets
 from qwen_jax import Engine, SamplingParams
 from qwen_jax.checkpoint import from_transformers
 from qwen_jax.checkpoint.adapters import save_adapter
+from qwen_jax.engine.config import resolve
 from qwen_jax.engine.config.memory import weight_bytes
 from qwen_jax.engine.scheduling.buckets import Limits
 from qwen_jax.errors import UserError
@@ -175,8 +176,24 @@ def test_programs_come_from_the_disk(engine, model, rounded, weights):
     assert str(product_targets()) in str([stage.identity for stage in again.runner.stages])
 
 
+@pytest.mark.parametrize("platform, compiled, fp8, wanted", [
+    ("cpu", True, False, "int8"), ("cpu", False, False, None), ("gpu", True, False, None), ("cpu", True, True, None)])
+def test_auto_is_int8_on_cpus_with_kernels(platform, compiled, fp8, wanted, monkeypatch):
+    monkeypatch.setattr(resolve, "product_targets", lambda: compiled or None)
+    monkeypatch.setattr(resolve.memory, "platform", lambda: platform)
+    assert resolve.chosen_weights("auto", fp8) == wanted
+    assert [resolve.chosen_weights(kind, fp8) for kind in ("int8", "int4", None)] == ["int8", "int4", None]
+
+
+def test_an_engine_with_auto_is_one_with_what_it_stands_for(model):
+    kinds = [Engine(model, weights=kind, max_batch_size=8, max_seq_len=128, warmup=False, progress=False)
+             for kind in ("auto", resolve.chosen_weights("auto", False))]
+    assert kinds[0].precision == kinds[1].precision and kinds[0].limits == kinds[1].limits
+    assert kinds[0].computation == kinds[1].computation
+
+
 @pytest.mark.parametrize("options, said", [
-    ({"weights": "int2"}, "weights must be 'int8', 'int4' or None, not 'int2'"),
+    ({"weights": "int2"}, "weights must be 'auto', 'int8', 'int4' or None, not 'int2'"),
     ({"weights": "e4m3"}, "e4m3 is fp8_enabled=True"),
     ({"weights": "int8", "fp8_enabled": True}, "two ways to store the same matrices")])
 def test_what_is_refused(model, options, said):

@@ -31,8 +31,9 @@ class EngineConfig:
       dp_size: replicas of the model, each on tp_size * pp_size devices, with requests of its own.
       fp8_enabled: e4m3 weights in all layers but the first and the last, and an 8-bit KV cache.
       weights: "int8" rounds all matrices, the embedding and the head to int8, with a scale for each output; "int4"
-        rounds the matrices of layers to int4, with a scale for each 32 inputs of an output, and the rest to int8; None
-        leaves them. On CPUs few requests are then answered two or three times as fast (docs/performance.md).
+        rounds the matrices of layers to int4, with a scale for each 32 inputs of an output, and the rest to int8;
+        "auto" is "int8" on CPUs whose kernels can be compiled and None elsewhere; None leaves them. With integers CPUs
+        answer few requests two or three times as fast (docs/performance.md).
       max_batch_size: sequences that run at once in each replica.
       max_seq_len: tokens of prompt and answer together; by default 4096, or the model's context if that is shorter.
       dtype: element type of weights and KV cache, "bfloat16" or "float32"; None keeps the model's.

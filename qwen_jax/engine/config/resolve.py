@@ -269,7 +269,8 @@ def tuned_for(config: ModelConfig, dtype: Any, options: dict[str, Any]) -> Tuned
     """
     decided = ("limits", "policy", "batch_invariant", "speculation", "load_policy")
     several = any(options.get(name, 1) != 1 for name in ("tp_size", "pp_size", "dp_size"))
-    if several or options.get("weights") or jax.process_count() > 1 or any(options.get(name) for name in decided):
+    weights = chosen_weights(options.get("weights"), options.get("fp8_enabled", False))
+    if several or weights or jax.process_count() > 1 or any(options.get(name) for name in decided):
         return None
     return tuned.find(config, dtype or config.dtype, options.get("fp8_enabled", False))
 
@@ -281,6 +282,17 @@ def _warn_without_fp8() -> None:
                    "bfloat16 from operands rounded to 8 bits")
 
 
+def chosen_weights(weights: str | None, fp8_enabled: bool) -> str | None:
+    """Return the type that weights are rounded to on this machine: of "auto", what is fastest at next to no loss.
+
+    That is int8 on CPUs for which the kernels can be compiled, and the model's own type elsewhere. With ``fp8_enabled``
+    it is e4m3, and not chosen here.
+    """
+    if weights != "auto":
+        return weights
+    return "int8" if not fp8_enabled and memory.platform() == "cpu" and product_targets() else None
+
+
 def precision_of(config: ModelConfig, fp8_enabled: bool, kv_cache_dtype: str | None,
                  calibrated: Calibrated | None = None, weights: str | None = None) -> Precision:
     """Return which parts of a model are 8-bit, as calibration found it or by default.
@@ -290,7 +302,7 @@ def precision_of(config: ModelConfig, fp8_enabled: bool, kv_cache_dtype: str | N
     matrices do not consist of whole groups of int4.
     """
     if weights not in (None, "int8", "int4"):
-        raise UserError(f"weights must be 'int8', 'int4' or None, not {weights!r}"
+        raise UserError(f"weights must be 'auto', 'int8', 'int4' or None, not {weights!r}"
                         + (": e4m3 is fp8_enabled=True" if weights == "e4m3" else ""))
     if weights and fp8_enabled:
         raise UserError(f"fp8_enabled=True and weights={weights!r} are two ways to store the same matrices: choose one")
