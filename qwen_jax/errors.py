@@ -14,6 +14,10 @@ class UnknownAdapter(UserError):
     """A request for a LoRA adapter that is not loaded."""
 
 
+class PromptTooLong(UserError):
+    """A prompt that does not fit into the engine's context, or leaves no room in it for an answer."""
+
+
 def check_positive_integer(name: str, value: object) -> None:
     """Raise UserError unless ``value``, which the message calls ``name``, is an integer of at least 1."""
     try:

@@ -108,16 +108,19 @@ class QwenJaxLM(TemplateLM):
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Return the generated continuation of each request's prompt.
 
-        Options of a request: until, max_gen_toks, do_sample, temperature, top_p, top_k.
+        Options of a request: until, max_gen_toks (also as max_new_tokens), do_sample, temperature, top_p, top_k.
+        ``do_sample=False`` is greedy at any temperature.
         """
         prompts, params = [], []
         for request in requests:
             context, options = request.args
             options = dict(options)
             stop = options.pop("until", None) or []
-            max_tokens = int(options.pop("max_gen_toks", MAX_GEN_TOKENS))
-            sampled = options.pop("do_sample", options.get("temperature", 0.0) > 0)
-            temperature = float(options.pop("temperature", 1.0)) if sampled else 0.0
+            limits = [options.pop(name, None) for name in ("max_gen_toks", "max_new_tokens")]
+            max_tokens = int(next((limit for limit in limits if limit is not None), MAX_GEN_TOKENS))
+            temperature = options.pop("temperature", None)
+            sampled = options.pop("do_sample", bool(temperature))
+            temperature = float(1.0 if temperature is None else temperature) if sampled else 0.0
             sampling = {name: options.pop(name) for name in ("top_p", "top_k") if name in options}
             if options:
                 raise UserError(f"unknown generation option {', '.join(sorted(options))}: remove it from the task")

@@ -20,8 +20,8 @@ from qwen_jax.serving.http.service import Service
 from qwen_jax.serving.server import Extend, Extension
 
 # Nothing is drawn where payments are judged, and all payments of an account get the same version.
-FRAUD_ROUTES = {SCREEN_PATH: CachedRoute("fraud", deterministic=True, needs_model=False, user_of=user_of),
-                BATCH_PATH: CachedRoute("fraud batch", deterministic=True, needs_model=False)}
+FRAUD_ROUTES = {SCREEN_PATH: CachedRoute("fraud", deterministic=True, user_of=user_of),
+                BATCH_PATH: CachedRoute("fraud batch", deterministic=True)}
 
 
 def extension(link: CanaryClient, megabytes: float, seconds: float, redis_url: str | None, deciding: Any,

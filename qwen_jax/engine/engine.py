@@ -96,6 +96,7 @@ class Engine:
             if self._draft:
                 self._draft.read_first(draft)
             self.tokenizer = tokenizer.result() if isinstance(tokenizer, Future) else tokenizer
+        self.generation_config = resolve.with_end_of(self.tokenizer, self.generation_config)
         self._vocab_limit = resolve.vocab_limit_of(self.tokenizer, self.config, draft and draft.config)
         self.deployment.limit_vocab(self._vocab_limit)
         self.input_processor = InputProcessor(

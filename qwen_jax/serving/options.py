@@ -70,7 +70,8 @@ MaxRequests = Annotated[int, option(
 # Options of a server that decide whether, when and where a request is answered, but not what the answer says.
 WITHOUT_INFLUENCE = frozenset((
     "host", "port", "name", "max_requests", "max_body_bytes", "stall_seconds", "drain_seconds", "api_keys",
-    "admin_port", "admin_host", "admin_keys", "share_weights", "log_format", "log_prompts", "otlp_endpoint"))
+    "admin_port", "admin_host", "admin_keys", "cors_origin", "share_weights", "log_format", "log_prompts",
+    "otlp_endpoint"))
 
 
 class ServerOptions(Options):
@@ -91,6 +92,9 @@ class ServerOptions(Options):
         "seconds that open requests have to end after SIGTERM", "S", ge=0)] = 300.0
     api_keys: Annotated[str, option(
         "file of API keys, one per line (default: those in QWEN_JAX_API_KEYS)", "FILE")] | None = None
+    cors_origin: Annotated[str, option(
+        "origins of web pages that may read answers, with commas between them, or * for all (default: none)",
+        "ORIGINS")] | None = None
     salt_by_key: Annotated[bool, option(
         "a prefix cache for each API key, so that its timing tells nothing about the prompts of other keys")] = False
     min_priority: Annotated[int, option(

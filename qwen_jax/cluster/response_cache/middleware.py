@@ -13,6 +13,7 @@ import msgspec
 
 from qwen_jax.cluster.response_cache.cache import ResponseCache, UncacheableAnswer, cache_key, cacheable
 from qwen_jax.errors import UserError
+from qwen_jax.serving.http.openai_objects import renewed
 from qwen_jax.serving.http.service import Service
 from qwen_jax.serving.http.streaming import gone
 
@@ -24,14 +25,12 @@ class CachedRoute:
     Attributes:
       kind: kind of request, part of the key.
       deterministic: true if the same request has the same answer with any options.
-      needs_model: true if requests must name a model; a request that names none is then left to the route.
       user_of: function that returns the user of a request, given its options. All requests of a user get the same
         version while a trial runs. Without this function requests pass through during trials.
     """
 
     kind: str
     deterministic: bool = False
-    needs_model: bool = True
     user_of: Callable[[dict[str, Any]], str] | None = None
 
 
@@ -107,7 +106,8 @@ class CacheMiddleware:
     async def _from_cache(scope: dict[str, Any], send: Callable, value: bytes) -> None:
         scope["route"] = SimpleNamespace(path=scope["path"])
         scope["details"]["cached"] = True
-        await _send(send, value, b"hit")
+        status, headers, body = msgspec.msgpack.decode(value)
+        await _send(send, msgspec.msgpack.encode((status, headers, renewed(body))), b"hit")
 
     def _key(self, route: CachedRoute, body: bytes,
              headers: dict[bytes, bytes]) -> tuple[bytes | None, Callable[[], Version | None]]:
@@ -121,9 +121,10 @@ class CacheMiddleware:
             options = _decode(body)
             if not isinstance(options, dict) or options.get("stream"):
                 return None, version
+            options = {name: value for name, value in options.items() if value is not None}  # null is not given
             if not route.deterministic and not cacheable(route.kind, options):
                 return None, version
-            model = options.pop("model", None if route.needs_model else self._service.model)
+            model = options.pop("model", self._service.model)
             if model != self._service.model:
                 if model not in self._service.adapters:
                     return None, version

@@ -37,10 +37,12 @@ class SamplingParams:
 
     Attributes:
       max_tokens: maximum number of tokens to generate, >= 1 (unset: 256).
-      min_tokens: number of tokens before which end-of-sequence and ``stop_token_ids`` are not drawn, 0..max_tokens.
+      min_tokens: number of tokens before which the answer does not end, 0..max_tokens: end-of-sequence and
+        ``stop_token_ids`` are not drawn, and stop strings are text.
       temperature: >= 0; 0 is greedy (the most likely token after penalties and bias).
       top_k: number of most likely tokens to draw among; 0 or -1 is off.
-      top_p: probability in (0, 1] that the most likely tokens to draw among, as few as possible, add up to.
+      top_p: probability in [0, 1] that the most likely tokens to draw among, as few as possible, add up to; with 0 the
+        most likely token is taken.
       min_p: share in [0, 1] of the most likely token's probability below which tokens are not drawn.
       repetition_penalty: > 0; divides (if positive) or multiplies (if negative) the logit of a token seen in the prompt
         or the output. 1 is off.
@@ -50,14 +52,14 @@ class SamplingParams:
       seed: a 64-bit integer. The same seed gives the same draws beside any other requests. Unset: picked by the engine,
         differently for each request.
       stop: a string or up to 16 strings, each of up to 1024 characters; the text ends before the first of them that
-        appears.
+        appears. The name of a control token, such as ``<|im_end|>``, also stands for the token.
       stop_token_ids: up to 16 ids that end the text like end-of-sequence does.
       ignore_eos: whether to go on at end-of-sequence.
       logprobs: number of most likely tokens, 0..20, whose log-probabilities are returned beside that of each generated
         token. They are the model's own: before penalties, bias and temperature.
       prompt_logprobs: the same for the prompt's tokens, 0..20.
       structured_output: form that the answer must have (`StructuredOutput`); it ends where nothing may follow.
-      n: number of answers to draw, >= 1; 1 when greedy.
+      n: number of answers to draw, >= 1; greedy ones are all the same.
 
     Raises:
       UserError: a value of the wrong kind or out of range; the sentence names the field.
@@ -88,7 +90,7 @@ class SamplingParams:
             "min_tokens": _integer(self, "min_tokens", 0, 2**31 - 1),
             "temperature": _number(self, "temperature", lambda x: x >= 0, "at least 0 (0 is greedy)"),
             "top_k": _integer(self, "top_k", -1, 2**31 - 1),
-            "top_p": _number(self, "top_p", lambda x: 0 < x <= 1, "in (0, 1]"),
+            "top_p": _number(self, "top_p", lambda x: 0 <= x <= 1, "in [0, 1]"),
             "min_p": _number(self, "min_p", lambda x: 0 <= x <= 1, "in [0, 1]"),
             "repetition_penalty": _number(self, "repetition_penalty", lambda x: x > 0, "greater than 0 (1 is off)"),
             "presence_penalty": _number(self, "presence_penalty", lambda x: -2 <= x <= 2, "in [-2, 2]"),
@@ -108,8 +110,6 @@ class SamplingParams:
             raise UserError(f"structured_output must be a StructuredOutput, not {self.structured_output!r}")
         if self.n is None:
             raise UserError("n must be an integer of at least 1, not None")
-        if self.temperature == 0 and self.n > 1:
-            raise UserError(f"n must be 1 when temperature is 0: greedy decoding gives one answer, not {self.n}")
         if None not in (self.min_tokens, self.max_tokens) and self.min_tokens > self.max_tokens:
             raise UserError(f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})")
 
@@ -147,12 +147,14 @@ class SamplingParams:
     @cached_property
     def scalars(self) -> tuple[tuple[float, ...], tuple[int, ...]]:
         """Sampling options as numbers, floats and then integers, in the order of ``padded_batch.pack_rows``."""
-        floats = (self.temperature, self.top_p, self.min_p, self.repetition_penalty, self.presence_penalty,
+        # A share that vanishes in the sampler's float32 leaves the most likely token.
+        top_p, top_k = (self.top_p, max(self.top_k, 0)) if np.float32(self.top_p) else (1.0, 1)
+        floats = (self.temperature, top_p, self.min_p, self.repetition_penalty, self.presence_penalty,
                   self.frequency_penalty)  # fmt: skip
         seed = (self.seed or 0) & (2**64 - 1)
         seed = ((seed & 0xFFFFFFFF) + (seed >> 32) * 0x9E3779B1) & 0xFFFFFFFF  # 64 to 32 bits; -1 must not become 0
         logprobs = -1 if self.logprobs is None else self.logprobs
-        return floats, (max(self.top_k, 0), seed, logprobs)
+        return floats, (top_k, seed, logprobs)
 
     @cached_property
     def bias(self) -> tuple[np.ndarray, np.ndarray]:

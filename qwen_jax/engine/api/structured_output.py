@@ -59,12 +59,17 @@ _FIELDS = tuple(StructuredOutput.__dataclass_fields__)
 
 
 def from_response_format(value: Mapping[str, Any] | None) -> StructuredOutput | None:
-    """Make a `StructuredOutput` from OpenAI's ``response_format``; None for plain text. ``strict`` changes nothing."""
+    """Make a `StructuredOutput` from OpenAI's ``response_format``; None for plain text. ``strict`` changes nothing.
+
+    An object of type "json_object" may have a ``schema``, as llama.cpp's and Together's servers take it.
+    """
     if value is None:
         return None
     kind = value.get("type") if isinstance(value, Mapping) else None
     if kind == "text":
         return None
+    if kind == "json_object" and value.get("schema") is not None:
+        return StructuredOutput(json_schema=value["schema"])
     if kind == "json_object":
         return StructuredOutput(json_object=True)
     if kind != "json_schema":

@@ -344,6 +344,13 @@ def vocab_limit_of(tokenizer: Any, model: ModelConfig, draft: ModelConfig | None
     return limit
 
 
+def with_end_of(tokenizer: Any, defaults: GenerationDefaults) -> GenerationDefaults:
+    """Return generation defaults whose end-of-sequence ids include the tokenizer's own."""
+    end = getattr(tokenizer, "eos_token_id", None)
+    return defaults if end is None or end in defaults.eos_token_ids else replace(
+        defaults, eos_token_ids=(*defaults.eos_token_ids, end))
+
+
 def differences(config: ModelConfig, other: ModelConfig) -> list[str]:
     """Return the names of the fields in which another model differs so that its weights do not fit the programs."""
     harmless = ("dtype", "bos_token_id", "eos_token_id", "max_position_embeddings", "dual_chunk_attention")

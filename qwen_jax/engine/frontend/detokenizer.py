@@ -35,9 +35,12 @@ class Detokenizer:
         """Text of the answer so far, without a stop string."""
         return "".join(self._certain) + self._held
 
-    def add(self, token: int) -> str:
-        """Append a token and return the new text that is now certain. Sets ``stopped`` when a stop string appears."""
-        return self._extend(self._stream.feed(token)) if self._stream else ""
+    def add(self, token: int, may_stop: bool = True) -> str:
+        """Append a token and return the new text that is now certain. Sets ``stopped`` when a stop string appears.
+
+        may_stop: whether it may end here; else stop strings that this token completes are text like any other.
+        """
+        return self._extend(self._stream.feed(token), may_stop) if self._stream else ""
 
     def finish(self) -> str:
         """End the answer; return the text held back because a stop string or a character might have been completed."""
@@ -48,11 +51,11 @@ class Detokenizer:
         self._certain.append(rest)
         return certain + rest
 
-    def _extend(self, piece: str) -> str:
+    def _extend(self, piece: str, may_stop: bool = True) -> str:
         """Append decoded text, cut it at a stop string, and return what is certain and has not been returned."""
         ends = [(len(self._held) + end, stop) for stop in self._stops if (end := stop.feed(piece)) is not None]
         text = self._held + piece
-        if ends:
+        if ends and may_stop:
             self.stopped = True
             text = text[: min(end - len(stop.text) for end, stop in ends)]
         undecided = 0 if self.stopped else max((stop.matched for stop in self._stops), default=0)
@@ -135,6 +138,7 @@ class TokenTexts:
         self._tokenizer, self._backend = tokenizer, tokenizer.backend_tokenizer
         added = self._backend.get_added_tokens_decoder()
         self._special = frozenset(token for token, text in added.items() if text.special)
+        self._special_names = {added[token].content: token for token in self._special}
         self._byte_level = isinstance(self._backend.decoder, ByteLevel)
         self._bytes: dict[int, bytes] = {}
 
@@ -151,6 +155,10 @@ class TokenTexts:
     def is_special(self, token: int) -> bool:
         """Return whether a token is no text, such as one that ends a turn."""
         return token in self._special
+
+    def special_token(self, name: str) -> int | None:
+        """Return the special token of this name; None if there is none."""
+        return self._special_names.get(name)
 
     def _find_bytes(self, token: int) -> bytes:
         if not self._byte_level:

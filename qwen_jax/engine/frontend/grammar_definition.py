@@ -9,6 +9,7 @@ from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+from qwen_jax.engine.api.json_schema import check_pattern, simplified
 from qwen_jax.engine.api.structured_output import StructuredOutput
 from qwen_jax.errors import UserError
 
@@ -36,6 +37,7 @@ def definition_of(spec: StructuredOutput) -> str:
     if size > MAX_BYTES:
         raise UserError(f"{kind} must have at most {MAX_BYTES} bytes, not {size}: give a smaller one")
     if kind == "regex":
+        check_pattern("the regex", text)
         return LLMatcher.grammar_from_regex(text)
     if kind == "choice":  # One lexeme: rules would fill the parser's rows. Lark's strings have JSON's escapes.
         options = " | ".join(json.dumps(option, ensure_ascii=False) for option in spec.choice)
@@ -43,7 +45,9 @@ def definition_of(spec: StructuredOutput) -> str:
     if kind == "grammar":
         _check_definitions("rules of the grammar", sum(1 for _ in _RULE.finditer(text)))
         return LLMatcher.grammar_from_lark(text)
-    _check_schema(json.loads(text))
+    schema = json.loads(text)
+    _check_schema(schema)
+    text = json.dumps(simplified(schema), ensure_ascii=False)
     return LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": JSON_BLANKS})
 
 
@@ -64,6 +68,9 @@ def reason(message: str) -> str:
     """Return the line of llguidance's error message that names the fault, without the drawing that may follow it."""
     if message.startswith("NoExtension"):
         return "no text satisfies it"
+    if message.startswith("oneOf constraints"):
+        return ("a value may fit several branches of oneOf, and a grammar does not count them: use anyOf, or give the "
+                "branches a required property with a const of its own in each")
     if "error: " in message:  # the regex parser says it last
         message = message.rpartition("error: ")[2]
     return (message.strip().splitlines() or ["unknown reason"])[0][:MAX_REASON]

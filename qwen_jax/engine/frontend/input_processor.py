@@ -6,7 +6,7 @@ import itertools
 import secrets
 from collections import abc
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jinja2
@@ -22,7 +22,7 @@ from qwen_jax.engine.frontend.request import Request
 from qwen_jax.engine.scheduling.scheduler import Scheduler
 from qwen_jax.engine.scheduling.sequence import Sequence
 from qwen_jax.engine.weights.lora_table import AdapterTable
-from qwen_jax.errors import UserError
+from qwen_jax.errors import PromptTooLong, UserError
 
 POOLINGS = "mean", "last"
 # An embedding, a score and a classification need no answer. A step samples a token all the same, which is discarded.
@@ -31,6 +31,9 @@ SCORING_PARAMS = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1
 CLASSIFICATION_PARAMS = SamplingParams(max_tokens=1, temperature=0.0, logprobs=MAX_LOGPROBS)
 Messages = abc.Sequence[abc.Mapping[str, Any]]
 Prompt = str | abc.Sequence[int]
+# Tokens before a text, before what follows it and before what is between, and those that end the latter.
+FILL_IN = "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"
+FILL_IN_ENDS = *FILL_IN, "<|fim_pad|>", "<|endoftext|>", "<|repo_name|>", "<|file_sep|>"
 NFC_SHRINKS = 3  # times that Unicode's normal form C makes a text's UTF-8 shorter, at most
 
 
@@ -72,17 +75,28 @@ class InputProcessor:
             return self._encoder.text(prompt, allow_special_tokens)
         if len(prompt) and isinstance(prompt[0], abc.Mapping):
             return self.conversation(prompt)
-        self.scheduler.check_length(len(prompt))
+        self.scheduler.check_length(len(prompt), answered=False)
         return check_token_ids(prompt, self.vocab_limit)
 
-    def conversation(self, messages: Messages, tools: abc.Sequence[abc.Mapping[str, Any]] | None = None) -> list[int]:
+    def conversation(self, messages: Messages, tools: abc.Sequence[abc.Mapping[str, Any]] | None = None,
+                     continues: bool = False) -> list[int]:
         """Return the token ids of a conversation up to where the assistant begins to answer.
 
         Names of control tokens in messages and tools are encoded as text.
 
-        tools: descriptions of what the model may call, as the chat template takes them.
+        Args:
+          tools: descriptions of what the model may call, as the chat template takes them.
+          continues: whether the answer goes on with the last message, in place of a new one.
         """
-        return self._encoder.conversation(messages, tools)
+        return self._encoder.conversation(messages, tools, continues)
+
+    def fill_in_the_middle(self, prompt: str, suffix: str) -> tuple[list[int], list[int]]:
+        """Return the token ids of a prompt for the text between ``prompt`` and ``suffix``, and ids that end this text.
+
+        Names of control tokens in both are text. Raises UserError for a model that was not trained for it, as its
+        tokenizer says.
+        """
+        return self._encoder.fill_in_the_middle(prompt, suffix)
 
     def requests(self, prompt: Prompt | Messages, params: SamplingParams, score_from: int | None = None,
                  adapter: str | None = None, priority: int = 0, deadline: float | None = None,
@@ -103,7 +117,7 @@ class InputProcessor:
         tokens = self.tokens(prompt)
         if adapter is not None:
             self._adapters.check(adapter)
-        params = params.resolved(self._defaults).check(self.vocab_limit)
+        params = self._with_named_stops(params).resolved(self._defaults).check(self.vocab_limit)
         if params.prompt_logprobs is not None and score_from is None:
             score_from = 1
         if params.seed is None:
@@ -117,7 +131,7 @@ class InputProcessor:
             own = replace(params, seed=(params.seed + index) % 2**64) if index else params
             sequence = Sequence(next(self._ids), tokens, own.max_tokens, params=own, priority=priority,
                                 deadline=deadline, min_new_tokens=own.min_tokens, reusable=reusable,
-                                cache_salt=cache_salt)
+                                cache_salt=cache_salt, answered=pooling is None)
             if matcher:
                 sequence.burst = 1  # the host has to see each token
             self.scheduler.check(sequence)
@@ -129,6 +143,16 @@ class InputProcessor:
             except GrammarError as error:
                 raise UserError(str(error)) from error
         return requests
+
+    def _with_named_stops(self, params: SamplingParams) -> SamplingParams:
+        """Return sampling options in which a stop string that names a control token stops at that token too.
+
+        Such a token is no text, so a search for its name in the text would not find it.
+        """
+        if not params.stop or not self.token_texts:
+            return params
+        named = [token for stop in params.stop if (token := self.token_texts.special_token(stop)) is not None]
+        return replace(params, stop_token_ids=(*(params.stop_token_ids or ()), *named)) if named else params
 
     def score_requests(self, prompt: Prompt | Messages, continuation: Prompt, adapter: str | None = None,
                        **options: Any) -> list[Request]:
@@ -162,13 +186,28 @@ class PromptEncoder:
         return self._checked(self._tokenizer.encode(text, add_special_tokens=False) if allow_special_tokens
                              else self._control_tokens.encode_as_text(text))
 
-    def conversation(self, messages: Messages, tools: abc.Sequence[abc.Mapping[str, Any]] | None = None) -> list[int]:
+    def fill_in_the_middle(self, prompt: str, suffix: str) -> tuple[list[int], list[int]]:
+        """Return the token ids of a prompt for the text between ``prompt`` and ``suffix``, and ids that end this text.
+
+        The form is that of Qwen2.5-Coder (https://arxiv.org/abs/2409.12186).
+        """
+        ids = self._tokenizer.get_vocab() if self._tokenizer else {}
+        if not ids.keys() >= set(FILL_IN):
+            raise UserError(f"this model does not fill in text before a suffix: its tokenizer has no {FILL_IN[0]}")
+        before, after = (self.text(text, allow_special_tokens=False) if text else [] for text in (prompt, suffix))
+        prefix, end, middle = (ids[name] for name in FILL_IN)
+        return [prefix, *before, end, *after, middle], [ids[name] for name in FILL_IN_ENDS if name in ids]
+
+    def conversation(self, messages: Messages, tools: abc.Sequence[abc.Mapping[str, Any]] | None = None,
+                     continues: bool = False) -> list[int]:
         """Return the token ids of a conversation up to where the assistant begins to answer.
 
         Names of control tokens in messages and tools are text. Without any, the ids are those of transformers'
         ``apply_chat_template``.
 
-        tools: descriptions of what the model may call, as the chat template takes them.
+        Args:
+          tools: descriptions of what the model may call, as the chat template takes them.
+          continues: whether the answer goes on with the last message, in place of a new one.
         """
         template = self._tokenizer and self._tokenizer.chat_template
         if not template:
@@ -176,14 +215,15 @@ class PromptEncoder:
         if tools and "tools" not in template:
             raise UserError("this checkpoint's chat template knows no tools")
         given = list(messages), list(tools) if tools else None
-        text = self._render(*given)
+        render = partial(self._render, continues)
+        text = render(*given)
         self._check_length(text)
-        return self._checked(self._control_tokens.encode_chat(text, self._render, *given))
+        return self._checked(self._control_tokens.encode_chat(text, render, *given))
 
-    def _render(self, messages: Any, tools: Any) -> str:
+    def _render(self, continues: bool, messages: Any, tools: Any) -> str:
         try:
-            return self._tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True,
-                                                       tokenize=False)
+            return self._tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=not continues,
+                                                       continue_final_message=continues, tokenize=False)
         except (jinja2.TemplateError, TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:
             raise UserError(f"the chat template refuses these messages: {error}") from error
 
@@ -207,8 +247,8 @@ class PromptEncoder:
             return
         size = len(text.encode("utf-8", "replace"))
         if size > self._max_tokens * self._longest_token:
-            raise UserError(f"the prompt has {size} bytes, more than max_seq_len={self._max_tokens} tokens can hold: "
-                            "shorten the prompt or raise max_seq_len")
+            raise PromptTooLong(f"the prompt has {size} bytes, more than max_seq_len={self._max_tokens} tokens can "
+                                "hold: shorten the prompt or raise max_seq_len")
 
     @cached_property
     def _longest_token(self) -> int:

@@ -130,7 +130,7 @@ class Request:
                 _, logprobs, top_ids, top_logprobs = (array[row, taken] for array in sampled)
                 self.output.logprobs.append(_by_id(token, logprobs, top_ids, top_logprobs, self.params.logprobs))
             taken += 1
-            text += self._text.add(token)
+            text += self._text.add(token, len(self.output.token_ids) + taken >= self.params.min_tokens)
             if self._text.stopped:
                 break
         self.output.token_ids += tokens[:taken]

@@ -31,7 +31,7 @@ from qwen_jax.engine.scheduling.schedule_policy import (
     dynamic_schedule,
 )
 from qwen_jax.engine.scheduling.sequence import UNLIMITED, PlannedRow, Sequence, State, StepPlan
-from qwen_jax.errors import UserError
+from qwen_jax.errors import PromptTooLong, UserError
 
 ALL_ROWS = UNLIMITED  # rows of a decode step: as many as its bucket has
 RANK_EVERY = 4  # of this many prefill steps, one goes by rank
@@ -146,17 +146,22 @@ class Scheduler:
             raise UserError("the prompt is empty: give at least one token")
         if seq.max_new_tokens < 1:
             raise UserError(f"max_tokens must be at least 1, not {seq.max_new_tokens}")
-        self.check_length(len(seq.prompt))
+        self.check_length(len(seq.prompt), seq.answered)
         needed = pages_for(self._max_computed(seq))
         if needed > self.pool.capacity:
             raise UserError(f"the request may need {needed} pages of KV cache and the engine has {self.pool.capacity}: "
                             "shorten the prompt, lower max_tokens or give the engine more memory")
 
-    def check_length(self, tokens: int) -> None:
-        """Raise UserError for a prompt of this many tokens if it leaves no room for an answer."""
-        if tokens + 1 > self.limits.max_seq_len:
-            raise UserError(f"the prompt has {tokens} tokens and max_seq_len={self.limits.max_seq_len} leaves no room "
-                            "for an answer: shorten the prompt or raise max_seq_len")
+    def check_length(self, tokens: int, answered: bool) -> None:
+        """Raise PromptTooLong for a prompt of this many tokens if it, or its answer, has no room."""
+        if tokens + answered > self.limits.max_seq_len:
+            raise PromptTooLong(f"the prompt has {tokens} tokens and max_seq_len={self.limits.max_seq_len} leaves no "
+                                f"room for {'an answer' if answered else 'them'}: shorten the prompt or raise "
+                                "max_seq_len")
+
+    def room_after(self, tokens: int) -> int:
+        """Return the most tokens that an answer to a prompt of this many tokens can have, at least 1."""
+        return max(1, min(self.limits.max_seq_len, self.pool.capacity * PAGE + 1) - tokens)
 
     def add(self, seq: Sequence) -> None:
         """Queue a new sequence; UserError for one that `check` refuses."""
@@ -509,7 +514,7 @@ class Scheduler:
 
     def _max_computed(self, seq: Sequence) -> int:
         """Return how many tokens of `seq` can ever be in the KV cache at most: all but the last one sampled."""
-        return min(len(seq.prompt) + seq.max_new_tokens, self.limits.max_seq_len) - 1
+        return max(min(len(seq.prompt) + seq.max_new_tokens, self.limits.max_seq_len) - 1, len(seq.prompt))
 
     def _reserve(self, seq: Sequence, pages: int | None = None) -> int:
         """Return how many pages admission leaves free for `seq`, which has or would have `pages`, to grow into."""

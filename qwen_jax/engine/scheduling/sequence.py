@@ -36,6 +36,7 @@ class Sequence:
     burst: int = UNLIMITED  # maximum tokens that one dispatch may sample
     cache_salt: str = ""  # of the client: part of ``salt``
     salt: bytes = b""  # stands for weights, adapter, attention, client: only sequences of the same salt share pages
+    answered: bool = True  # whether tokens are wanted after the prompt, which then has to leave room for one
     reusable: int | None = None  # tokens that the prefix cache may provide; None for all but the last
     output: list[int] = field(default_factory=list)  # token ids sampled so far
     arrival: int = -1  # number given by `Scheduler.add`, ascending

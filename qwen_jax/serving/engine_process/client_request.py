@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import socket
 import threading
 from collections.abc import MutableMapping, Sequence
+from dataclasses import replace
 from typing import Any
+
+import msgspec
 
 from qwen_jax.engine.api.outputs import RequestOutput, normalized
 from qwen_jax.engine.api.sampling_params import SamplingParams
@@ -15,7 +19,7 @@ from qwen_jax.engine.core.engine_thread import EngineDead, Submission
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.frontend.input_processor import EMBEDDING_PARAMS
 from qwen_jax.engine.frontend.request import Request
-from qwen_jax.errors import UnknownAdapter, UserError
+from qwen_jax.errors import PromptTooLong, UnknownAdapter, UserError
 from qwen_jax.serving.engine_process.calls import sentence_of
 from qwen_jax.serving.engine_process.engine_metrics import EngineMetrics
 from qwen_jax.serving.ipc.messages import (
@@ -30,6 +34,7 @@ from qwen_jax.serving.ipc.messages import (
 )
 
 logger = logging.getLogger(__name__)
+_KINDS = {"adapter": UnknownAdapter, "length": PromptTooLong, "user": UserError}  # `Piece.kind` of an error
 
 
 class Outbox:
@@ -92,10 +97,14 @@ class ClientRequest:
         self._open_requests.pop(self.number, None)
         if isinstance(error, EngineDead):  # the process ends, with a message for all requests
             return
-        kind = "adapter" if isinstance(error, UnknownAdapter) else "user" if isinstance(error, UserError) else "fault"
+        kind = next((kind for kind, error_type in _KINDS.items() if isinstance(error, error_type)), "fault")
         if kind == "fault":
             logger.error("request %d could not be answered", self.number, exc_info=error)
-        piece = Piece(self.number, 0, error=sentence_of(error), kind=kind, finish_reason="error")
+        text = sentence_of(error)
+        if kind == "length":  # in the words by which OpenAI's clients know it
+            text = (f"This model's maximum context length is {self._engine.limits.max_seq_len} tokens. However, "
+                    f"{text}")
+        piece = Piece(self.number, 0, error=text, kind=kind, finish_reason="error")
         self._outbox.send(Step([piece]))
 
     def _observe_tokens(self, request: Request) -> None:
@@ -117,6 +126,8 @@ class ClientRequest:
             first = len(output.logprobs) - len(tokens)
             piece.logprobs = [self._token_logprobs(logprobs, request.params.logprobs) for logprobs in
                               output.logprobs[first:]]
+        if self._options.echo and len(output.token_ids) == len(tokens):  # the first part
+            piece.prompt = self._prompt_logprobs(request)
         if piece.finish_reason:
             self._add_results(piece, output, request)
             self._metrics.ended(request)
@@ -138,6 +149,14 @@ class ClientRequest:
             vector = normalized(output.embedding) if self._options.normalize else output.embedding
             piece.vector = vector.astype("<f4").tobytes()
 
+    def _prompt_logprobs(self, request: Request) -> list[list[TokenLogprob]]:
+        """Return the prompt's tokens with their log-probabilities, NaN where none was computed."""
+        prompt, count = request.output.prompt_token_ids, request.params.prompt_logprobs or 0
+        computed = request.output.prompt_logprobs or [None] * len(prompt)
+        return [self._token_logprobs({token: math.nan} if logprobs is None else logprobs,
+                                     0 if logprobs is None else count)
+                for token, logprobs in zip(prompt, computed, strict=True)]
+
     def _token_logprobs(self, logprobs: dict[int, float], count: int) -> list[TokenLogprob]:
         """Return the log-probabilities of a token and, after it, of the ``count`` most likely tokens.
 
@@ -153,7 +172,12 @@ def requests_of(options: RequestOptions, engine: Engine) -> list[Request]:
     """Make the engine's requests for a client's request, one per answer. Raises UserError for what cannot run."""
     processor, prompt = engine.input_processor, options.prompt
     if isinstance(prompt, dict):
-        prompt = processor.conversation(prompt["messages"], prompt.get("tools"))
+        prompt = processor.conversation(prompt["messages"], prompt.get("tools"),
+                                        continues=prompt.get("continues", False))
+    elif options.suffix is not None:
+        prompt, ends = processor.fill_in_the_middle(prompt, options.suffix)
+        stops = (*(options.params.get("stop_token_ids") or ()), *ends)
+        options = msgspec.structs.replace(options, params={**options.params, "stop_token_ids": stops})
     elif not options.allow_special_tokens:
         prompt = processor.tokens(prompt, allow_special_tokens=False)
     deadline = None if options.timeout is None else options.arrived + options.timeout
@@ -163,6 +187,9 @@ def requests_of(options: RequestOptions, engine: Engine) -> list[Request]:
         requests = processor.score_requests(prompt, options.continuation, **common)
     else:
         params = EMBEDDING_PARAMS if options.pooling else _sampling_params(options.params)
+        if options.to_end_of_context:
+            prompt = processor.tokens(prompt)
+            params = replace(params, max_tokens=processor.scheduler.room_after(len(prompt)))
         requests = processor.requests(prompt, params, pooling=options.pooling, **common)
     for request in requests:
         request.output.times.arrived = options.arrived  # at the HTTP process

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from fastapi import APIRouter, FastAPI
 from prometheus_client.registry import Collector
+from starlette.middleware.cors import CORSMiddleware
 
 from qwen_jax.serving.http.app_factory import Middleware, new_app
 from qwen_jax.serving.http.generation_routes import generation_routes
@@ -46,6 +47,10 @@ def create_app(service: Service, observers: Sequence[Observer], keys: Keys, max_
     """
     metrics = HttpMetrics(extension.collectors)
     app = new_app("qwen-jax", (metrics.answered, *observers), keys, max_body_bytes, extension.inner)
+    if origins := service.options.cors_origin:
+        # Around all else: a browser asks first, without a key, and reads errors only with these headers.
+        app.add_middleware(CORSMiddleware, allow_origins=[origin.strip() for origin in origins.split(",")],
+                           allow_methods=["*"], allow_headers=["*"], expose_headers=["*"])
     for router in (monitoring_routes(service, metrics), scoring_routes(service), model_routes(service),
                    generation_routes(service), tokenizer_routes(service), *extension.public):
         app.include_router(router)

@@ -23,26 +23,27 @@ def generation_routes(service: Service) -> APIRouter:
         service.check_open()
         params = body.params()
         conversation = body.conversation()
-        reply = Reply(body.model, chat=True, count=body.n or 1, tools=bool(conversation["tools"]),
-                      logprobs=bool(body.logprobs))
+        reply = Reply(body.model or service.model, chat=True, count=body.n or 1, tools=bool(conversation["tools"]),
+                      logprobs=bool(body.logprobs), single_call=body.parallel_tool_calls is False)
         service.note_prompt(request, conversation)
-        return await respond(service, body, request, reply, [service.start(request, body, conversation, params)])
+        answer = service.start(request, body, conversation, params, to_end_of_context="max_tokens" not in params)
+        return await respond(service, body, request, reply, [answer])
 
     @routes.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Generate continuations of one or several prompts, whole or as a stream."""
         service.check_open()
         prompts, params = body.prompts(), body.params()
-        if body.logprobs is not None:
-            params["logprobs"] = body.logprobs
+        more = {"echo": bool(body.echo), "suffix": body.suffix}
         service.note_prompt(request, prompts)
         count = len(prompts) * (body.n or 1)
         service.link.open_answers.check(count)
-        reply = Reply(body.model, chat=False, count=count, tools=False, logprobs=body.logprobs is not None)
+        reply = Reply(body.model or service.model, chat=False, count=count, tools=False,
+                      logprobs=body.logprobs is not None, only_prompt=body.only_prompt)
         answers: list[Answer] = []
         try:
             for prompt in prompts:
-                answers.append(service.start(request, body, prompt, params))
+                answers.append(service.start(request, body, prompt, params, **more))
         except ApiError:
             for answer in answers:
                 service.link.close(answer)

@@ -15,7 +15,7 @@ from qwen_jax.serving.ipc.errors import ApiError
 
 MAX_HEADER_BYTES = 16 << 10
 HEADERS_TOO_LARGE = f"the request's address and headers have more than {MAX_HEADER_BYTES} bytes"
-OPEN_PATHS = frozenset(("/", "/cluster", "/health", "/metrics", "/ready"))  # probes, metrics, the page
+OPEN_PATHS = frozenset(("/", "/cluster", "/health", "/metrics", "/ping", "/ready"))  # probes, metrics, the page
 
 
 def read_keys(path: str | None, variable: str) -> tuple[bytes, ...]:
@@ -63,7 +63,8 @@ class Keys:
     def caller(self, authorization: bytes) -> Caller | None:
         """Return who sends a request with this header, in a time that does not depend on it; None for an unknown key.
         """
-        given = authorization.removeprefix(b"Bearer ").strip()
+        scheme, _, given = authorization.strip().partition(b" ")
+        given = given.strip() if scheme.lower() == b"bearer" else authorization.strip()
         known, admin = (any([hmac.compare_digest(given, key) for key in keys]) for keys in (self.clients, self.admins))
         return Caller(given, admin) if known or admin or not self.clients else None
 

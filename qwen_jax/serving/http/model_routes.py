@@ -30,13 +30,23 @@ def model_routes(service: Service) -> APIRouter:
             raise ApiError(403, "loading and unloading adapters needs an admin key (--admin-keys) as Authorization: "
                            "Bearer KEY, or a server with --public-adapters")
 
+    def card(name: str) -> dict[str, Any]:
+        """Return OpenAI's model object, with the limit by vLLM's name."""
+        facts = service.link.facts
+        return {"id": name, "object": "model", "created": 0, "owned_by": "qwen-jax",
+                "parent": service.model if name in service.adapters else None,
+                "max_model_len": facts and facts.max_seq_len}
+
     @routes.get("/v1/models")
     async def models() -> Any:
         """List the model and the loaded LoRA adapters, all of which requests may name as ``model``."""
-        names = [service.model, *sorted(service.adapters)]
-        return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "qwen-jax",
-                                            "parent": service.model if name in service.adapters else None}
-                                           for name in names]}
+        return {"object": "list", "data": [card(name) for name in (service.model, *sorted(service.adapters))]}
+
+    @routes.get("/v1/models/{name:path}")
+    async def model(name: str) -> Any:
+        """Return one model or LoRA adapter; 404 for any other name."""
+        service.adapter(name)
+        return card(name)
 
     @routes.post("/v1/load_lora_adapter")
     async def load_adapter(body: AdapterRequest, request: Request) -> Any:

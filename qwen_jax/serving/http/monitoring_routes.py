@@ -14,9 +14,11 @@ from msgspec.structs import asdict
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
 from qwen_jax.serving.http.http_metrics import HttpMetrics
+from qwen_jax.serving.http.openai_objects import VERSION
 from qwen_jax.serving.http.service import Service
 from qwen_jax.serving.ipc.errors import ApiError
 
+PAGE = files("qwen_jax.serving.http").joinpath("page.html").read_text()
 SCRAPE_SECONDS = 1.0  # a scrape waits this long for the engine, which may be in a long step
 SNAPSHOT_SECONDS = 1.0  # between two looks at the metrics, however many ask for them
 T = TypeVar("T")
@@ -43,9 +45,8 @@ class Snapshot(Generic[T]):
 
 
 def monitoring_routes(service: Service, metrics: HttpMetrics) -> APIRouter:
-    """Return a router with the routes for health, readiness, statistics, metrics and the chat page."""
+    """Return a router with the routes for health, readiness, version, statistics, metrics and the chat page."""
     routes = APIRouter()
-    page = files("qwen_jax.serving.http").joinpath("page.html").read_text()
     engine_metrics = b""
 
     async def metrics_text() -> bytes:
@@ -67,6 +68,17 @@ def monitoring_routes(service: Service, metrics: HttpMetrics) -> APIRouter:
         """Liveness probe: 200, or 503 when the engine has stopped or hangs."""
         service.check_health()
         return {"status": "ok"}
+
+    @routes.get("/ping")
+    @routes.post("/ping")
+    async def ping() -> Any:
+        """Liveness probe by the name that hosts of models use; the same as ``/health``."""
+        return await health()
+
+    @routes.get("/version")
+    async def version() -> Any:
+        """Return the version of this package."""
+        return {"version": VERSION}
 
     @routes.get("/ready")
     async def ready() -> Any:
@@ -90,6 +102,6 @@ def monitoring_routes(service: Service, metrics: HttpMetrics) -> APIRouter:
 
     @routes.get("/", include_in_schema=False)
     async def chat_page() -> Response:
-        return HTMLResponse(page)
+        return HTMLResponse(PAGE)
 
     return routes

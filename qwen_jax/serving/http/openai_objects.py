@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
+import math
+import re
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -9,10 +12,15 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
+from msgspec.structs import replace
+
 from qwen_jax.serving.http.tool_calls import ToolCall, ToolCallStream
 from qwen_jax.serving.ipc.messages import Piece, TokenLogprob
 
 VERSION = version("qwen-jax")
+ID_BYTES = 12
+# How the JSON text of `Reply.whole` begins: kind of the id, kind of the object.
+_BEGIN = re.compile(rb'\{"id":"(chatcmpl|cmpl)-[0-9a-f]{%d}","object":("[a-z_.]+"),"created":\d+' % (2 * ID_BYTES))
 
 
 @dataclass
@@ -22,8 +30,9 @@ class Choice:
     Attributes:
       index: number of the answer in the response.
       tools: parser of tool calls; None when the request has no tools.
-      text: text so far, without tool calls.
+      text: text so far, without tool calls; after that of the prompt, where the response repeats it.
       logprobs: log-probabilities so far, as `Piece.logprobs` has them.
+      offsets: place in the text of each token with a log-probability, in characters.
       calls: tool calls so far.
       finish_reason: why the answer ended; None before.
       tokens: number of generated tokens, known at the end.
@@ -33,13 +42,27 @@ class Choice:
     tools: ToolCallStream | None = None
     text: str = ""
     logprobs: list[list[TokenLogprob]] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
     calls: list[ToolCall] = field(default_factory=list)
     finish_reason: str | None = None
     tokens: int = 0
+    _decoder: codecs.IncrementalDecoder = field(default_factory=codecs.getincrementaldecoder("utf-8"), repr=False)
+    _offset: int = 0
+
+    def note_logprobs(self, logprobs: Sequence[list[TokenLogprob]]) -> None:
+        """Append the log-probabilities of further tokens of the text."""
+        for token, *top in logprobs:
+            self.logprobs.append([token, *top])
+            self.offsets.append(self._offset)
+            try:
+                self._offset += len(self._decoder.decode(token.utf8))
+            except UnicodeDecodeError:
+                self._decoder.reset()
+                self._offset += 1  # as the replacement character in the text
 
     def add(self, piece: Piece) -> tuple[str, list[ToolCall]]:
         """Append a new part of the answer; return the text and the tool calls that it adds."""
-        self.logprobs += piece.logprobs or ()
+        self.note_logprobs(piece.logprobs or ())
         events: list[str | ToolCall] = [piece.text] if piece.text else []
         if self.tools:
             events = self.tools.feed(piece.text)
@@ -65,6 +88,8 @@ class Reply:
       count: number of answers to all prompts together.
       tools: whether tool calls are looked for in the text.
       logprobs: whether the response has log-probabilities.
+      single_call: whether an answer has one tool call at most.
+      only_prompt: whether the response repeats prompts without any tokens after them.
 
     Attributes:
       choices: the answers.
@@ -73,10 +98,12 @@ class Reply:
       times: `Piece.times` of the answer that ended last.
     """
 
-    def __init__(self, model: str, chat: bool, count: int, tools: bool, logprobs: bool) -> None:
-        self.id = ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12)
+    def __init__(self, model: str, *, chat: bool, count: int, tools: bool, logprobs: bool, single_call: bool = False,
+                 only_prompt: bool = False) -> None:
+        self.id = new_id("chatcmpl" if chat else "cmpl")
         self.created, self.model, self._chat, self._logprobs = int(time.time()), model, chat, logprobs
-        self.choices = [Choice(index, ToolCallStream() if tools else None) for index in range(count)]
+        self._only_prompt = only_prompt
+        self.choices = [Choice(index, ToolCallStream(single=single_call) if tools else None) for index in range(count)]
         self.prompt_tokens = 0
         self.weight_version = 0
         self.times: tuple[float | None, ...] = ()
@@ -88,7 +115,15 @@ class Reply:
           first: index in the response of the first answer to the same prompt.
         """
         choice = self.choices[first + piece.index]
+        before = len(choice.logprobs)
+        if self._only_prompt:
+            piece = replace(piece, text="", logprobs=None, tokens=0)
+        repeated = "" if piece.prompt is None else b"".join([token.utf8 for token, *_ in piece.prompt]).decode(
+            errors="replace")
+        choice.text += repeated
+        choice.note_logprobs(piece.prompt or ())
         text, calls = choice.add(piece)
+        text = repeated + text
         self.weight_version = piece.weight_version
         if piece.finish_reason:
             self.times = piece.times
@@ -97,7 +132,7 @@ class Reply:
         if self._chat:
             yield from self._chat_chunks(choice, piece, text, calls)
         elif text or piece.finish_reason or piece.logprobs:
-            shown = self._completion_logprobs(piece.logprobs or ()) if self._logprobs else None
+            shown = self._completion_logprobs(choice, before) if self._logprobs else None
             yield self._object("text_completion", [{"index": choice.index, "text": text, "logprobs": shown,
                                                     "finish_reason": choice.finish_reason}])
 
@@ -154,8 +189,8 @@ class Reply:
             else:
                 answer["text"] = choice.text
             if self._logprobs:
-                make = self._chat_logprobs if self._chat else self._completion_logprobs
-                answer["logprobs"] = make(choice.logprobs)
+                answer["logprobs"] = (self._chat_logprobs(choice.logprobs) if self._chat
+                                      else self._completion_logprobs(choice, 0))
             choices.append(answer)
         return {**self._object("chat.completion" if self._chat else "text_completion", choices), "usage": self.usage}
 
@@ -169,10 +204,26 @@ class Reply:
                             for token, *top in logprobs], "refusal": None}
 
     @staticmethod
-    def _completion_logprobs(logprobs: Sequence[Sequence[TokenLogprob]]) -> dict[str, Any]:
+    def _completion_logprobs(choice: Choice, first: int) -> dict[str, Any]:
+        """Return the log-probabilities of an answer's tokens from the ``first`` on; null for a prompt's first one."""
+        logprobs = choice.logprobs[first:]
         return {"tokens": [_name(token) for token, *_ in logprobs],
-                "token_logprobs": [token.logprob for token, *_ in logprobs],
-                "top_logprobs": [_by_name(top) for _, *top in logprobs], "text_offset": []}
+                "token_logprobs": [None if math.isnan(token.logprob) else token.logprob for token, *_ in logprobs],
+                "top_logprobs": [None if math.isnan(token.logprob) else _by_name(top) for token, *top in logprobs],
+                "text_offset": choice.offsets[first:]}
+
+
+def new_id(kind: str) -> str:
+    """Return a new, random id of a response, which begins with its kind: "chatcmpl" or "cmpl"."""
+    return f"{kind}-{secrets.token_hex(ID_BYTES)}"
+
+
+def renewed(body: bytes) -> bytes:
+    """Return the JSON text of a whole response with an id and a time of its own; any other text as it is."""
+    if not (begin := _BEGIN.match(body)):
+        return body
+    return b'{"id":"%b","object":%b,"created":%d' % (new_id(begin[1].decode()).encode(), begin[2], time.time()) + body[
+        begin.end():]
 
 
 def fingerprint(weight_version: int) -> str:

@@ -43,10 +43,19 @@ def _describe(schema: dict[str, Any]) -> None:
     schema["properties"] |= {name: {} for name in HARMLESS}
 
 
+def _without_nulls(value: Any) -> Any:
+    """Return an object without the fields that are null, which means that they are not given."""
+    return {name: field for name, field in value.items() if field is not None} if isinstance(value, dict) else value
+
+
 class Body(BaseModel):
-    """Base class of request bodies, whose unknown fields are errors, since an ignored option would mislead a client."""
+    """Base class of request bodies, whose unknown fields are errors, since an ignored option would mislead a client.
+
+    A field that is null counts as not given, whether it is known or not.
+    """
 
     model_config = ConfigDict(extra="allow", protected_namespaces=(), json_schema_extra=_describe)
+    _given = model_validator(mode="before")(_without_nulls)
 
     def check_fields(self) -> None:
         """Raise ApiError when the body has a field that is neither in its schema nor one of `HARMLESS`."""
@@ -86,11 +95,15 @@ def few_parts(most: int) -> Callable[[Any], Any]:
     return check
 
 
+def _given_parts(value: Any) -> Any:
+    return _without_nulls(few_parts(MAX_PARTS)(value))
+
+
 class Part(BaseModel):
-    """Base class of objects inside a body, which have no unknown fields."""
+    """Base class of objects inside a body, which have no unknown fields but those that are null."""
 
     model_config = ConfigDict(extra="forbid")
-    _few = model_validator(mode="before")(few_parts(MAX_PARTS))
+    _given = model_validator(mode="before")(_given_parts)
 
 
 class StreamOptions(BaseModel):
@@ -103,12 +116,13 @@ class EngineRequest(Body):
     """Fields that the bodies of all requests for the engine have in common.
 
     Attributes:
+      model: name of the model or of an adapter; the model without one.
       priority: number; waiting requests with the lowest one run first.
       timeout: seconds after which the request is aborted.
       cache_salt: only requests with the same text share pages of the prefix cache.
     """
 
-    model: StrictStr
+    model: StrictStr | None = None
     priority: Annotated[StrictInt, Field(ge=-2**30, le=2**30)] = 0
     timeout: Annotated[Number, Field(gt=0, le=86400)] | None = None
     cache_salt: Annotated[StrictStr, Field(min_length=1, max_length=256)] | None = None
@@ -175,11 +189,27 @@ class CompletionRequest(GenerationRequest):
     allow_special_tokens: StrictBool = True
 
     def prompts(self) -> list[str | list[int]]:
-        """Return the list of prompts. ApiError for an empty prompt, or for an option that is not supported."""
-        if self.echo or self.suffix is not None or self.best_of not in (None, self.n or 1):
-            name = "echo" if self.echo else "suffix" if self.suffix is not None else "best_of"
-            raise ApiError(400, f"{name} is not supported", param=name)
+        """Return the list of prompts. ApiError for an empty prompt, or for options that are not supported."""
+        if self.best_of not in (None, self.n or 1):
+            raise ApiError(400, "best_of is not supported", param="best_of")
+        if self.suffix is not None and (self.echo or not isinstance(self.prompt, str)):
+            raise ApiError(400, "suffix needs a prompt that is one text, and no echo", param="suffix")
         return as_list(self.prompt, "prompt")
+
+    @property
+    def only_prompt(self) -> bool:
+        """True when prompts alone are wanted, with their log-probabilities: ``echo`` and no tokens."""
+        return bool(self.echo) and self.max_tokens == 0
+
+    def params(self) -> dict[str, Any]:
+        params = super().params()
+        if self.logprobs is not None:
+            params["logprobs"] = self.logprobs
+        if self.echo and self.logprobs is not None:
+            params["prompt_logprobs"] = self.logprobs
+        if self.only_prompt:
+            params["max_tokens"] = 1  # a step samples a token all the same
+        return params
 
 
 class TextPart(BaseModel):
@@ -196,12 +226,14 @@ class CalledFunction(BaseModel):
     arguments: StrictStr
 
     def for_template(self) -> dict[str, Any]:
-        """Return the call for a chat template: its arguments as an object, since templates write JSON themselves."""
+        """Return the call for a chat template: its arguments as an object, since templates write JSON themselves.
+
+        Arguments that are not JSON, which a model may have written, are passed on as text.
+        """
         try:
             arguments = json.loads(self.arguments or "{}")
-        except ValueError as error:
-            raise ApiError(400, f"the arguments of the call of {self.name!r} are not JSON: {error}",
-                           param="messages") from None
+        except (ValueError, RecursionError):
+            arguments = self.arguments
         return {"name": self.name, "arguments": arguments}
 
 
@@ -222,16 +254,18 @@ class Message(Part):
     tool_calls: Items[Call] | None = None
     tool_call_id: StrictStr | None = None
     refusal: StrictStr | None = None
+    annotations: list[Any] | None = None  # as answers of other servers have them; no template knows them
 
     def for_template(self) -> dict[str, Any]:
         """Return the message in the form that chat templates take."""
         content = self.content or ""
         if not isinstance(content, str):
-            content = "".join(part.text for part in content)
+            content = "\n".join(part.text for part in content)
         message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
+        message |= {name: value for name in ("name", "tool_call_id") if (value := getattr(self, name)) is not None}
         if self.tool_calls:
-            message["tool_calls"] = [{"type": "function", "function": call.function.for_template()}
-                                   for call in self.tool_calls]
+            message["tool_calls"] = [{"id": call.id, "type": "function", "function": call.function.for_template()}
+                                     for call in self.tool_calls]
         return message
 
 
@@ -265,7 +299,10 @@ class NamedTool(BaseModel):
 
 
 class ChatRequest(GenerationRequest):
-    """Body of ``POST /v1/chat/completions``."""
+    """Body of ``POST /v1/chat/completions``.
+
+    With ``continue_final_message`` the answer goes on with the last message, which is the assistant's.
+    """
 
     messages: Annotated[Items[Message], Field(min_length=1)]
     max_completion_tokens: StrictInt | None = None
@@ -274,6 +311,8 @@ class ChatRequest(GenerationRequest):
     tools: Items[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: StrictBool | None = None
+    continue_final_message: StrictBool = False
+    add_generation_prompt: StrictBool | None = None
 
     def params(self) -> dict[str, Any]:
         params = super().params()
@@ -304,9 +343,16 @@ class ChatRequest(GenerationRequest):
 
     def conversation(self) -> dict[str, Any]:
         """Return the body's messages and tools in the form that chat templates take."""
+        if self.continue_final_message and self.messages[-1].role != "assistant":
+            raise ApiError(400, "continue_final_message needs a last message of the assistant",
+                           param="continue_final_message")
+        if self.add_generation_prompt is self.continue_final_message:
+            raise ApiError(400, "add_generation_prompt must be the opposite of continue_final_message",
+                           param="add_generation_prompt")
         tools = self.tools and self.tool_choice != "none"
-        return {"messages": [message.for_template() for message in self.messages],
-                "tools": [tool.model_dump(exclude_none=True) for tool in self.tools] if tools else None}
+        conversation = {"messages": [message.for_template() for message in self.messages],
+                        "tools": [tool.model_dump(exclude_none=True) for tool in self.tools] if tools else None}
+        return {**conversation, "continues": True} if self.continue_final_message else conversation
 
 
 class PrefillRequest(EngineRequest):

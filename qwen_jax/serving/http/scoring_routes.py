@@ -38,8 +38,8 @@ def scoring_routes(service: Service) -> APIRouter:
         """Return the log-probability of a continuation after a prompt, as a sum and for each of its tokens."""
         prefills = [(body.prompt, {"continuation": body.continuation})]
         piece, = await _run_prefills(service, body, request, response, prefills)
-        return {"object": "score", "model": body.model, "logprob": sum(piece.score), "token_logprobs": piece.score,
-                "usage": _usage([piece])}
+        return {"object": "score", "model": body.model or service.model, "logprob": sum(piece.score),
+                "token_logprobs": piece.score, "usage": _usage([piece])}
 
     @routes.post("/classify")
     async def classify(body: ClassifyRequest, request: Request, response: Response) -> Any:
@@ -54,7 +54,8 @@ def scoring_routes(service: Service) -> APIRouter:
         single = await lengths.are_single_tokens(body.labels, body.allow_special_tokens)
         logprobs, ended = await _label_logprobs(run, body.inputs(), body.labels, single)
         data = [_classification(index, body.labels, values) for index, values in enumerate(logprobs)]
-        return {"object": "list", "model": body.model, "labels": body.labels, "data": data, "usage": _usage(ended)}
+        return {"object": "list", "model": body.model or service.model, "labels": body.labels, "data": data,
+                "usage": _usage(ended)}
 
     @routes.post("/v1/embeddings")
     async def embeddings(body: EmbeddingRequest, request: Request, response: Response) -> Any:
@@ -64,7 +65,7 @@ def scoring_routes(service: Service) -> APIRouter:
         ended = await _run_prefills(service, body, request, response, prefills)
         data = [{"object": "embedding", "index": index, "embedding": _encode(piece.vector, body.encoding_format)}
                 for index, piece in enumerate(ended)]
-        return {"object": "list", "model": body.model, "data": data, "usage": _usage(ended)}
+        return {"object": "list", "model": body.model or service.model, "data": data, "usage": _usage(ended)}
 
     return routes
 
@@ -136,7 +137,7 @@ async def _run_prefills(service: Service, body: PrefillRequest, request: Request
         watching.cancel()
     versions = {piece.weight_version for piece in ended}  # several when the weights were updated in between
     response.headers["X-Weight-Version"] = ",".join(map(str, sorted(versions)))
-    note(request, model=body.model, **_usage(ended))
+    note(request, model=body.model or service.model, **_usage(ended))
     return ended
 
 

@@ -1,8 +1,9 @@
 """Parser of tool calls in the model's text, which Qwen2.5 writes as ``<tool_call>`` JSON ``</tool_call>``.
 
 A block is a call when its JSON is an object with a non-empty string ``name`` and, if any, ``arguments`` that are an
-object or the JSON text of one; other keys are ignored. Every other text is content, broken and unclosed blocks
-included, to the letter. Blanks around calls go with them, except one run between two pieces of content.
+object or the JSON text of one (null and an empty text are no arguments); other keys are ignored. At the end of the
+answer its closing tag may be missing. Every other text is content, broken blocks included, to the letter. Blanks around
+calls go with them, except one run between two pieces of content.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from qwen_jax.engine.api.json_schema import simplified
+from qwen_jax.errors import UserError
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 # A tag inside a JSON string is text. A line end also ends a string: JSON strings have no raw line ends, and a model
@@ -51,7 +55,11 @@ def forced_calls(tools: Sequence[Mapping[str, Any]], several: bool) -> str:
     for number, tool in enumerate(tools):
         schema = tool.get("parameters") or {"type": "object", "properties": {}, "additionalProperties": False}
         # Every schema is a JSON grammar of its own, so that references within it keep their meaning.
-        schema = json.dumps({**schema, "x-guidance": compact}, ensure_ascii=False)
+        if schema.get("type", "object") != "object":
+            raise UserError(f"the parameters of the tool {tool['name']!r} must be a schema of an object, not of "
+                            f"{schema['type']!r}")
+        schema = {"type": "object", **simplified(schema), "x-guidance": compact}
+        schema = json.dumps(schema, ensure_ascii=False)
         begin = json.dumps('{"name": ' + json.dumps(tool["name"]) + ', "arguments": ')
         rules.append(f'call{number}: {begin} arguments{number} "}}"\narguments{number}: %json {schema}')
     return "\n".join(rules)
@@ -76,10 +84,13 @@ class ToolCallStream:
 
     Events are pieces of content (str, never empty) and whole calls, in order. Text that may turn out to be part of a
     call, and blanks that may precede a call, are held back.
+
+    Args:
+      single: whether there is one call at most; then nothing that follows it is an event.
     """
 
-    def __init__(self, new_id: Callable[[], str] = new_call_id) -> None:
-        self._new_id = new_id
+    def __init__(self, new_id: Callable[[], str] = new_call_id, single: bool = False) -> None:
+        self._new_id, self._single, self._called = new_id, single, False
         self._text = ""  # held back; begins with OPEN when in a block
         self._scanned = 0  # characters of a block's text already looked at; 0 outside a block
         self._in_string = False
@@ -96,6 +107,9 @@ class ToolCallStream:
 
     def flush(self) -> list[str | ToolCall]:
         """Return the last content at the end of the answer: text that was held back turns out to be no call."""
+        if self._scanned and (call := _call(self._text[len(OPEN):])):  # the model ended before the closing tag
+            self._text, self._after_call = "", True
+            self._events.append(ToolCall(self._new_id(), *call))
         self._content(self._text)
         if not self._after_call and self._blanks:
             self._events.append(self._blanks)
@@ -104,7 +118,13 @@ class ToolCallStream:
 
     def _take_events(self) -> list[str | ToolCall]:
         events, self._events = self._events, []
-        return events
+        if not self._single:
+            return events
+        if self._called:
+            return []
+        first = next((place for place, event in enumerate(events) if isinstance(event, ToolCall)), None)
+        self._called = first is not None
+        return events[: first + 1] if self._called else events
 
     def _find_block(self) -> bool:
         """Emit the content up to the next ``<tool_call>``; return whether there is one."""
@@ -179,7 +199,7 @@ def _call(body: str) -> tuple[str, str] | None:
     """Return (name, arguments) from the JSON text between the tags; None when it is no valid tool call."""
     try:
         block = _loads(body)
-        name, arguments = block["name"], block.get("arguments", {})
+        name, arguments = block["name"], block.get("arguments") or {}
         if isinstance(arguments, str):
             values, text = _loads(arguments), arguments
         else:

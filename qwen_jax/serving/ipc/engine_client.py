@@ -324,7 +324,7 @@ class EngineClient:
         if answer is None:
             return
         if piece.finish_reason:
-            answer.open = 0 if piece.kind in ("user", "adapter") else answer.open - 1
+            answer.open = 0 if piece.kind in ("user", "adapter", "length") else answer.open - 1
         answer.put(piece)
         if answer.unread > MAX_UNREAD_PIECES:
             logger.warning("request %d is aborted: its client does not read", piece.id)
@@ -356,6 +356,8 @@ async def pieces(answer: Answer) -> AsyncIterator[list[Piece]]:
 def _error_of(piece: Piece) -> ApiError:
     if piece.kind == "adapter":
         return ApiError(404, piece.error, "model_not_found")
+    if piece.kind == "length":
+        return ApiError(400, piece.error, "context_length_exceeded")
     if piece.kind in ("user", "refused"):
         return ApiError(400, piece.error)
     if piece.kind == "deadline":

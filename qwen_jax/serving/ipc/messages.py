@@ -21,7 +21,8 @@ class RequestOptions(msgspec.Struct, array_like=True, kw_only=True):
     """A client's request as the HTTP process sends it to the engine: prompt and options.
 
     Attributes:
-      prompt: text, token ids, or a conversation as a dict of ``messages`` and maybe ``tools``.
+      prompt: text, token ids, or a conversation as a dict of ``messages`` and maybe ``tools`` and ``continues``,
+        whether the answer goes on with the last message.
       params: keywords of `SamplingParams`; ``structured_output`` is a dict of its keywords.
       adapter: name of a loaded LoRA adapter; None for the model itself.
       priority: number; waiting requests with the lowest one run first.
@@ -36,6 +37,9 @@ class RequestOptions(msgspec.Struct, array_like=True, kw_only=True):
       allow_special_tokens: whether names of control tokens in a text become these tokens; else they are text. Those in
         conversations always are.
       cache_salt: text that is part of the keys of cached pages: only requests with the same one share them.
+      echo: whether the answer begins with its prompt.
+      suffix: text that follows the answer, for models that fill in what is between; None for none.
+      to_end_of_context: whether the answer may have as many tokens as there is room for, in place of ``max_tokens``.
     """
 
     prompt: str | list[int] | dict[str, Any]
@@ -52,6 +56,9 @@ class RequestOptions(msgspec.Struct, array_like=True, kw_only=True):
     on_trial: bool = False
     allow_special_tokens: bool = True
     cache_salt: str = ""
+    echo: bool = False
+    suffix: str | None = None
+    to_end_of_context: bool = False
 
 
 class Launch(msgspec.Struct, array_like=True, tag=True):
@@ -125,8 +132,10 @@ class Piece(msgspec.Struct, array_like=True):
         ``time.monotonic`` of the engine's machine.
       error: what went wrong.
       kind: whose mistake ``error`` is: "user" for the client's, found before the request began, "adapter" where the
-        adapter is not loaded, "refused" for the client's, found later, "fault" for the engine's, "deadline" for a
-        timeout.
+        adapter is not loaded, "length" for a prompt that is too long, "refused" for the client's, found later, "fault"
+        for the engine's, "deadline" for a timeout.
+      prompt: for each token of the prompt its log-probability (NaN for the first) and those of the most likely tokens,
+        with the first part of an answer that repeats its prompt; else None.
       score: log-probabilities of the continuation's tokens; None unless a continuation was given.
       vector: embedding, as little-endian float32; None unless one was asked for.
     """
@@ -143,6 +152,7 @@ class Piece(msgspec.Struct, array_like=True):
     times: tuple[float | None, ...] = ()
     error: str | None = None
     kind: str | None = None
+    prompt: list[list[TokenLogprob]] | None = None
     score: list[float] | None = None
     vector: bytes | None = None
 

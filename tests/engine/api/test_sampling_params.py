@@ -16,10 +16,8 @@ BAD = [
     ("temperature", 1e39),  # infinite in float32
     ("temperature", "hot"),
     ("temperature", True),
-    ("top_p", 0.0),
     ("top_p", 1.1),
     ("top_p", math.nan),
-    ("top_p", 1e-50),  # zero in float32
     ("top_k", -2),
     ("top_k", 1.5),
     ("min_p", -0.1),
@@ -72,8 +70,12 @@ def test_contradictions_are_refused():
         SamplingParams(min_tokens=5, max_tokens=4)
     with pytest.raises(UserError, match="min_tokens"):  # only known once max_tokens has its default
         SamplingParams(min_tokens=257).resolved()
-    with pytest.raises(UserError, match="n must be 1"):
-        SamplingParams(n=2, temperature=0)
+
+
+@pytest.mark.parametrize("top_p", [0, 1e-50])
+def test_no_share_at_all_is_the_most_likely_token(top_p):
+    (_, share, *_), (count, *_) = SamplingParams(top_p=top_p, top_k=40).resolved().scalars
+    assert (share, count) == (1, 1)
 
 
 def test_limits_of_the_ranges_are_accepted():
@@ -117,8 +119,6 @@ def test_do_sample_false_is_greedy_unless_a_temperature_was_asked_for():
     greedy = SimpleNamespace(do_sample=False, temperature=0.7)
     assert SamplingParams().resolved(greedy).temperature == 0
     assert SamplingParams(temperature=0.5).resolved(greedy).temperature == 0.5
-    with pytest.raises(UserError, match="n must be 1"):
-        SamplingParams(n=3).resolved(greedy)
 
 
 def test_a_bad_generation_config_is_refused_too():

@@ -167,9 +167,12 @@ def test_an_exception_is_an_error_with_the_request_s_id_and_counted(caplog):
 
 
 def test_a_body_that_is_nested_too_deeply_is_refused():
-    call = {"function": {"name": "f", "arguments": "[" * 5000 + "]" * 5000}}
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}]
-    answer, = ask(("/v1/chat/completions", {"model": "m", "messages": messages}, None))
+    schema = {}
+    for _ in range(450):
+        schema = {"properties": {"a": schema}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    answer, = ask(("/v1/chat/completions", {"model": "m", "messages": [{"role": "user", "content": "a"}],
+                                            "tools": tools, "tool_choice": "required"}, None))
     assert answer.status_code == 400 and "less deeply" in answer.json()["error"]["message"]
 
 
@@ -187,3 +190,34 @@ def test_metrics_are_made_once_in_a_while_for_all(monkeypatch):
 
     asyncio.run(work())
     assert made == [100.0, 101.0, 103.0]
+
+
+def test_the_scheme_of_a_key_has_any_case(keys):
+    app = assemble(FakeEngine(), "m", ServerOptions(**keys)).public
+
+    async def send():
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
+            return [(await http.get("/v1/models", headers={"Authorization": header})).status_code
+                    for header in ("bearer one", "BEARER  one ", "Bearer one", "one", "Basic one", "bearer three")]
+
+    assert asyncio.run(send()) == [200, 200, 200, 200, 401, 401]
+
+
+def test_pages_of_other_origins_may_read_answers_where_the_option_says_so(keys):
+    async def send(**options):
+        app = assemble(FakeEngine(), "m", ServerOptions(**keys, **options)).public
+        asking = {"Origin": "https://there", "Access-Control-Request-Method": "POST",
+                  "Access-Control-Request-Headers": "authorization"}
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
+            before = await http.options("/v1/chat/completions", headers=asking)
+            refused = await http.get("/v1/models", headers={"Origin": "https://there"})  # also errors can be read
+            return before, refused
+
+    allowed = "access-control-allow-origin"
+    before, refused = asyncio.run(send(cors_origin="https://here, https://there"))
+    assert before.status_code == 200 and before.headers[allowed] == refused.headers[allowed] == "https://there"
+    assert refused.status_code == 401
+    for options in ({}, {"cors_origin": "https://here"}):
+        assert not [one for one in asyncio.run(send(**options)) if allowed in one.headers]

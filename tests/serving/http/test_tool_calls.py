@@ -19,7 +19,6 @@ BROKEN = [
     '<tool_call>{"name": "", "arguments": {}}</tool_call>',
     '<tool_call>{"name": 3, "arguments": {}}</tool_call>',
     '<tool_call>{"name": "f", "arguments": [1]}</tool_call>',
-    '<tool_call>{"name": "f", "arguments": null}</tool_call>',
     '<tool_call>{"name": "f", "arguments": "not json"}</tool_call>',
     '<tool_call>{"name": "f", "arguments": {"x": NaN}}</tool_call>',
     '<tool_call>{"name": "f", "arguments": "{\\"x\\": NaN}"}</tool_call>',
@@ -83,9 +82,28 @@ def test_a_broken_block_stays_text_and_the_next_call_is_found(broken):
     assert answer.content == f"Now:\n{broken}" and [call.name for call in answer.tool_calls] == ["clock"]
 
 
-def test_a_cut_block_stays_text():
+def test_a_cut_block_stays_text_unless_only_its_end_is_missing():
+    complete = WEATHER.index("}}") + 2
     for end in range(1, len(WEATHER)):
-        assert parse(CLOCK + "\nand " + WEATHER[:end]).content == "and " + WEATHER[:end]
+        answer = parse(CLOCK + "\nand " + WEATHER[:end])
+        if "\n" not in WEATHER[complete:end].rstrip("\n") and end >= complete:
+            assert answer.content == "and" and [call.name for call in answer.tool_calls] == ["clock", "weather"]
+        else:
+            assert answer.content == "and " + WEATHER[:end]
+
+
+@pytest.mark.parametrize("arguments", ["", ', "arguments": null', ', "arguments": ""', ', "arguments": {}'])
+def test_a_call_may_have_no_arguments(arguments):
+    call, = parse('<tool_call>{"name": "f"' + arguments + "}</tool_call>").tool_calls
+    assert (call.name, call.arguments) == ("f", "{}")
+
+
+def test_nothing_follows_a_single_call():
+    stream = ToolCallStream(ids(), single=True)
+    text = f"Now:\n{WEATHER} and\n{CLOCK}"
+    events = [event for letter in text for event in stream.feed(letter)] + stream.flush()
+    content = "".join(event for event in events if isinstance(event, str))
+    assert content == "Now:" and [event.name for event in events if isinstance(event, ToolCall)] == ["weather"]
 
 
 def test_a_block_that_is_never_closed_does_not_swallow_the_next():

@@ -1,0 +1,46 @@
+"""docs/compatibility.md names every field of every body, and every parameter of OpenAI's client."""
+
+import re
+import typing
+from pathlib import Path
+
+import pytest
+from openai.types import completion_create_params, embedding_create_params
+from openai.types.chat import completion_create_params as chat_create_params
+from test_routes import ask
+
+from qwen_jax.serving.http import protocol
+
+PAGE = (Path(__file__).parents[3] / "docs" / "compatibility.md").read_text()
+ROWS = re.findall(r"^\| (`[^|]+) \| (yes|ignored|refused) \|", PAGE, re.MULTILINE)
+FIELDS = {name: verdict for names, verdict in ROWS for name in re.findall(r"`([^`]+)`", names)}
+NAMED = set(re.findall(r"`(\w+)`", PAGE))
+BODIES = (protocol.ChatRequest, protocol.CompletionRequest, protocol.EmbeddingRequest, protocol.ScoreRequest,
+          protocol.ClassifyRequest, protocol.TokenizeRequest, protocol.DetokenizeRequest, protocol.AdapterRequest)
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_every_field_of_a_body_is_named(body):
+    assert body.model_fields.keys() <= NAMED
+
+
+@pytest.mark.parametrize("body, parameters", [
+    (protocol.ChatRequest, chat_create_params.CompletionCreateParamsBase),
+    (protocol.CompletionRequest, completion_create_params.CompletionCreateParamsBase),
+    (protocol.EmbeddingRequest, embedding_create_params.EmbeddingCreateParams)])
+def test_every_parameter_of_the_official_client_is_named_with_what_happens(body, parameters):
+    for name in typing.get_type_hints(parameters):
+        known = name in body.model_fields or name in protocol.HARMLESS
+        assert name in NAMED, name
+        if body is not protocol.EmbeddingRequest and name != "stream":
+            assert known == (FIELDS[name] != "refused"), name
+            assert (name in protocol.HARMLESS) == (FIELDS[name] == "ignored"), name
+
+
+def test_what_is_refused_is_refused_by_name():
+    messages = [{"role": "user", "content": "a"}]
+    refused = [name for name, verdict in FIELDS.items() if verdict == "refused"]
+    assert len(refused) > 8
+    for name, answer in zip(refused, ask(*(("/v1/chat/completions", {"messages": messages, name: {}}, None)
+                                           for name in refused)), strict=True):
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == name
