@@ -63,17 +63,13 @@ def monitoring_routes(service: Service, metrics: HttpMetrics) -> APIRouter:
     metrics_now = Snapshot(metrics_text, SNAPSHOT_SECONDS)
     stats_now = Snapshot(lambda: service.link.call("stats"))
 
+    @routes.post("/ping")
+    @routes.get("/ping")  # the name that hosts of models use
     @routes.get("/health")
     async def health() -> Any:
         """Liveness probe: 200, or 503 when the engine has stopped or hangs."""
         service.check_health()
         return {"status": "ok"}
-
-    @routes.get("/ping")
-    @routes.post("/ping")
-    async def ping() -> Any:
-        """Liveness probe by the name that hosts of models use; the same as ``/health``."""
-        return await health()
 
     @routes.get("/version")
     async def version() -> Any:
