@@ -18,6 +18,9 @@ MAX_DENSE = 0.1   # largest share of KV heads that stay dense
 MAX_BUDGET = 4    # largest budget of a layer, as a multiple of the given budget
 MAX_ADDED = 0.04  # largest density that changes together add, if it is more than one change
 MIN_GAIN = 0.1    # each hundredth of density has to lower the divergence by this share
+# Last share of the layers that rank pages by their keys: in these it takes away most of what estimates lose on long
+# texts, and in the first ones nothing (docs/quality.md). At 64 pages or fewer, as here, both are the same.
+RANKED_BY_KEYS = 1 / 3
 CANDIDATES = 12   # heads, and layers, that are tried: those with the largest errors
 EVERY = 4         # candidates are compared at every fourth token
 QUESTIONS = {"many_keys": 10, "account_history": 6, "variable_tracking": 4, "many_queries": 3, "many_values": 3,
@@ -66,21 +69,25 @@ def calibrate(model: Qwen2, texts: Sequence[Sequence[int]], sparsity: Sparsity, 
     One run with full attention finds the error that each head's sparsity causes. Of the heads and layers with the
     largest errors, heads are left dense (at most a share of `MAX_DENSE`) and layers' budgets doubled (to at most
     `MAX_BUDGET` times ``sparsity``'s), in the order of what a change gains for the pages that it adds: as long as it
-    gains enough (`MIN_GAIN`) and all add no more than `MAX_ADDED`.
+    gains enough (`MIN_GAIN`) and all add no more than `MAX_ADDED`. Where ``sparsity`` ranks pages by estimates alone,
+    the last layers (`RANKED_BY_KEYS`) rank them by their keys.
 
     measured: figures of an earlier calibration of the same model that was interrupted, which are not measured again;
     new ones are added. Raises UserError when the texts are so short that every page is attended to.
     """
-    search = _Search(model, texts, (sparsity,) * model.config.num_layers, measured or Measured())
+    layers, late = [sparsity] * model.config.num_layers, round(RANKED_BY_KEYS * model.config.num_layers)
+    if sparsity.selector == "pyramid" and late:
+        layers[-late:] = [replace(sparsity, selector="reranked")] * late
+    search = _Search(model, texts, tuple(layers), measured or Measured())
     before = search.measure(search.layers, every=1)
     if before.density == 1:
         raise UserError("the texts must be longer: sparse attention leaves no page out of such short texts")
     errors = search.errors()
     heads = [np.unravel_index(place, errors.shape) for place in np.argsort(-errors, axis=None)[:CANDIDATES]]
-    layers = np.argsort(-errors.sum(axis=1))[:CANDIDATES]
+    needing = np.argsort(-errors.sum(axis=1))[:CANDIDATES]
     search.improve([*(_dense(int(layer), int(head)) for layer, head in heads),
                     *filter(None, (_budget(int(layer), 2 * sparsity.budget, MAX_BUDGET * sparsity.budget)
-                                   for layer in layers))], max_dense=math.ceil(MAX_DENSE * errors.size))
+                                   for layer in needing))], max_dense=math.ceil(MAX_DENSE * errors.size))
     return Calibration(search.layers, before, search.measure(search.layers, every=1))
 
 

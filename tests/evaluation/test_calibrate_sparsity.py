@@ -187,6 +187,14 @@ def test_what_adds_too_many_pages_is_left(model, any_help, monkeypatch):
     assert calibrate(model, [TEXT], SPARSITY).layers == LAYERS
 
 
+def test_the_last_layers_rank_by_keys_where_others_estimate(model, monkeypatch):
+    """Of two layers the last one; a given selector that is not `pyramid` stays in all."""
+    monkeypatch.setattr(calibrate_sparsity, "CANDIDATES", 0)
+    found = calibrate(model, [TEXT], Sparsity("pyramid", budget=0.5))
+    assert [layer.selector for layer in found.layers] == ["pyramid", "reranked"]
+    assert [layer.selector for layer in calibrate(model, [TEXT], Sparsity("quest", budget=0.5)).layers] == ["quest"] * 2
+
+
 def test_short_texts_are_refused(model):
     with pytest.raises(UserError, match="the texts must be longer"):
         calibrate(model, [TEXT[:100]], SPARSITY)

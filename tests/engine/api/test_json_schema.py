@@ -16,7 +16,8 @@ B = {"type": "object", "properties": {"k": {"enum": ["b", "c"]}}, "required": ["
 DEFINED = {"$defs": {"A": A, "B": B}}
 BRANCHES = [A, B, {"type": "string"}, {"type": "integer"}, {"type": ["null", "boolean"]}, {"const": 1},
             {"enum": [1.0, 2]}, {"type": "number"}, {"anyOf": [A, {"type": "null"}]},
-            {"allOf": [B, {"maxProperties": 3}]}, {"properties": {"k": {"const": "a"}}, "required": ["k"]}, True, False, {"$ref": "#/$defs/A"},
+            {"allOf": [B, {"maxProperties": 3}]}, {"properties": {"k": {"const": "a"}}, "required": ["k"]}, True, False,
+            {"$ref": "#/$defs/A"},
             {"type": "object", "properties": {"x": {}}, "required": ["x"], "additionalProperties": False},
             {"type": "object", "properties": {"y": {}}, "required": ["y"], "additionalProperties": False},
             {"type": "object", "properties": {"pet": {"$ref": "#/$defs/A"}}, "required": ["pet"]},
