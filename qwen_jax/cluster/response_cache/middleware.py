@@ -73,7 +73,7 @@ class CacheMiddleware:
             await self._app(scope, receive, send)
             return
         body = await _whole(receive)
-        key, version = (None, None) if body is None else self._key(route, body, dict(scope["headers"]))
+        key, version = (None, None) if body is None else self._key(route, body, scope["caller"].key)
         if key is None:
             await self._app(scope, _replayed(body, receive), send)
             return
@@ -109,8 +109,7 @@ class CacheMiddleware:
         status, headers, body = msgspec.msgpack.decode(value)
         await _send(send, msgspec.msgpack.encode((status, headers, renewed(body))), b"hit")
 
-    def _key(self, route: CachedRoute, body: bytes,
-             headers: dict[bytes, bytes]) -> tuple[bytes | None, Callable[[], Version | None]]:
+    def _key(self, route: CachedRoute, body: bytes, caller: bytes) -> tuple[bytes | None, Callable[[], Version | None]]:
         """Return the cache key of a request, and a function that returns what would compute its answer now.
 
         The key is None for a request that is not cached, such as an invalid one, which the route itself refuses.
@@ -135,7 +134,7 @@ class CacheMiddleware:
                 options.pop(name, None)
             if (now := version()) is None:
                 return None, version
-            tenant = hashlib.blake2b(headers.get(b"authorization", b""), digest_size=16).hexdigest()
+            tenant = hashlib.blake2b(caller, digest_size=16).hexdigest()
             return cache_key(kind=route.kind, http=self._http, model=model, engine=now.engine, adapter=now.adapter,
                              options=options, tenant=tenant), version
         except (msgspec.DecodeError, UserError, KeyError, TypeError, RecursionError):

@@ -36,6 +36,7 @@ class RequestOutput:
       text: the answer without special tokens and without the stop string; "" when the engine has no tokenizer.
       token_ids: every generated id, including the last one when it ended the answer.
       finish_reason: "stop", "length", "abort" or "error".
+      stop: the stop string that ended it; None for anything else.
       schedule: "full_attention", "sparse_attention" or "recompute".
       density: pages that attention read, as a share of the pages that full attention would have read.
       logprobs: {id: log-probability} for each generated token: of the token and of the most likely ids.
@@ -51,6 +52,7 @@ class RequestOutput:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    stop: str | None = None
     schedule: str | None = None
     density: float = 1.0
     logprobs: list[dict[int, float]] | None = None

@@ -20,7 +20,7 @@ class Detokenizer:
       stop: stop strings; text ends before the first of them.
 
     Attributes:
-      stopped: whether a stop string has appeared.
+      stopped_by: the stop string that has appeared; None before.
     """
 
     def __init__(self, texts: TokenTexts | None, stop: Sequence[str]) -> None:
@@ -28,7 +28,12 @@ class Detokenizer:
         self._stops = [_StopSearch(text) for text in stop]
         self._certain: list[str] = []  # pieces already returned
         self._held = ""  # text after them, which may be the beginning of a stop string
-        self.stopped = False
+        self.stopped_by: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """True once a stop string has appeared."""
+        return self.stopped_by is not None
 
     @property
     def text(self) -> str:
@@ -56,8 +61,8 @@ class Detokenizer:
         ends = [(len(self._held) + end, stop) for stop in self._stops if (end := stop.feed(piece)) is not None]
         text = self._held + piece
         if ends and may_stop:
-            self.stopped = True
-            text = text[: min(end - len(stop.text) for end, stop in ends)]
+            start, self.stopped_by = min((end - len(stop.text), stop.text) for end, stop in ends)
+            text = text[:start]
         undecided = 0 if self.stopped else max((stop.matched for stop in self._stops), default=0)
         certain = text[: len(text) - undecided]
         self._held = text[len(certain):]

@@ -168,7 +168,7 @@ class Request:
         self.closed = True
         rest = "" if out.error else self._text.finish()
         out.text, out.finish_reason, out.schedule = self._text.text, self.sequence.finish_reason, self.sequence.schedule
-        out.weight_version = self.sequence.version
+        out.weight_version, out.stop = self.sequence.version, self._text.stopped_by
         out.density = self._attended_pages / self._visible_pages if self._visible_pages else 1.0
         if self._text.stopped and out.finish_reason == "length":
             out.finish_reason = "stop"  # the stop string was completed by the held-back end of the text

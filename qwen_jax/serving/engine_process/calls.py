@@ -68,7 +68,8 @@ class EngineCalls:
 
     def _tokenize(self, prompt: str | dict[str, Any], allow_special_tokens: bool = True) -> list[int]:
         if isinstance(prompt, dict):
-            return self._engine.input_processor.conversation(prompt["messages"], prompt.get("tools"))
+            return self._engine.input_processor.conversation(prompt["messages"], prompt.get("tools"),
+                                                              prompt.get("continues", False))
         return self._engine.input_processor.tokens(prompt, allow_special_tokens)
 
     def _detokenize(self, tokens: list[int]) -> str:

@@ -135,6 +135,7 @@ class ClientRequest:
 
     def _add_results(self, piece: Piece, output: RequestOutput, request: Request) -> None:
         """Add to an answer's last piece what is known at its end: token counts, times, error, score and embedding."""
+        piece.stop = output.stop
         piece.tokens, piece.prompt_tokens = len(output.token_ids), len(output.prompt_token_ids)
         times = output.times
         piece.times = times.arrived, times.started, times.first_token, times.ended

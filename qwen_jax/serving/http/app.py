@@ -9,6 +9,7 @@ from fastapi import APIRouter, FastAPI
 from prometheus_client.registry import Collector
 from starlette.middleware.cors import CORSMiddleware
 
+from qwen_jax.serving.http.anthropic.routes import messages_routes
 from qwen_jax.serving.http.app_factory import Middleware, new_app
 from qwen_jax.serving.http.generation_routes import generation_routes
 from qwen_jax.serving.http.http_metrics import HttpMetrics
@@ -52,6 +53,6 @@ def create_app(service: Service, observers: Sequence[Observer], keys: Keys, max_
         app.add_middleware(CORSMiddleware, allow_origins=[origin.strip() for origin in origins.split(",")],
                            allow_methods=["*"], allow_headers=["*"], expose_headers=["*"])
     for router in (monitoring_routes(service, metrics), scoring_routes(service), model_routes(service),
-                   generation_routes(service), tokenizer_routes(service), *extension.public):
+                   generation_routes(service), messages_routes(service), tokenizer_routes(service), *extension.public):
         app.include_router(router)
     return app

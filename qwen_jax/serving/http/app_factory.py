@@ -55,8 +55,9 @@ def new_app(title: str, observers: Sequence[Observer], keys: Keys, max_body_byte
     return app
 
 
-async def _api_error(_request: Request, error: ApiError) -> Response:
-    return Response(msgspec.json.encode(error.body), error.status, error.headers, "application/json")
+async def _api_error(request: Request, error: ApiError) -> Response:
+    body = msgspec.json.encode(error.body_for(request.url.path))
+    return Response(body, error.status, error.headers, "application/json")
 
 
 async def _user_error(request: Request, error: UserError) -> Response:
@@ -68,9 +69,12 @@ async def _too_deep(request: Request, _error: RecursionError) -> Response:
 
 
 async def _invalid(request: Request, error: RequestValidationError) -> Response:
-    """Answer a request whose body does not fit the schema: status 400, with the first wrong field."""
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
+    """Answer a request whose body does not fit the schema: status 400, with the first wrong field.
+
+    Where a field may have several forms, it is the one of the form that fits furthest.
+    """
+    first = max(error.errors(), key=lambda one: len(one["loc"]))
+    place = [str(part) for part in first["loc"] if part != "body" and "[" not in str(part)]  # names of types
     where = f"{'.'.join(place)}: " if place else ""
     return await _api_error(request, ApiError(400, where + first["msg"], param=place[0] if place else None))
 

@@ -93,7 +93,7 @@ class Limits:
             if read > self._max_body_bytes and not began:
                 refused = True
                 began = True
-                await send_error(send, self._too_large())
+                await send_error(send, self._too_large(), scope["path"])
                 return
             began = began or message["type"] == "http.response.start"
             await send(message)
@@ -113,7 +113,7 @@ class Limits:
         except ApiError as error:
             if began:
                 raise
-            await send_error(send, error)
+            await send_error(send, error, scope["path"])
 
     def _check(self, scope) -> None:
         """Raise ApiError if headers or declared body size are too large, or the API key is missing or unknown."""
@@ -125,7 +125,8 @@ class Limits:
         length = by_name.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._max_body_bytes:
             raise self._too_large()
-        scope["caller"] = self._keys.caller(by_name.get(b"authorization", b""))
+        # Anthropic's clients have a header of their own.
+        scope["caller"] = self._keys.caller(by_name.get(b"authorization") or by_name.get(b"x-api-key", b""))
         if scope["caller"] is None and scope["path"] not in OPEN_PATHS:
             raise ApiError(401, "this server needs an API key: Authorization: Bearer KEY", "invalid_api_key")
 
@@ -133,9 +134,9 @@ class Limits:
         return ApiError(413, f"the body has more than {self._max_body_bytes} bytes")
 
 
-async def send_error(send, error: ApiError) -> None:
-    """Answer a request with an error, through the ASGI callable ``send``, and close its connection."""
-    body = msgspec.json.encode(error.body)
+async def send_error(send, error: ApiError, path: str) -> None:
+    """Answer a request for a path with an error, through the ASGI callable ``send``, and close its connection."""
+    body = msgspec.json.encode(error.body_for(path))
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()),
                (b"connection", b"close")]
     headers += [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]

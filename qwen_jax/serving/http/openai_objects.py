@@ -12,13 +12,16 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
+import msgspec
 from msgspec.structs import replace
 
 from qwen_jax.serving.http.tool_calls import ToolCall, ToolCallStream
+from qwen_jax.serving.ipc.errors import ApiError
 from qwen_jax.serving.ipc.messages import Piece, TokenLogprob
 
 VERSION = version("qwen-jax")
 ID_BYTES = 12
+DONE = b"data: [DONE]\n\n"
 # How the JSON text of `Reply.whole` begins: kind of the id, kind of the object.
 _BEGIN = re.compile(rb'\{"id":"(chatcmpl|cmpl)-[0-9a-f]{%d}","object":("[a-z_.]+"),"created":\d+' % (2 * ID_BYTES))
 
@@ -116,6 +119,17 @@ class Reply:
         """
         choice = self.choices[first + piece.index]
         before = len(choice.logprobs)
+        text, calls = self.take(piece, first)
+        if self._chat:
+            yield from self._chat_chunks(choice, piece, text, calls)
+        elif text or piece.finish_reason or piece.logprobs:
+            shown = self._completion_logprobs(choice, before) if self._logprobs else None
+            yield self._object("text_completion", [{"index": choice.index, "text": text, "logprobs": shown,
+                                                    "finish_reason": choice.finish_reason}])
+
+    def take(self, piece: Piece, first: int) -> tuple[str, list[ToolCall]]:
+        """Append a new part of an answer; return the text and the tool calls that it adds."""
+        choice = self.choices[first + piece.index]
         if self._only_prompt:
             piece = replace(piece, text="", logprobs=None, tokens=0)
         repeated = "" if piece.prompt is None else b"".join([token.utf8 for token, *_ in piece.prompt]).decode(
@@ -123,18 +137,32 @@ class Reply:
         choice.text += repeated
         choice.note_logprobs(piece.prompt or ())
         text, calls = choice.add(piece)
-        text = repeated + text
         self.weight_version = piece.weight_version
         if piece.finish_reason:
             self.times = piece.times
             if piece.index == 0:
                 self.prompt_tokens += piece.prompt_tokens
-        if self._chat:
-            yield from self._chat_chunks(choice, piece, text, calls)
-        elif text or piece.finish_reason or piece.logprobs:
-            shown = self._completion_logprobs(choice, before) if self._logprobs else None
-            yield self._object("text_completion", [{"index": choice.index, "text": text, "logprobs": shown,
-                                                    "finish_reason": choice.finish_reason}])
+        return repeated + text, calls
+
+    def begin(self) -> Iterator[dict[str, Any]]:
+        """Yield the first chunk of each answer in a chat's stream, which has the role and no text."""
+        for choice in self.choices if self._chat else ():
+            yield self._object("chat.completion.chunk", [{
+                "index": choice.index, "delta": {"role": "assistant", "content": ""}, "logprobs": None,
+                "finish_reason": None}])
+
+    def end(self, usage: bool) -> bytes:
+        """Return the end of a stream, before it the numbers of tokens if ``usage`` is set."""
+        return (self.event(self._last()) if usage else b"") + DONE
+
+    def failed(self, error: ApiError) -> bytes:
+        """Return the end of a stream that an error ends."""
+        return self.event(error.body) + DONE
+
+    @staticmethod
+    def event(value: dict[str, Any]) -> bytes:
+        """Return a chunk of a stream as a server-sent event."""
+        return b"data: " + msgspec.json.encode(value) + b"\n\n"
 
     def _chat_chunks(self, choice: Choice, piece: Piece, text: str, calls: list[ToolCall]) -> Iterator[dict[str, Any]]:
         delta: dict[str, Any] = {"content": text} if text else {}
@@ -146,19 +174,17 @@ class Reply:
             yield self._object("chat.completion.chunk", [{"index": choice.index, "delta": delta, "logprobs": shown,
                                                           "finish_reason": choice.finish_reason}])
 
-    def roles(self) -> Iterator[dict[str, Any]]:
-        """Yield the first chunk of each answer in a chat's stream, which has the role and no text."""
-        for choice in self.choices:
-            yield self._object("chat.completion.chunk", [{
-                "index": choice.index, "delta": {"role": "assistant", "content": ""}, "logprobs": None,
-                "finish_reason": None}])
-
-    def last(self) -> dict[str, Any]:
+    def _last(self) -> dict[str, Any]:
         """Return the last chunk of a stream, which has the numbers of tokens (``usage``)."""
         return {**self._object("chat.completion.chunk" if self._chat else "text_completion", []), "usage": self.usage}
 
     @property
     def usage(self) -> dict[str, int]:
+        """Numbers of tokens, as the response has them."""
+        return self._counts
+
+    @property
+    def _counts(self) -> dict[str, int]:
         tokens = sum(choice.tokens for choice in self.choices)
         return {"prompt_tokens": self.prompt_tokens, "completion_tokens": tokens,
                 "total_tokens": self.prompt_tokens + tokens}
@@ -169,7 +195,7 @@ class Reply:
 
         Times are seconds from the request's arrival.
         """
-        details = {"model": self.model, "weight_version": self.weight_version, **self.usage,
+        details = {"model": self.model, "weight_version": self.weight_version, **self._counts,
                  "finish_reasons": [choice.finish_reason for choice in self.choices]}
         if self.times:
             arrived, *moments = self.times

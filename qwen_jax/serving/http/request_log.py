@@ -77,7 +77,8 @@ class Observed:
             logger.exception("request %s failed", name)
             if status:  # the answer has begun: its connection is closed
                 raise
-            await send_error(send_with_id, ApiError(500, f"an internal error: the server's log has it under {name}"))
+            await send_error(send_with_id, ApiError(500, f"an internal error: the server's log has it under {name}"),
+                             scope["path"])
         finally:
             route = scope.get("route")
             traceparent = headers.get(b"traceparent", b"").decode("latin-1") or None

@@ -17,8 +17,6 @@ from qwen_jax.serving.http.service import Service
 from qwen_jax.serving.ipc.engine_client import Answer, pieces
 from qwen_jax.serving.ipc.errors import ApiError
 
-DONE = b"data: [DONE]\n\n"
-
 
 async def respond(service: Service, body: GenerationRequest, request: Request, reply: Reply,
                   answers: list[Answer]) -> Response:
@@ -71,18 +69,18 @@ async def _chunks(service: Service, request: Request, reply: Reply, answers: lis
         begun = False
         async with aclosing(_merged(answers)) as merged:
             async for place, arrived in merged:
-                objects = [] if begun or not reply.id.startswith("chat") else list(reply.roles())
+                objects = [] if begun else list(reply.begin())
                 begun = True
                 for piece in arrived:
                     objects += reply.add(piece, place * per_prompt)
                 if objects:
-                    yield b"".join(map(_event, objects))
-        yield (_event(reply.last()) if usage else b"") + DONE
+                    yield b"".join(map(reply.event, objects))
+        yield reply.end(usage)
     except ApiError as error:
         if not begun:
             raise
         note(request, error=error.message)
-        yield _event(error.body) + DONE
+        yield reply.failed(error)
     finally:
         note(request, **reply.details)
         for answer in answers:
@@ -136,10 +134,6 @@ async def unless(watching: asyncio.Future, awaitable: Any) -> Any:
         raise ApiError(408, "the client has closed the connection")
     finally:
         working.cancel()
-
-
-def _event(value: Any) -> bytes:
-    return b"data: " + msgspec.json.encode(value) + b"\n\n"
 
 
 def _json(value: Any, weight_version: int) -> Response:

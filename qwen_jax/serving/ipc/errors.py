@@ -36,6 +36,16 @@ class ApiError(Exception):
                           "param": None if self.param is None else _text(self.param), "code": self.code}}
 
     @property
+    def anthropic_body(self) -> dict[str, Any]:
+        """Anthropic's error object, the body of the response of its routes."""
+        kind = {413: "request_too_large", 500: "api_error", 503: "overloaded_error"}.get(self.status)
+        return {"type": "error", "error": {"type": kind or TYPES[self.status], "message": _text(self.message)}}
+
+    def body_for(self, path: str) -> dict[str, Any]:
+        """Return the body of the response to a request for this path."""
+        return self.anthropic_body if path.startswith("/v1/messages") else self.body
+
+    @property
     def headers(self) -> dict[str, str]:
         """Additional headers of the response: ``Retry-After``, if the error has it."""
         return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}

@@ -127,6 +127,7 @@ class Piece(msgspec.Struct, array_like=True):
         were not asked for.
       weight_version: version of the weights that the request runs with.
       finish_reason: why the answer ended; None before. The fields below are set together with it.
+      stop: the stop string that ended it, if one did.
       tokens, prompt_tokens: numbers of tokens of the whole answer and of the prompt.
       times: when the request arrived, its first step began, its first token was there and it ended, by
         ``time.monotonic`` of the engine's machine.
@@ -147,6 +148,7 @@ class Piece(msgspec.Struct, array_like=True):
     logprobs: list[list[TokenLogprob]] | None = None
     weight_version: int = 0
     finish_reason: str | None = None
+    stop: str | None = None
     tokens: int = 0
     prompt_tokens: int = 0
     times: tuple[float | None, ...] = ()

@@ -86,6 +86,10 @@ def test_only_exact_repetitions_are_answered_from_the_cache(servers, tmp_path):
     for change in ({"max_tokens": 7}, {"prompt": "once "}, {"stop": "x"}, {"logprobs": 1}, {"n": 2}):
         assert ask(server, **{"prompt": "once", **change})[0] == "miss", change
     assert ask(server, prompt="once", key="b")[0] == "miss"  # another tenant
+    by_other_header = [httpx.post(f"{server.url}/v1/completions", json={**ASK, "prompt": prompt}, timeout=60,
+                                  headers={"x-api-key": key})
+                       for prompt, key in (("once", "a"), ("only a's", "a"), ("only a's", "b"))]
+    assert [one.headers["x-cache"] for one in by_other_header] == ["hit", "miss", "miss"]
     for change in ({"temperature": 1}, {"stream": True}):
         answers = [server.post("/v1/completions", {**ASK, "prompt": "once", **change}) for _ in range(2)]
         assert all("x-cache" not in one.headers and one.status_code == 200 for one in answers)

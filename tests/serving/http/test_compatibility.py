@@ -5,18 +5,28 @@ import typing
 from pathlib import Path
 
 import pytest
+from anthropic.types import message_create_params
 from openai.types import completion_create_params, embedding_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 from test_routes import ask
 
 from qwen_jax.serving.http import protocol
+from qwen_jax.serving.http.anthropic.protocol import WITHOUT_EFFECT, CountRequest, MessagesRequest
 
 PAGE = (Path(__file__).parents[3] / "docs" / "compatibility.md").read_text()
-ROWS = re.findall(r"^\| (`[^|]+) \| (yes|ignored|refused) \|", PAGE, re.MULTILINE)
-FIELDS = {name: verdict for names, verdict in ROWS for name in re.findall(r"`([^`]+)`", names)}
+
+
+def verdicts(text: str) -> dict[str, str]:
+    """Return what the page says of each field in a part of it: "yes", "ignored" or "refused"."""
+    rows = re.findall(r"^\| (`[^|]+) \| (yes|ignored|refused) \|", text, re.MULTILINE)
+    return {name: verdict for names, verdict in rows for name in re.findall(r"`([^`]+)`", names)}
+
+
+FIELDS, OF_MESSAGES = map(verdicts, PAGE.split("## Messages"))
 NAMED = set(re.findall(r"`(\w+)`", PAGE))
 BODIES = (protocol.ChatRequest, protocol.CompletionRequest, protocol.EmbeddingRequest, protocol.ScoreRequest,
-          protocol.ClassifyRequest, protocol.TokenizeRequest, protocol.DetokenizeRequest, protocol.AdapterRequest)
+          protocol.ClassifyRequest, protocol.TokenizeRequest, protocol.DetokenizeRequest, protocol.AdapterRequest,
+          CountRequest, MessagesRequest)
 
 
 @pytest.mark.parametrize("body", BODIES)
@@ -35,6 +45,13 @@ def test_every_parameter_of_the_official_client_is_named_with_what_happens(body,
         if body is not protocol.EmbeddingRequest and name != "stream":
             assert known == (FIELDS[name] != "refused"), name
             assert (name in protocol.HARMLESS) == (FIELDS[name] == "ignored"), name
+
+
+def test_every_parameter_of_anthropics_client_is_named_with_what_happens():
+    for name in typing.get_type_hints(message_create_params.MessageCreateParamsBase):
+        known = name in MessagesRequest.model_fields or name in WITHOUT_EFFECT
+        assert known == (OF_MESSAGES[name] != "refused"), name
+        assert (name in WITHOUT_EFFECT) == (OF_MESSAGES[name] == "ignored"), name
 
 
 def test_what_is_refused_is_refused_by_name():
