@@ -17,7 +17,7 @@ from qwen_jax.cli_cluster import add_cluster
 from qwen_jax.cli_evaluation import add_calibrate, add_eval
 from qwen_jax.cli_models import add_compile, add_convert, add_export, add_info, add_plan
 from qwen_jax.cli_options import add_command, add_model, add_options
-from qwen_jax.cli_serving import add_bench, add_serve
+from qwen_jax.cli_serving import add_bench, add_run_batch, add_serve
 from qwen_jax.cli_tune import add_tune
 from qwen_jax.errors import UserError
 from qwen_jax.serving.options import EngineOptions
@@ -130,8 +130,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="qwen-jax", description="Qwen2.5 in JAX. MODEL is a Hugging Face folder, a "
                                      "converted checkpoint, a hub id, 'bundled' or 'yardstick'.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (add_convert, add_export, _add_generate, _add_chat, add_serve, add_bench, add_tune, add_cluster,
-                add_eval, add_calibrate, _add_train, add_info, add_compile, add_plan):
+    for add in (add_convert, add_export, _add_generate, _add_chat, add_serve, add_run_batch, add_bench, add_tune,
+                add_cluster, add_eval, add_calibrate, _add_train, add_info, add_compile, add_plan):
         add(commands)
     return parser
 

@@ -43,6 +43,41 @@ def serve(args: argparse.Namespace) -> int:
     return asyncio.run(server.serve(link, args.model, options, extend))
 
 
+def run_batch(args: argparse.Namespace) -> int:
+    import asyncio
+    from pathlib import Path
+
+    options = read_options(args, EngineOptions)
+    try:
+        from qwen_jax.serving import batch
+        from qwen_jax.serving.ipc.engine_client import EngineClient
+    except ModuleNotFoundError as error:
+        raise UserError(f"batches need the package {error.name}: pip install 'qwen-jax[serve]'") from error
+    lines = batch.read_batch(args.input)
+    name, done = batch.model_of(lines), batch.answered(args.output)
+    model = args.model or name
+    if model is None:
+        raise UserError("the model must be named: --model MODEL, or in the requests")
+    if unknown := done - {line.custom_id for line in lines}:
+        raise UserError(f"{args.output} has the answer to {min(unknown)!r}, which is no request of {args.input}: name "
+                        "another file")
+    left = [line for line in lines if line.custom_id not in done]
+    if done:
+        print(f"{len(done)} of {len(lines)} requests were answered before", file=sys.stderr)
+    if not left:
+        return 0
+    progress = sys.stderr.isatty()
+    link = EngineClient(model, options.keywords(progress), max_requests=batch.MAX_OPEN)
+    try:
+        with Path(args.output).open("a") as output:
+            errors = asyncio.run(batch.run_batch(link, name or model, left, output, progress=progress,
+                                                 concurrency=2 * options.max_batch_size))
+    except OSError as error:
+        raise UserError(f"{args.output} cannot be written: {error.strerror}") from None
+    print(f"{len(left)} requests answered, {errors} of them with an error", file=sys.stderr)
+    return 1 if errors else 0
+
+
 def bench_serve(args: argparse.Namespace) -> None:
     try:
         import uvloop
@@ -82,6 +117,16 @@ def add_serve(commands: Any) -> None:
     parser.add_argument_group("fraud service").add_argument(
         "--fraud", action="store_true", help="routes that screen card payments, for the bundled model and its adapters "
         "(docs/fraud_service.md)")
+
+
+def add_run_batch(commands: Any) -> None:
+    parser = add_command(commands, "run-batch", run_batch, "Answer a file of requests in OpenAI's batch format. A run "
+                         "that was interrupted goes on where it was.")
+    parser.add_argument("input", metavar="IN.jsonl", help='lines of {"custom_id": ..., "url": ..., "body": ...}')
+    parser.add_argument("output", metavar="OUT.jsonl", help="file to which each answer is appended when it is there")
+    parser.add_argument("--model", metavar="MODEL", help="folder, hub id or bundled (default: the one that the "
+                        "requests name)")
+    add_options(parser.add_argument_group("engine"), EngineOptions)
 
 
 def add_bench(commands: Any) -> None:
