@@ -17,6 +17,7 @@ from qwen_jax.serving.http.limits import Keys
 from qwen_jax.serving.http.model_routes import model_routes
 from qwen_jax.serving.http.monitoring_routes import monitoring_routes
 from qwen_jax.serving.http.request_log import Observer
+from qwen_jax.serving.http.responses.routes import responses_routes
 from qwen_jax.serving.http.scoring_routes import scoring_routes
 from qwen_jax.serving.http.service import Service
 from qwen_jax.serving.http.tokenizer_routes import tokenizer_routes
@@ -53,6 +54,7 @@ def create_app(service: Service, observers: Sequence[Observer], keys: Keys, max_
         app.add_middleware(CORSMiddleware, allow_origins=[origin.strip() for origin in origins.split(",")],
                            allow_methods=["*"], allow_headers=["*"], expose_headers=["*"])
     for router in (monitoring_routes(service, metrics), scoring_routes(service), model_routes(service),
-                   generation_routes(service), messages_routes(service), tokenizer_routes(service), *extension.public):
+                   generation_routes(service), messages_routes(service), responses_routes(service),
+                   tokenizer_routes(service), *extension.public):
         app.include_router(router)
     return app

@@ -9,6 +9,7 @@ import msgspec
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from qwen_jax.errors import UserError
@@ -40,6 +41,7 @@ def new_app(title: str, observers: Sequence[Observer], keys: Keys, max_body_byte
     app.add_exception_handler(UserError, _user_error)
     app.add_exception_handler(RecursionError, _too_deep)
     app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(ValidationError, _invalid)  # of the chat that another body stands for
     app.add_exception_handler(HTTPException, _http_error)
     fastapi_schema = app.openapi
 
@@ -68,7 +70,7 @@ async def _too_deep(request: Request, _error: RecursionError) -> Response:
     return await _api_error(request, ApiError(400, "the body must be nested less deeply"))
 
 
-async def _invalid(request: Request, error: RequestValidationError) -> Response:
+async def _invalid(request: Request, error: RequestValidationError | ValidationError) -> Response:
     """Answer a request whose body does not fit the schema: status 400, with the first wrong field.
 
     Where a field may have several forms, it is the one of the form that fits furthest.

@@ -23,7 +23,7 @@ VERSION = version("qwen-jax")
 ID_BYTES = 12
 DONE = b"data: [DONE]\n\n"
 # How the JSON text of `Reply.whole` begins: kind of the id, kind of the object.
-_BEGIN = re.compile(rb'\{"id":"(chatcmpl|cmpl)-[0-9a-f]{%d}","object":("[a-z_.]+"),"created":\d+' % (2 * ID_BYTES))
+_BEGIN = re.compile(rb'\{"id":"(chatcmpl-|cmpl-)[0-9a-f]{%d}","object":("[a-z_.]+"),"created":\d+' % (2 * ID_BYTES))
 
 
 @dataclass
@@ -103,7 +103,7 @@ class Reply:
 
     def __init__(self, model: str, *, chat: bool, count: int, tools: bool, logprobs: bool, single_call: bool = False,
                  only_prompt: bool = False) -> None:
-        self.id = new_id("chatcmpl" if chat else "cmpl")
+        self.id = new_id("chatcmpl-" if chat else "cmpl-")
         self.created, self.model, self._chat, self._logprobs = int(time.time()), model, chat, logprobs
         self._only_prompt = only_prompt
         self.choices = [Choice(index, ToolCallStream(single=single_call) if tools else None) for index in range(count)]
@@ -239,9 +239,9 @@ class Reply:
                 "text_offset": choice.offsets[first:]}
 
 
-def new_id(kind: str) -> str:
-    """Return a new, random id of a response, which begins with its kind: "chatcmpl" or "cmpl"."""
-    return f"{kind}-{secrets.token_hex(ID_BYTES)}"
+def new_id(prefix: str) -> str:
+    """Return a new, random id, with a prefix that says of what: "chatcmpl-", "cmpl-", "resp_", "msg_", "fc_"."""
+    return f"{prefix}{secrets.token_hex(ID_BYTES)}"
 
 
 def renewed(body: bytes) -> bytes:

@@ -19,19 +19,22 @@ from qwen_jax.serving.ipc.errors import ApiError
 
 
 async def respond(service: Service, body: GenerationRequest, request: Request, reply: Reply,
-                  answers: list[Answer]) -> Response:
+                  answers: list[Answer], on_end: Callable[[], None] = lambda: None) -> Response:
     """Return the HTTP response to a chat or completion: one JSON object, or a stream of server-sent events.
 
     A stream is not returned before its first event is there, so that an error before it has an HTTP status.
+
+    on_end: called when the answers are complete, before the client has all of them.
     """
     watching = asyncio.ensure_future(gone(request.receive))
     try:
         if not body.stream:
             await unless(watching, _collect(reply, answers))
+            on_end()
             note(request, **reply.details)
             return _json(reply.whole(), reply.weight_version)
         usage = bool(body.stream_options and body.stream_options.include_usage)
-        chunks = _chunks(service, request, reply, answers, usage)
+        chunks = _chunks(service, request, reply, answers, usage=usage, on_end=on_end)
         first = await unless(watching, anext(chunks))
     except BaseException:
         for answer in answers:
@@ -61,8 +64,8 @@ async def _collect(reply: Reply, answers: list[Answer]) -> None:
                     pass
 
 
-async def _chunks(service: Service, request: Request, reply: Reply, answers: list[Answer],
-                  usage: bool) -> AsyncIterator[bytes]:
+async def _chunks(service: Service, request: Request, reply: Reply, answers: list[Answer], *, usage: bool,
+                  on_end: Callable[[], None]) -> AsyncIterator[bytes]:
     """Yield a stream's server-sent events as bytes; all events of one engine step together."""
     per_prompt = len(reply.choices) // len(answers)
     try:
@@ -75,6 +78,7 @@ async def _chunks(service: Service, request: Request, reply: Reply, answers: lis
                     objects += reply.add(piece, place * per_prompt)
                 if objects:
                     yield b"".join(map(reply.event, objects))
+        on_end()
         yield reply.end(usage)
     except ApiError as error:
         if not begun:

@@ -9,6 +9,7 @@ import pytest
 from qwen_jax.cluster.response_cache.cache import ResponseCache
 from qwen_jax.cluster.response_cache.middleware import CachedRoute, CacheMiddleware
 from qwen_jax.cluster.routing.load_balancer import LoadBalancer
+from qwen_jax.serving.http.limits import Caller
 from qwen_jax.serving.ipc.engine_client import EngineClient
 from qwen_jax.serving.ipc.messages import Computes, Ready
 from qwen_jax.serving.options import WITHOUT_INFLUENCE, ServerOptions
@@ -46,7 +47,7 @@ class World:
             sent.append(message)
 
         await app({"type": "http", "method": "POST", "path": self.path, "details": {},
-                   "headers": [(b"authorization", self.key)]}, receive, send)
+                   "headers": [], "caller": Caller(self.key, False)}, receive, send)
         return dict(sent[0]["headers"]).get(b"x-cache", b"").decode()
 
 

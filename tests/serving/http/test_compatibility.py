@@ -8,10 +8,12 @@ import pytest
 from anthropic.types import message_create_params
 from openai.types import completion_create_params, embedding_create_params
 from openai.types.chat import completion_create_params as chat_create_params
+from openai.types.responses import response_create_params
 from test_routes import ask
 
 from qwen_jax.serving.http import protocol
 from qwen_jax.serving.http.anthropic.protocol import WITHOUT_EFFECT, CountRequest, MessagesRequest
+from qwen_jax.serving.http.responses.protocol import ResponsesRequest
 
 PAGE = (Path(__file__).parents[3] / "docs" / "compatibility.md").read_text()
 
@@ -22,11 +24,11 @@ def verdicts(text: str) -> dict[str, str]:
     return {name: verdict for names, verdict in rows for name in re.findall(r"`([^`]+)`", names)}
 
 
-FIELDS, OF_MESSAGES = map(verdicts, PAGE.split("## Messages"))
+FIELDS, OF_RESPONSES, OF_MESSAGES = map(verdicts, re.split("## (?:Responses|Messages)\n", PAGE))
 NAMED = set(re.findall(r"`(\w+)`", PAGE))
 BODIES = (protocol.ChatRequest, protocol.CompletionRequest, protocol.EmbeddingRequest, protocol.ScoreRequest,
           protocol.ClassifyRequest, protocol.TokenizeRequest, protocol.DetokenizeRequest, protocol.AdapterRequest,
-          CountRequest, MessagesRequest)
+          CountRequest, MessagesRequest, ResponsesRequest)
 
 
 @pytest.mark.parametrize("body", BODIES)
@@ -45,6 +47,14 @@ def test_every_parameter_of_the_official_client_is_named_with_what_happens(body,
         if body is not protocol.EmbeddingRequest and name != "stream":
             assert known == (FIELDS[name] != "refused"), name
             assert (name in protocol.HARMLESS) == (FIELDS[name] == "ignored"), name
+
+
+def test_every_parameter_of_a_response_is_named_with_what_happens():
+    ignored = (*protocol.HARMLESS, "stream_options")
+    for name in typing.get_type_hints(response_create_params.ResponseCreateParamsBase):
+        known = name in ResponsesRequest.model_fields or name in protocol.HARMLESS
+        assert known == (OF_RESPONSES[name] != "refused"), name
+        assert (name in ignored and name not in ("metadata", "store")) == (OF_RESPONSES[name] == "ignored"), name
 
 
 def test_every_parameter_of_anthropics_client_is_named_with_what_happens():

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from qwen_jax.serving.http.openai_objects import Reply
+from qwen_jax.serving.http.openai_objects import Reply, new_id
 from qwen_jax.serving.ipc.errors import ApiError
 from qwen_jax.serving.ipc.messages import Piece
 
@@ -24,7 +24,7 @@ class MessageReply(Reply):
 
     def __init__(self, model: str, *, tools: bool, single_call: bool) -> None:
         super().__init__(model, chat=True, count=1, tools=tools, logprobs=False, single_call=single_call)
-        self.id = f"msg_{self.id.partition('-')[2]}"
+        self.id = new_id("msg_")
         self._stop: str | None = None
         self._block: str | None = None  # type of the block of content that has begun
         self._blocks = 0
