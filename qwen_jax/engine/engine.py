@@ -65,8 +65,8 @@ class Engine:
       model: a ``Qwen2`` module, a ``transformers.Qwen2ForCausalLM``, or a checkpoint that `checkpoint.resolve` found.
       tokenizer: a transformers fast tokenizer, or a future of one; without one, prompts are token ids and ``text``
         stays empty.
-      generation_config: defaults of the sampling options and the end-of-sequence ids; a transformers model's own by
-        default.
+      generation_config: defaults of the sampling options and the end-of-sequence ids, to which the tokenizer's own is
+        added; a transformers model's own by default.
       config, options: an `EngineConfig`, or its fields as keyword arguments.
 
     Raises UserError for options that cannot work here. One thread at a time may use an engine.

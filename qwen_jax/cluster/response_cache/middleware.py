@@ -106,8 +106,7 @@ class CacheMiddleware:
     async def _from_cache(scope: dict[str, Any], send: Callable, value: bytes) -> None:
         scope["route"] = SimpleNamespace(path=scope["path"])
         scope["details"]["cached"] = True
-        status, headers, body = msgspec.msgpack.decode(value)
-        await _send(send, msgspec.msgpack.encode((status, headers, renewed(body))), b"hit")
+        await _send(send, value, b"hit", renewed)
 
     def _key(self, route: CachedRoute, body: bytes, caller: bytes) -> tuple[bytes | None, Callable[[], Version | None]]:
         """Return the cache key of a request, and a function that returns what would compute its answer now.
@@ -200,8 +199,9 @@ async def _never():
     await asyncio.Event().wait()
 
 
-async def _send(send: Callable, value: bytes, origin: bytes) -> None:
+async def _send(send: Callable, value: bytes, origin: bytes, change: Callable[[bytes], bytes] = bytes) -> None:
+    """Send a response as it is kept, its body changed. origin: value of the header ``X-Cache``."""
     status, headers, body = msgspec.msgpack.decode(value)
     headers = [(bytes(name), bytes(content)) for name, content in headers]
     await send({"type": "http.response.start", "status": status, "headers": [*headers, (b"x-cache", origin)]})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": "http.response.body", "body": change(body)})

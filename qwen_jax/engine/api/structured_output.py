@@ -68,7 +68,7 @@ def from_response_format(value: Mapping[str, Any] | None) -> StructuredOutput | 
     kind = value.get("type") if isinstance(value, Mapping) else None
     if kind == "text":
         return None
-    if kind == "json_object" and value.get("schema") is not None:
+    if kind == "json_object" and value.get("schema"):
         return StructuredOutput(json_schema=value["schema"])
     if kind == "json_object":
         return StructuredOutput(json_object=True)

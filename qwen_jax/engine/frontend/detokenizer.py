@@ -58,9 +58,10 @@ class Detokenizer:
 
     def _extend(self, piece: str, may_stop: bool = True) -> str:
         """Append decoded text, cut it at a stop string, and return what is certain and has not been returned."""
-        ends = [(len(self._held) + end, stop) for stop in self._stops if (end := stop.feed(piece)) is not None]
+        ends = [(len(self._held) + end, stop) for stop in self._stops
+                if (end := stop.feed(piece, may_stop)) is not None]
         text = self._held + piece
-        if ends and may_stop:
+        if ends:
             start, self.stopped_by = min((end - len(stop.text), stop.text) for end, stop in ends)
             text = text[:start]
         undecided = 0 if self.stopped else max((stop.matched for stop in self._stops), default=0)
@@ -82,8 +83,11 @@ class _StopSearch:
         self.text, self.matched = text, 0
         self._borders = _borders(text)
 
-    def feed(self, piece: str) -> int | None:
-        """Read the next piece of text; return where in it the stop string's first occurrence ends, None without one."""
+    def feed(self, piece: str, may_stop: bool = True) -> int | None:
+        """Read the next piece of text; return where in it the stop string's first occurrence ends, None without one.
+
+        Without ``may_stop`` no occurrence that ends in this piece counts.
+        """
         if not self.matched and self.text[0] not in piece:
             return None
         for place, character in enumerate(piece, 1):
@@ -91,8 +95,9 @@ class _StopSearch:
                 self.matched = self._borders[self.matched - 1]
             self.matched += character == self.text[self.matched]
             if self.matched == len(self.text):
-                self.matched = 0
-                return place
+                self.matched = self._borders[-1]
+                if may_stop:
+                    return place
         return None
 
 

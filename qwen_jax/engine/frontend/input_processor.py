@@ -14,7 +14,7 @@ import numpy as np
 from tokenizers import normalizers, pre_tokenizers
 
 from qwen_jax.config import GenerationDefaults
-from qwen_jax.engine.api.sampling_params import MAX_LOGPROBS, SamplingParams
+from qwen_jax.engine.api.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
 from qwen_jax.engine.frontend.control_tokens import ControlTokens
 from qwen_jax.engine.frontend.detokenizer import BYTES, TokenTexts
 from qwen_jax.engine.frontend.grammar import GrammarCompiler, GrammarError
@@ -34,6 +34,7 @@ Prompt = str | abc.Sequence[int]
 # Tokens before a text, before what follows it and before what is between, and those that end the latter.
 FILL_IN = "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"
 FILL_IN_ENDS = *FILL_IN, "<|fim_pad|>", "<|endoftext|>", "<|repo_name|>", "<|file_sep|>"
+MAX_BANNED = MAX_LOGIT_BIAS + 20  # entries of the sampler's rows
 NFC_SHRINKS = 3  # times that Unicode's normal form C makes a text's UTF-8 shorter, at most
 
 
@@ -90,17 +91,22 @@ class InputProcessor:
         """
         return self._encoder.conversation(messages, tools, continues)
 
+    def text_of(self, tokens: abc.Sequence[int]) -> str:
+        """Return the text of token ids, control tokens by their names; "" without a tokenizer."""
+        texts = self.token_texts
+        return b"".join([texts.bytes_of(token) for token in tokens]).decode(errors="replace") if texts else ""
+
     def fill_in_the_middle(self, prompt: str, suffix: str) -> tuple[list[int], list[int]]:
         """Return the token ids of a prompt for the text between ``prompt`` and ``suffix``, and ids that end this text.
 
-        Names of control tokens in both are text. Raises UserError for a model that was not trained for it, as its
-        tokenizer says.
+        Names of control tokens in both are text. Raises UserError for a model whose tokenizer has no tokens for it.
         """
         return self._encoder.fill_in_the_middle(prompt, suffix)
 
     def requests(self, prompt: Prompt | Messages, params: SamplingParams, score_from: int | None = None,
                  adapter: str | None = None, priority: int = 0, deadline: float | None = None,
-                 pooling: str | None = None, streams: bool = False, cache_salt: str = "") -> list[Request]:
+                 pooling: str | None = None, streams: bool = False, cache_salt: str = "",
+                 ends: abc.Sequence[int] = ()) -> list[Request]:
         """Make ``params.n`` requests for a prompt, not yet submitted. UserError for requests that could not run.
 
         Args:
@@ -111,13 +117,19 @@ class InputProcessor:
           pooling: kind of embedding that is wanted (`POOLINGS`); None for none.
           streams: whether the answers are read piece by piece.
           cache_salt: only requests with the same text share pages of the prefix cache.
+          ends: ids that end an answer beside those of ``params``.
         """
         if pooling not in (None, *POOLINGS):
             raise UserError(f"pooling must be {' or '.join(POOLINGS)}, not {pooling!r}")
         tokens = self.tokens(prompt)
         if adapter is not None:
             self._adapters.check(adapter)
-        params = self._with_named_stops(params).resolved(self._defaults).check(self.vocab_limit)
+        params = params.resolved(self._defaults).check(self.vocab_limit)
+        ends = (*ends, *self._named_by(params.stop))
+        banned = len(params.logit_bias) + len(params.stop_token_ids) + len(ends)
+        if params.min_tokens and banned > MAX_BANNED:
+            raise UserError(f"logit_bias and tokens that end an answer are {banned}, and with min_tokens at most "
+                            f"{MAX_BANNED} fit: leave some of them out")
         if params.prompt_logprobs is not None and score_from is None:
             score_from = 1
         if params.seed is None:
@@ -135,7 +147,7 @@ class InputProcessor:
             if matcher:
                 sequence.burst = 1  # the host has to see each token
             self.scheduler.check(sequence)
-            requests.append(Request(sequence, self.token_texts, self._defaults.eos_token_ids, index=index,
+            requests.append(Request(sequence, self.token_texts, self._defaults.eos_token_ids, index=index, ends=ends,
                                     score_from=score_from, adapter_name=adapter, matcher=matcher, pooling=pooling,
                                     streams=streams))
             try:
@@ -144,15 +156,10 @@ class InputProcessor:
                 raise UserError(str(error)) from error
         return requests
 
-    def _with_named_stops(self, params: SamplingParams) -> SamplingParams:
-        """Return sampling options in which a stop string that names a control token stops at that token too.
-
-        Such a token is no text, so a search for its name in the text would not find it.
-        """
-        if not params.stop or not self.token_texts:
-            return params
-        named = [token for stop in params.stop if (token := self.token_texts.special_token(stop)) is not None]
-        return replace(params, stop_token_ids=(*(params.stop_token_ids or ()), *named)) if named else params
+    def _named_by(self, stops: abc.Sequence[str]) -> list[int]:
+        """Return the special tokens that stop strings name: no text, so a search in the text would not find them."""
+        texts = self.token_texts
+        return [token for stop in stops if texts and (token := texts.special_token(stop)) is not None]
 
     def score_requests(self, prompt: Prompt | Messages, continuation: Prompt, adapter: str | None = None,
                        **options: Any) -> list[Request]:
@@ -191,12 +198,19 @@ class PromptEncoder:
 
         The form is that of Qwen2.5-Coder (https://arxiv.org/abs/2409.12186).
         """
-        ids = self._tokenizer.get_vocab() if self._tokenizer else {}
+        ids = self._fill_in_ids
         if not ids.keys() >= set(FILL_IN):
             raise UserError(f"this model does not fill in text before a suffix: its tokenizer has no {FILL_IN[0]}")
         before, after = (self.text(text, allow_special_tokens=False) if text else [] for text in (prompt, suffix))
         prefix, end, middle = (ids[name] for name in FILL_IN)
-        return [prefix, *before, end, *after, middle], [ids[name] for name in FILL_IN_ENDS if name in ids]
+        return [prefix, *before, end, *after, middle], list(ids.values())
+
+    @cached_property
+    def _fill_in_ids(self) -> dict[str, int]:
+        """Ids of the tokens for text before a suffix, and of those that end it, as far as the tokenizer has them."""
+        backend = self._tokenizer and self._tokenizer.backend_tokenizer
+        found = {name: backend.token_to_id(name) for name in FILL_IN_ENDS} if backend else {}
+        return {name: token for name, token in found.items() if token is not None}
 
     def conversation(self, messages: Messages, tools: abc.Sequence[abc.Mapping[str, Any]] | None = None,
                      continues: bool = False) -> list[int]:

@@ -30,6 +30,7 @@ class Request:
       matcher: grammar that the answer has to follow, at its beginning; None for none.
       pooling: embedding of the prompt that is wanted: "mean" of the final hidden states, "last" of them, or None.
       streams: whether the deltas are read before the end.
+      ends: ids that end an answer beside ``params.stop_token_ids``.
 
     Attributes:
       output: what the caller gets; complete when the request is closed.
@@ -41,7 +42,7 @@ class Request:
 
     def __init__(self, sequence: Sequence, texts: TokenTexts | None, eos_ids: tuple[int, ...], *, index: int = 0,
                  score_from: int | None = None, adapter_name: str | None = None, matcher: Matcher | None = None,
-                 pooling: str | None = None, streams: bool = False) -> None:
+                 pooling: str | None = None, streams: bool = False, ends: tuple[int, ...] = ()) -> None:
         params: SamplingParams = sequence.params
         self.sequence, self.params = sequence, params
         self.output = RequestOutput(prompt_token_ids=sequence.prompt, index=index)
@@ -50,7 +51,7 @@ class Request:
         self.deltas: deque[Delta] = deque()
         self.closed, self.streams = False, streams
         self._texts, self._grammar = texts, matcher
-        self._stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(eos_ids))
+        self._stop_ids = frozenset((*params.stop_token_ids, *ends, *(() if params.ignore_eos else eos_ids)))
         self._stop_id_list = tuple(self._stop_ids)
         self.forget()
 

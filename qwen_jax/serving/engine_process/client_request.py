@@ -10,8 +10,6 @@ from collections.abc import MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import msgspec
-
 from qwen_jax.engine.api.outputs import RequestOutput, normalized
 from qwen_jax.engine.api.sampling_params import SamplingParams
 from qwen_jax.engine.api.structured_output import StructuredOutput
@@ -127,7 +125,9 @@ class ClientRequest:
             piece.logprobs = [self._token_logprobs(logprobs, request.params.logprobs) for logprobs in
                               output.logprobs[first:]]
         if self._options.echo and len(output.token_ids) == len(tokens):  # the first part
-            piece.prompt = self._prompt_logprobs(request)
+            piece.prompt_text = self._engine.input_processor.text_of(output.prompt_token_ids)
+            if output.prompt_logprobs is not None:
+                piece.prompt = self._prompt_logprobs(request)
         if piece.finish_reason:
             self._add_results(piece, output, request)
             self._metrics.ended(request)
@@ -153,7 +153,7 @@ class ClientRequest:
     def _prompt_logprobs(self, request: Request) -> list[list[TokenLogprob]]:
         """Return the prompt's tokens with their log-probabilities, NaN where none was computed."""
         prompt, count = request.output.prompt_token_ids, request.params.prompt_logprobs or 0
-        computed = request.output.prompt_logprobs or [None] * len(prompt)
+        computed = request.output.prompt_logprobs
         return [self._token_logprobs({token: math.nan} if logprobs is None else logprobs,
                                      0 if logprobs is None else count)
                 for token, logprobs in zip(prompt, computed, strict=True)]
@@ -172,13 +172,12 @@ class ClientRequest:
 def requests_of(options: RequestOptions, engine: Engine) -> list[Request]:
     """Make the engine's requests for a client's request, one per answer. Raises UserError for what cannot run."""
     processor, prompt = engine.input_processor, options.prompt
+    more: dict[str, Any] = {}
     if isinstance(prompt, dict):
         prompt = processor.conversation(prompt["messages"], prompt.get("tools"),
                                         continues=prompt.get("continues", False))
     elif options.suffix is not None:
-        prompt, ends = processor.fill_in_the_middle(prompt, options.suffix)
-        stops = (*(options.params.get("stop_token_ids") or ()), *ends)
-        options = msgspec.structs.replace(options, params={**options.params, "stop_token_ids": stops})
+        prompt, more["ends"] = processor.fill_in_the_middle(prompt, options.suffix)
     elif not options.allow_special_tokens:
         prompt = processor.tokens(prompt, allow_special_tokens=False)
     deadline = None if options.timeout is None else options.arrived + options.timeout
@@ -191,7 +190,7 @@ def requests_of(options: RequestOptions, engine: Engine) -> list[Request]:
         if options.to_end_of_context:
             prompt = processor.tokens(prompt)
             params = replace(params, max_tokens=processor.scheduler.room_after(len(prompt)))
-        requests = processor.requests(prompt, params, pooling=options.pooling, **common)
+        requests = processor.requests(prompt, params, pooling=options.pooling, **common, **more)
     for request in requests:
         request.output.times.arrived = options.arrived  # at the HTTP process
     return requests

@@ -131,9 +131,8 @@ class Reply:
         """Append a new part of an answer; return the text and the tool calls that it adds."""
         choice = self.choices[first + piece.index]
         if self._only_prompt:
-            piece = replace(piece, text="", logprobs=None, tokens=0)
-        repeated = "" if piece.prompt is None else b"".join([token.utf8 for token, *_ in piece.prompt]).decode(
-            errors="replace")
+            piece = replace(piece, text="", logprobs=None, tokens=0, finish_reason=piece.finish_reason and "length")
+        repeated = piece.prompt_text or ""
         choice.text += repeated
         choice.note_logprobs(piece.prompt or ())
         text, calls = choice.add(piece)

@@ -18,15 +18,18 @@ from pydantic import (
     model_validator,
 )
 
-from qwen_jax.engine.api.sampling_params import MAX_LOGIT_BIAS
+from qwen_jax.engine.api.sampling_params import MAX_LOGIT_BIAS, MAX_STOP
 from qwen_jax.engine.api.structured_output import StructuredOutput, from_guided, from_response_format
 from qwen_jax.errors import UserError
-from qwen_jax.serving.http.tool_calls import forced_calls
+from qwen_jax.serving.http.tool_calls import CLOSE, forced_calls
 from qwen_jax.serving.ipc.errors import ApiError
 from qwen_jax.serving.ipc.messages import Ready
 
 MAX_ANSWERS = 128  # to one prompt: n
 MAX_INPUTS = 2048  # of one request; the limit is OpenAI's
+MAX_TOOLS = 128  # of one request; the limit is OpenAI's
+MAX_ECHOED = 64  # prompts repeated with log-probabilities, each for every answer
+MAX_ECHO_LOGPROBS = 5  # of the most likely tokens beside each of a prompt's
 MAX_PARTS = 100  # fields of an object inside a body
 Number = StrictInt | StrictFloat
 Item = TypeVar("Item")
@@ -106,7 +109,13 @@ class Part(BaseModel):
     _given = model_validator(mode="before")(_given_parts)
 
 
-class StreamOptions(BaseModel):
+class Lenient(BaseModel):
+    """Base class of objects inside a body of which only the fields that are known here matter."""
+
+    _given = model_validator(mode="before")(_without_nulls)
+
+
+class StreamOptions(Lenient):
     """Options of a streamed answer: ``include_usage`` adds a last chunk with the numbers of tokens."""
 
     include_usage: StrictBool = False
@@ -206,24 +215,28 @@ class CompletionRequest(GenerationRequest):
         if self.logprobs is not None:
             params["logprobs"] = self.logprobs
         if self.echo and self.logprobs is not None:
+            count = len(self.prompts()) * (self.n or 1)
+            if self.logprobs > MAX_ECHO_LOGPROBS or count > MAX_ECHOED:
+                raise ApiError(400, f"echo takes at most logprobs={MAX_ECHO_LOGPROBS} and {MAX_ECHOED} answers, not "
+                               f"{self.logprobs} and {count}", param="echo")
             params["prompt_logprobs"] = self.logprobs
         if self.only_prompt:
             params["max_tokens"] = 1  # a step samples a token all the same
         return params
 
 
-class TextPart(BaseModel):
+class TextPart(Lenient):
     """A text part of a chat message's content; other kinds, such as images, are refused."""
 
     type: Literal["text"]
     text: StrictStr
 
 
-class CalledFunction(BaseModel):
+class CalledFunction(Lenient):
     """Name and arguments (JSON text) of a tool call in an earlier answer."""
 
     name: StrictStr
-    arguments: StrictStr
+    arguments: StrictStr = ""
 
     def for_template(self) -> dict[str, Any]:
         """Return the call for a chat template: its arguments as an object, since templates write JSON themselves.
@@ -237,7 +250,7 @@ class CalledFunction(BaseModel):
         return {"name": self.name, "arguments": arguments}
 
 
-class Call(BaseModel):
+class Call(Lenient):
     """A tool call that the model made in an earlier answer of the conversation."""
 
     id: StrictStr | None = None
@@ -308,7 +321,7 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: StrictInt | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
-    tools: Items[Tool] | None = None
+    tools: Annotated[Items[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: StrictBool | None = None
     continue_final_message: StrictBool = False
@@ -322,6 +335,10 @@ class ChatRequest(GenerationRequest):
             params["logprobs"] = self.top_logprobs or 0
         if self.max_completion_tokens is not None:
             params["max_tokens"] = self.max_completion_tokens
+        if self.parallel_tool_calls is False and self.tools and self.tool_choice in (None, "auto"):
+            stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+            if len(stop) < MAX_STOP:  # the answer ends with its first call, whose closing tag may be missing
+                params["stop"] = [*stop, CLOSE]
         if forced := self.forced():
             if "structured_output" in params:
                 raise ApiError(400, "an answer that has to be a tool call cannot have a response_format or a guided "
@@ -346,6 +363,8 @@ class ChatRequest(GenerationRequest):
         if self.continue_final_message and self.messages[-1].role != "assistant":
             raise ApiError(400, "continue_final_message needs a last message of the assistant",
                            param="continue_final_message")
+        if self.continue_final_message and self.messages[-1].tool_calls:
+            raise ApiError(400, "a message with tool calls cannot be continued", param="continue_final_message")
         if self.add_generation_prompt is self.continue_final_message:
             raise ApiError(400, "add_generation_prompt must be the opposite of continue_final_message",
                            param="add_generation_prompt")

@@ -15,10 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qwen_jax.engine.api.json_schema import simplified
+from qwen_jax.engine.api.json_schema import Budget, simplified
 from qwen_jax.errors import UserError
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
+MAX_SCHEMA_BYTES = 512 << 10  # of all tools of which one has to be called
 # A tag inside a JSON string is text. A line end also ends a string: JSON strings have no raw line ends, and a model
 # that forgets a closing quote would otherwise hide every later call.
 _OUTSIDE_STRING, _INSIDE_STRING = re.compile(r'["<]'), re.compile(r'["\\\n]')
@@ -48,6 +49,7 @@ def forced_calls(tools: Sequence[Mapping[str, Any]], several: bool) -> str:
       tools: tools that may be called, as OpenAI's ``function`` objects: ``name``, and ``parameters`` as a JSON schema.
       several: whether an answer may have more than one call; else it has exactly one.
     """
+    budget, left = Budget(), MAX_SCHEMA_BYTES
     compact = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
     calls = " | ".join(f"call{number}" for number in range(len(tools)))
     one = f'"{OPEN}\\n" ({calls}) "\\n{CLOSE}"'
@@ -55,10 +57,14 @@ def forced_calls(tools: Sequence[Mapping[str, Any]], several: bool) -> str:
     for number, tool in enumerate(tools):
         schema = tool.get("parameters") or {"type": "object", "properties": {}, "additionalProperties": False}
         # Every schema is a JSON grammar of its own, so that references within it keep their meaning.
-        if schema.get("type", "object") != "object":
+        kind = schema.get("type", "object")
+        if kind != "object" and not (isinstance(kind, list) and "object" in kind):
             raise UserError(f"the parameters of the tool {tool['name']!r} must be a schema of an object, not of "
-                            f"{schema['type']!r}")
-        schema = {"type": "object", **simplified(schema), "x-guidance": compact}
+                            f"{kind!r}")
+        if (left := left - len(json.dumps(schema))) < 0:  # looked at before anything walks through it
+            raise UserError(f"parameters of tools must have at most {MAX_SCHEMA_BYTES} bytes together: give smaller "
+                            "ones")
+        schema = {**simplified(schema, budget), "type": "object", "x-guidance": compact}
         schema = json.dumps(schema, ensure_ascii=False)
         begin = json.dumps('{"name": ' + json.dumps(tool["name"]) + ', "arguments": ')
         rules.append(f'call{number}: {begin} arguments{number} "}}"\narguments{number}: %json {schema}')
@@ -106,7 +112,7 @@ class ToolCallStream:
         return self._take_events()
 
     def flush(self) -> list[str | ToolCall]:
-        """Return the last content at the end of the answer: text that was held back turns out to be no call."""
+        """Return the last events at the end of the answer: text that was held back is no call, or one without a tag."""
         if self._scanned and (call := _call(self._text[len(OPEN):])):  # the model ended before the closing tag
             self._text, self._after_call = "", True
             self._events.append(ToolCall(self._new_id(), *call))
@@ -199,7 +205,9 @@ def _call(body: str) -> tuple[str, str] | None:
     """Return (name, arguments) from the JSON text between the tags; None when it is no valid tool call."""
     try:
         block = _loads(body)
-        name, arguments = block["name"], block.get("arguments") or {}
+        name, arguments = block["name"], block.get("arguments")
+        if arguments is None or arguments == "":
+            arguments = {}
         if isinstance(arguments, str):
             values, text = _loads(arguments), arguments
         else:

@@ -135,8 +135,9 @@ class Piece(msgspec.Struct, array_like=True):
       kind: whose mistake ``error`` is: "user" for the client's, found before the request began, "adapter" where the
         adapter is not loaded, "length" for a prompt that is too long, "refused" for the client's, found later, "fault"
         for the engine's, "deadline" for a timeout.
-      prompt: for each token of the prompt its log-probability (NaN for the first) and those of the most likely tokens,
-        with the first part of an answer that repeats its prompt; else None.
+      prompt_text: text of the prompt, with the first part of an answer that repeats it; else None.
+      prompt: for each token of this prompt its log-probability (NaN for the first) and those of the most likely tokens;
+        None where they were not asked for.
       score: log-probabilities of the continuation's tokens; None unless a continuation was given.
       vector: embedding, as little-endian float32; None unless one was asked for.
     """
@@ -154,6 +155,7 @@ class Piece(msgspec.Struct, array_like=True):
     times: tuple[float | None, ...] = ()
     error: str | None = None
     kind: str | None = None
+    prompt_text: str | None = None
     prompt: list[list[TokenLogprob]] | None = None
     score: list[float] | None = None
     vector: bytes | None = None

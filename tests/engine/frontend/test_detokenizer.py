@@ -127,3 +127,27 @@ def test_special_tokens_are_not_text(tokenizer):
 
 def test_without_a_tokenizer_there_is_no_text():
     assert stream(None, [1, 2, 3]) == (["", "", "", ""], "", 3)
+
+
+class Spelled:
+    """Texts whose tokens are numbered pieces."""
+
+    def __init__(self, *pieces):
+        self.feed, self.end = pieces.__getitem__, lambda: ""
+
+    def stream(self):
+        return self
+
+
+@pytest.mark.parametrize("stop, pieces, least, text", [
+    ("END", ["END;E", "ND", "more"], 2, "END;"), ("aa", ["a", "a", "a"], 3, "a"), ("aa", ["aa", "b", "aa"], 2, "aab"),
+    ("ab", ["ab", "c", "d"], 1, ""), ("ab", ["ab", "c", "d"], 2, "abcd"), ("ab", ["xa", "b"], 2, "x")])
+def test_stop_strings_end_an_answer_of_enough_tokens_alone(stop, pieces, least, text):
+    found = Detokenizer(Spelled(*pieces), [stop])
+    told = ""
+    for place in range(len(pieces)):
+        told += found.add(place, may_stop=place + 1 >= least)
+        if found.stopped:
+            break
+    assert told + found.finish() == found.text == text
+    assert found.stopped_by == (stop if text != "".join(pieces) else None)

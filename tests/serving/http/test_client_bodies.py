@@ -144,6 +144,11 @@ def test_a_stream_repeats_its_prompt_first(server):
         assert [one for chunk in chunks for one in chunk["logprobs"][name]] == whole["logprobs"][name]
 
 
+def test_repeated_prompts_are_bounded(server):
+    for change in ({"logprobs": 6}, {"logprobs": 1, "prompt": ["a"] * 65}, {"logprobs": 1, "n": 65}):
+        assert error(complete(server, **{"prompt": "a", "echo": True, **change}))["param"] == "echo"
+
+
 def test_a_suffix_needs_a_model_for_it(server):
     assert "<|fim_prefix|>" in error(complete(server, "def f(", suffix="return 1"))["message"]
     assert error(complete(server, "a", suffix="b", echo=True))["param"] == "suffix"
@@ -158,6 +163,10 @@ def test_a_last_message_of_the_assistant_is_continued(server):
     begun_ids = server.post("/tokenize", {"prompt": first[:4]}).json()["tokens"]
     assert rest == complete(server, tokens + begun_ids, max_tokens=6).json()["choices"][0]["text"]
     assert error(chat(server, continue_final_message=True))["param"] == "continue_final_message"
+    calling = {**begun, "tool_calls": [{"function": {"name": "find", "arguments": None}}]}
+    for message in (calling, {"role": "user", "content": "a"}):
+        assert error(chat(server, messages=[*HELLO, message], continue_final_message=True))["param"] == (
+            "continue_final_message")
     assert error(chat(server, messages=[*HELLO, begun], continue_final_message=True, add_generation_prompt=True))[
         "param"] == "add_generation_prompt"
 
@@ -175,6 +184,8 @@ def test_stop_strings_name_control_tokens_and_wait_for_min_tokens(server):
         free[: free.index(stop)])
     late = complete(server, "hello", ignore_eos=True, max_tokens=40, min_tokens=20, stop=stop).json()
     assert free.startswith(late["choices"][0]["text"]) and late["usage"]["completion_tokens"] >= 20
+    ids = {"stop_token_ids": list(range(16)), "stop": ["<|im_end|>", "<|im_start|>"], "max_tokens": 2}
+    assert complete(server, "hello", **ids).status_code == 200
     forced = {"logit_bias": {str(control_token(server)): 100}, "ignore_eos": True, "max_tokens": 5}
     ended = complete(server, "hello", stop=["<|im_start|>"], **forced).json()["choices"][0]
     assert (ended["text"], ended["finish_reason"]) == ("", "stop")

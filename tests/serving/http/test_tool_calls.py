@@ -92,6 +92,11 @@ def test_a_cut_block_stays_text_unless_only_its_end_is_missing():
             assert answer.content == "and " + WEATHER[:end]
 
 
+@pytest.mark.parametrize("arguments", ["false", "0", "[]"])
+def test_other_empty_values_are_no_arguments(arguments):
+    assert not parse(f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call>').tool_calls
+
+
 @pytest.mark.parametrize("arguments", ["", ', "arguments": null', ', "arguments": ""', ', "arguments": {}'])
 def test_a_call_may_have_no_arguments(arguments):
     call, = parse('<tool_call>{"name": "f"' + arguments + "}</tool_call>").tool_calls
