@@ -30,15 +30,14 @@ def quick_environment() -> dict[str, str]:
 class Live:
     """``qwen-jax serve MODEL`` with these arguments; ready when made.
 
-    worker: a script in the engine's place. quick: compile in the least time, for tests.
+    worker: a script in the engine's place. flags: XLA's; `QUICK` for a test that compiles more than it runs.
     """
 
     def __init__(self, *arguments: str, model: str = "bundled", wait: bool = True, worker: str | None = None,
-                 quick: bool = True) -> None:
+                 flags: str = SERVED) -> None:
         self.port = free_port()
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", **quick_environment()}
-        if not quick:
-            environment["XLA_FLAGS"] = ""
+        environment["XLA_FLAGS"] = flags
         self.process = subprocess.Popen(
             [sys.executable, HERE / "with_worker.py", worker or "", "serve", model, "--port", str(self.port),
              *arguments],

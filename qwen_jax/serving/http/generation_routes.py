@@ -8,7 +8,7 @@ from fastapi.responses import Response
 from qwen_jax.serving.http.openai_objects import Reply
 from qwen_jax.serving.http.protocol import ChatRequest, CompletionRequest
 from qwen_jax.serving.http.service import Service
-from qwen_jax.serving.http.streaming import respond
+from qwen_jax.serving.http.streaming import STREAMS, respond
 from qwen_jax.serving.ipc.engine_client import Answer
 from qwen_jax.serving.ipc.errors import ApiError
 
@@ -17,7 +17,7 @@ def generation_routes(service: Service) -> APIRouter:
     """Return a router with the routes that generate text: chat completions and completions."""
     routes = APIRouter()
 
-    @routes.post("/v1/chat/completions")
+    @routes.post("/v1/chat/completions", responses=STREAMS)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Generate the model's answers to a conversation, whole or as a stream."""
         service.check_open()
@@ -29,7 +29,7 @@ def generation_routes(service: Service) -> APIRouter:
         answer = service.start(request, body, conversation, params, to_end_of_context="max_tokens" not in params)
         return await respond(service, body, request, reply, [answer])
 
-    @routes.post("/v1/completions")
+    @routes.post("/v1/completions", responses=STREAMS)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Generate continuations of one or several prompts, whole or as a stream."""
         service.check_open()

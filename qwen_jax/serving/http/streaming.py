@@ -17,6 +17,10 @@ from qwen_jax.serving.http.service import Service
 from qwen_jax.serving.ipc.engine_client import Answer, pieces
 from qwen_jax.serving.ipc.errors import ApiError
 
+# For the OpenAPI schema of routes that stream.
+STREAMS: dict[int | str, dict[str, Any]] = {200: {"description": "An answer, or the events of a stream.", "content": {
+    "application/json": {}, "text/event-stream": {}}}}
+
 
 async def respond(service: Service, body: GenerationRequest, request: Request, reply: Reply,
                   answers: list[Answer], on_end: Callable[[], None] = lambda: None) -> Response:

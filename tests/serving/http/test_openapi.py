@@ -18,15 +18,17 @@ def test_generated_requests(server, tmp_path):
         properties = part.get("properties", {})
         if "model" in properties and name != "DetokenizeRequest":
             properties["model"] = {"enum": ["bundled"]}
-        for field in ("max_tokens", "max_completion_tokens"):
+        for field in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
             if field in properties:
                 properties[field] = {"type": "integer", "minimum": 1, "maximum": 4}
+                if field != "max_completion_tokens":
+                    part["required"] = [*part.get("required", ()), field]  # else an answer takes the whole context
     described = tmp_path / "openapi.json"
     described.write_text(json.dumps(schema))
     run = subprocess.run(
         [Path(sys.executable).with_name("schemathesis"), "run", described, "--url", server.url, "--checks",
          "not_a_server_error,status_code_conformance,content_type_conformance", "--phases", "coverage,fuzzing",
-         "--max-examples", EXAMPLES, "--seed", "1", "--no-color", "--suppress-health-check", "all"],
+         "--max-examples", EXAMPLES, "--seed", "1", "--no-color", "--suppress-health-check", "all", "--request-timeout", "120"],
         capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr
     cases = int(re.search(r"(\d+) generated", run.stdout)[1])

@@ -10,14 +10,14 @@ from fastapi.responses import Response
 from qwen_jax.serving.http.anthropic.protocol import CountRequest, MessagesRequest
 from qwen_jax.serving.http.anthropic.reply import MessageReply
 from qwen_jax.serving.http.service import Service
-from qwen_jax.serving.http.streaming import respond
+from qwen_jax.serving.http.streaming import STREAMS, respond
 
 
 def messages_routes(service: Service) -> APIRouter:
     """Return a router with the routes that answer in Anthropic's form and count tokens of prompts."""
     routes = APIRouter()
 
-    @routes.post("/v1/messages")
+    @routes.post("/v1/messages", responses=STREAMS)
     async def messages(body: MessagesRequest, request: Request) -> Response:
         """Generate the model's answer to a conversation, whole or as a stream, as Anthropic's clients read it."""
         service.check_open()

@@ -12,7 +12,7 @@ from qwen_jax.serving.http.responses.protocol import ResponsesRequest
 from qwen_jax.serving.http.responses.reply import ResponseReply
 from qwen_jax.serving.http.responses.store import ResponseStore
 from qwen_jax.serving.http.service import Service
-from qwen_jax.serving.http.streaming import respond
+from qwen_jax.serving.http.streaming import STREAMS, respond
 from qwen_jax.serving.ipc.errors import ApiError
 
 
@@ -20,7 +20,7 @@ def responses_routes(service: Service) -> APIRouter:
     """Return a router with the routes that make, read, cancel and delete responses."""
     routes, store = APIRouter(), ResponseStore()
 
-    @routes.post("/v1/responses")
+    @routes.post("/v1/responses", responses=STREAMS)
     async def create(body: ResponsesRequest, request: Request) -> Response:
         """Generate the model's answer to a conversation, whole or as a stream; keep it unless ``store`` is false."""
         service.check_open()
