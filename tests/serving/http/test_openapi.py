@@ -28,7 +28,8 @@ def test_generated_requests(server, tmp_path):
     run = subprocess.run(
         [Path(sys.executable).with_name("schemathesis"), "run", described, "--url", server.url, "--checks",
          "not_a_server_error,status_code_conformance,content_type_conformance", "--phases", "coverage,fuzzing",
-         "--max-examples", EXAMPLES, "--seed", "1", "--no-color", "--suppress-health-check", "all", "--request-timeout", "120"],
+         "--max-examples", EXAMPLES, "--seed", "1", "--no-color", "--suppress-health-check", "all",
+         "--request-timeout", "120"],
         capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr
     cases = int(re.search(r"(\d+) generated", run.stdout)[1])
