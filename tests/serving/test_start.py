@@ -21,7 +21,7 @@ def test_requests_are_answered_while_programs_compile_and_the_compiler_is_killed
     monkeypatch.setenv("QWEN_JAX_WARMUP", "fast")
     monkeypatch.setenv("QWEN_JAX_LAYERS_PER_PROGRAM", "")  # whole steps, as small models have them
     monkeypatch.setenv("QWEN_JAX_CACHE", str(tmp_path))
-    server, killed = own(flags=QUICK), False
+    server, killed = own("--max-batch-size", "2", flags=QUICK), False
     model = server.http.get("/v1/models").json()["data"][0]["id"]
     body = {"model": model, "prompt": "one two", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
     texts, end = set(), time.monotonic() + 120
