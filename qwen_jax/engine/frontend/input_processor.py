@@ -14,7 +14,8 @@ import numpy as np
 from tokenizers import normalizers, pre_tokenizers
 
 from qwen_jax.config import GenerationDefaults
-from qwen_jax.engine.api.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
+from qwen_jax.engine.api.sampling_params import MAX_LOGPROBS, SamplingParams
+from qwen_jax.engine.compiled.sampler import MAX_BIAS
 from qwen_jax.engine.frontend.control_tokens import ControlTokens
 from qwen_jax.engine.frontend.detokenizer import BYTES, TokenTexts
 from qwen_jax.engine.frontend.grammar import GrammarCompiler, GrammarError
@@ -34,7 +35,6 @@ Prompt = str | abc.Sequence[int]
 # Tokens before a text, before what follows it and before what is between, and those that end the latter.
 FILL_IN = "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"
 FILL_IN_ENDS = *FILL_IN, "<|fim_pad|>", "<|endoftext|>", "<|repo_name|>", "<|file_sep|>"
-MAX_BANNED = MAX_LOGIT_BIAS + 20  # entries of the sampler's rows
 NFC_SHRINKS = 3  # times that Unicode's normal form C makes a text's UTF-8 shorter, at most
 
 
@@ -127,9 +127,9 @@ class InputProcessor:
         params = params.resolved(self._defaults).check(self.vocab_limit)
         ends = (*ends, *self._named_by(params.stop))
         banned = len(params.logit_bias) + len(params.stop_token_ids) + len(ends)
-        if params.min_tokens and banned > MAX_BANNED:
+        if params.min_tokens and banned > MAX_BIAS:
             raise UserError(f"logit_bias and tokens that end an answer are {banned}, and with min_tokens at most "
-                            f"{MAX_BANNED} fit: leave some of them out")
+                            f"{MAX_BIAS} fit: leave some of them out")
         if params.prompt_logprobs is not None and score_from is None:
             score_from = 1
         if params.seed is None:

@@ -238,6 +238,11 @@ class Reply:
                 "text_offset": choice.offsets[first:]}
 
 
+def named_event(value: dict[str, Any]) -> bytes:
+    """Return an object as a server-sent event that is named by the object's type."""
+    return b"event: %b\ndata: %b\n\n" % (value["type"].encode(), msgspec.json.encode(value))
+
+
 def new_id(prefix: str) -> str:
     """Return a new, random id, with a prefix that says of what: "chatcmpl-", "cmpl-", "resp_", "msg_", "fc_"."""
     return f"{prefix}{secrets.token_hex(ID_BYTES)}"

@@ -32,6 +32,7 @@ MAX_ECHOED = 64  # prompts repeated with log-probabilities, each for every answe
 MAX_ECHO_LOGPROBS = 5  # of the most likely tokens beside each of a prompt's
 MAX_PARTS = 100  # fields of an object inside a body
 Number = StrictInt | StrictFloat
+ToolName = Annotated[StrictStr, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 Item = TypeVar("Item")
 # A list whose validation ends with its first wrong item. Errors about each of a million items take seconds, and
 # gigabytes, for a body of 4 MB. Objects whose parts may be wrong are limited for the same reason.
@@ -225,6 +226,11 @@ class CompletionRequest(GenerationRequest):
         return params
 
 
+def text_of(content: str | list[Any]) -> str:
+    """Return the text of a message's content, its parts as lines."""
+    return content if isinstance(content, str) else "\n".join(part.text for part in content)
+
+
 class TextPart(Lenient):
     """A text part of a chat message's content; other kinds, such as images, are refused."""
 
@@ -271,9 +277,7 @@ class Message(Part):
 
     def for_template(self) -> dict[str, Any]:
         """Return the message in the form that chat templates take."""
-        content = self.content or ""
-        if not isinstance(content, str):
-            content = "\n".join(part.text for part in content)
+        content = text_of(self.content or "")
         message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
         message |= {name: value for name in ("name", "tool_call_id") if (value := getattr(self, name)) is not None}
         if self.tool_calls:
@@ -285,7 +289,7 @@ class Message(Part):
 class Function(Part):
     """A function that the model may call; ``parameters`` is a JSON schema of its arguments."""
 
-    name: Annotated[StrictStr, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+    name: ToolName
     description: StrictStr | None = None
     parameters: dict[str, Any] | None = None
     strict: StrictBool | None = None

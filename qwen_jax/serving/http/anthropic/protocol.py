@@ -10,10 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
-from qwen_jax.serving.http.protocol import Body, ChatRequest, Items, Part
+from qwen_jax.serving.http.protocol import Body, ChatRequest, Items, Part, ToolName, text_of
 from qwen_jax.serving.ipc.errors import ApiError
 
-NAMES_OF_TOOLS = r"^[a-zA-Z0-9_.-]{1,64}$"
 # What tells Anthropic's servers where and how fast to work, and does not change an answer here.
 WITHOUT_EFFECT = ("cache_control", "diagnostics", "inference_geo", "metadata", "service_tier", "speed",
                   "user_profile_id", "workspace_id")
@@ -75,7 +74,7 @@ class Tool(Part):
     """A tool that the model may call; ``input_schema`` is a JSON schema of its arguments."""
 
     type: Literal["custom"] | None = None
-    name: Annotated[StrictStr, Field(pattern=NAMES_OF_TOOLS)]
+    name: ToolName
     description: StrictStr | None = None
     input_schema: dict[str, Any]
     strict: StrictBool | None = None
@@ -174,8 +173,3 @@ class MessagesRequest(CountRequest):
             schema = {"name": "answer", "schema": self.output_config.format.schema_}
             fields["response_format"] = {"type": "json_schema", "json_schema": schema}
         return fields
-
-
-def text_of(content: str | list[TextBlock]) -> str:
-    """Return the text of a message's content, its parts as lines."""
-    return content if isinstance(content, str) else "\n".join(block.text for block in content)

@@ -6,9 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import msgspec
-
-from qwen_jax.serving.http.openai_objects import Reply, new_id
+from qwen_jax.serving.http.openai_objects import Reply, named_event, new_id
 from qwen_jax.serving.ipc.errors import ApiError
 from qwen_jax.serving.ipc.messages import Piece
 
@@ -56,10 +54,7 @@ class MessageReply(Reply):
         """Return the event of an error in the middle of a stream."""
         return self.event(error.anthropic_body)
 
-    @staticmethod
-    def event(value: dict[str, Any]) -> bytes:
-        """Return an event as server-sent bytes."""
-        return b"event: %b\ndata: %b\n\n" % (value["type"].encode(), msgspec.json.encode(value))
+    event = staticmethod(named_event)
 
     def whole(self) -> dict[str, Any]:
         """Return the complete response as one JSON object."""

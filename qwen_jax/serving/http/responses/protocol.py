@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
-from qwen_jax.serving.http.protocol import HARMLESS, Body, ChatRequest, Items, Part, StreamOptions
+from qwen_jax.serving.http.protocol import HARMLESS, Body, ChatRequest, Items, Part, StreamOptions, ToolName, text_of
 from qwen_jax.serving.ipc.errors import ApiError
 
 Messages = list[dict[str, Any]]
@@ -59,7 +59,7 @@ class FunctionTool(Part):
     """A function that the model may call; ``parameters`` is a JSON schema of its arguments."""
 
     type: Literal["function"]
-    name: Annotated[StrictStr, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+    name: ToolName
     description: StrictStr | None = None
     parameters: dict[str, Any] | None = None
     strict: StrictBool | None = None
@@ -162,8 +162,3 @@ def with_call(messages: Messages, call_id: str, name: str, arguments: str) -> Me
         return [*messages, {"role": "assistant", "content": "", "tool_calls": [call]}]
     last = messages[-1]
     return [*messages[:-1], {**last, "tool_calls": [*last.get("tool_calls", ()), call]}]
-
-
-def text_of(content: str | list[TextContent]) -> str:
-    """Return the text of a message's content, its parts as lines."""
-    return content if isinstance(content, str) else "\n".join(part.text for part in content)

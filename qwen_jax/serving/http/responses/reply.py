@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import msgspec
-
-from qwen_jax.serving.http.openai_objects import Reply, new_id
+from qwen_jax.serving.http.openai_objects import Reply, named_event, new_id
 from qwen_jax.serving.http.responses.protocol import Messages, ResponsesRequest, with_call
 from qwen_jax.serving.ipc.errors import ApiError
 from qwen_jax.serving.ipc.messages import Piece
@@ -65,10 +63,7 @@ class ResponseReply(Reply):
         reason = {"code": error.code or "server_error", "message": error.message}
         return self.event(self._event("response.failed", response={**self._object_as("failed"), "error": reason}))
 
-    @staticmethod
-    def event(value: dict[str, Any]) -> bytes:
-        """Return an event as server-sent bytes."""
-        return b"event: %b\ndata: %b\n\n" % (value["type"].encode(), msgspec.json.encode(value))
+    event = staticmethod(named_event)
 
     def whole(self) -> dict[str, Any]:
         """Return the complete response as one JSON object."""
